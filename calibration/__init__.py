@@ -1,0 +1,1 @@
+"""From text to token rows, hidden states and Hessians."""

@@ -1,0 +1,1 @@
+"""Measurement, bit allocation, the quantizer and the writer of checkpoints."""

@@ -1,0 +1,1 @@
+"""The EXL2 format, checkpoints, operators and models that run quantized weights."""

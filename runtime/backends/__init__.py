@@ -1,0 +1,1 @@
+"""Implementations of the operators, one file a device."""

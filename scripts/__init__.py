@@ -1,0 +1,1 @@
+"""The `dbrx-quant` command: one thin file a verb."""
