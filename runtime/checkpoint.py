@@ -1,0 +1,209 @@
+"""Folders of safetensors shards, read by header and memory-mapped: an untouched tensor costs nothing."""
+
+import json
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.format import SUFFIXES
+
+INDEX_NAME = "model.safetensors.index.json"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_HEADER_LIMIT = 100_000_000  # the safetensors format's own bound
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a shard's header says of a tensor: its dtype, shape, and the bytes [start, end) of its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.end - self.start
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, checked against the file's size.
+
+    Raises:
+        CheckpointError: the file is cut short, is no safetensors file, or its tensors overlap or leave gaps.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{file}: {size} bytes, too short for a safetensors file; fetch it again")
+        length = int.from_bytes(prefix, "little")
+        if length > min(size - 8, _HEADER_LIMIT):
+            pointer = prefix + stream.read(len(_LFS_POINTER) - 8) == _LFS_POINTER
+            hint = "it is a git-lfs pointer; run `git lfs pull`" if pointer else "fetch it again"
+            raise CheckpointError(f"{file}: its header claims {length} bytes of a file of {size}; {hint}")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {
+            str(name): TensorInfo(
+                str(entry["dtype"]),
+                tuple(int(d) for d in entry["shape"]),
+                file,
+                8 + length + int(entry["data_offsets"][0]),
+                8 + length + int(entry["data_offsets"][1]),
+            )
+            for name, entry in header.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{file}: its header is not that of a safetensors file ({error})") from None
+    expected = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.dtype not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise CheckpointError(f"{file}: {name}: dtype {info.dtype}; this reader knows {known}")
+        wanted = _DTYPES[info.dtype].itemsize
+        for dimension in info.shape:
+            wanted *= dimension
+        if min(info.shape, default=0) < 0 or info.nbytes != wanted:
+            raise CheckpointError(
+                f"{file}: {name}: {info.nbytes} bytes, its shape {info.shape} asks for {wanted}"
+            )
+        if info.start != expected:
+            raise CheckpointError(f"{file}: {name}: its data starts at {info.start}, expected {expected}")
+        expected = info.end
+    if expected != size:
+        raise CheckpointError(f"{file}: {size} bytes, its header describes {expected}; fetch it again")
+    return tensors
+
+
+class Checkpoint:
+    """A folder of safetensors shards seen as one mapping of lazily read tensors.
+
+    Args:
+        folder: the folder; every `*.safetensors` file in it belongs to the checkpoint.
+        normalise: maps a stored name to the name it is known under here (identity if None).
+
+    Raises:
+        CheckpointError: no shards, a broken shard, a name stored twice, or an index that names a tensor or a
+            shard that isn't there. An index none of whose shards exist is a stale copy from another
+            checkpoint (exllamav2 leaves those) and is ignored.
+    """
+
+    def __init__(self, folder: Path, normalise: Callable[[str], str] | None = None) -> None:
+        self.folder = Path(folder)
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: no such folder")
+        self.files = sorted(self.folder.glob("*.safetensors"))
+        if not self.files:
+            raise CheckpointError(f"{self.folder}: no *.safetensors files in it")
+        stored: dict[str, Path] = {}
+        for file in self.files:
+            for name, info in read_header(file).items():
+                known = normalise(name) if normalise else name
+                if known in self._infos:
+                    other = self._infos[known].file.name
+                    raise CheckpointError(f"{file}: {name}: already stored in {other}; remove one of the two")
+                self._infos[known] = info
+                stored[name] = file
+        self._check_index(stored)
+
+    def _check_index(self, stored: dict[str, Path]) -> None:
+        path = self.folder / INDEX_NAME
+        if not path.exists():
+            return
+        try:
+            weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}: not a safetensors index ({error!r}); delete or rewrite it"
+            ) from None
+        present = {file.name for file in self.files}
+        if not present & set(weight_map.values()):
+            return
+        for name, file_name in weight_map.items():
+            if file_name not in present:
+                raise CheckpointError(
+                    f"{path}: names the shard {file_name}, which isn't there; fetch it again"
+                )
+            if name not in stored:
+                raise CheckpointError(f"{path}: names the tensor {name}, which no shard holds")
+            if stored[name].name != file_name:
+                raise CheckpointError(f"{path}: puts {name} in {file_name}; it is in {stored[name].name}")
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._infos)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    def info(self, name: str) -> TensorInfo:
+        """What the header says of `name`.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        if name not in self._infos:
+            raise CheckpointError(f"{self.folder}: has no tensor {name}")
+        return self._infos[name]
+
+    def load(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor as a view of the mapped file (private: writing to it does not reach the disk).
+
+        Args:
+            name: its name.
+            rows: (begin, end) along the first axis; None for all of it.
+        """
+        info = self.info(name)
+        dtype = _DTYPES[info.dtype]
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        count = info.nbytes // dtype.itemsize
+        tensor = torch.frombuffer(self._map(info.file), dtype=dtype, count=count, offset=info.start)
+        tensor = tensor.reshape(info.shape)
+        return tensor if rows is None else tensor[rows[0] : rows[1]]
+
+    def is_quantized(self, linear: str) -> bool:
+        """Whether the linear of that name is stored in EXL2 form."""
+        return f"{linear}.q_weight" in self._infos
+
+    def linear(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a quantized linear, keyed by suffix.
+
+        Raises:
+            CheckpointError: one is missing.
+        """
+        tensors = {suffix: self.load(f"{name}.{suffix}") for suffix in SUFFIXES}
+        if f"{name}.bias" in self._infos:
+            tensors["bias"] = self.load(f"{name}.bias")
+        return tensors
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as stream:
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[file]

@@ -1,0 +1,54 @@
+"""A model's configuration as transformers reads it, with what it misreads put right."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dbrx_quant.runtime.errors import CheckpointError
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The raw `config.json` of a model folder.
+
+    Raises:
+        CheckpointError: it is missing or is not a JSON object.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; a model folder has a config.json") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers configuration of a model folder, ready to build the model from.
+
+    DBRX as on the Hub keeps its RoPE base inside `attn_config`, where transformers 5 does not look: it would
+    run with base 10000 instead of 500000. Here the nested value counts when there is no other.
+
+    Raises:
+        CheckpointError: there is no `config.json`, or transformers does not know its architecture.
+    """
+    from transformers import AutoConfig
+
+    raw = read_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{Path(folder) / 'config.json'}: {error}") from None
+    repair_rope(config, raw)
+    return config
+
+
+def repair_rope(config: Any, raw: dict[str, Any]) -> None:
+    """Set DBRX's RoPE base from `attn_config` where nothing at the top level gives one."""
+    if config.model_type != "dbrx" or "rope_theta" in raw or "rope_parameters" in raw:
+        return
+    theta = (raw.get("attn_config") or {}).get("rope_theta")
+    if theta:
+        config.rope_parameters = {"rope_type": "default", "rope_theta": float(theta)}

@@ -1,0 +1,26 @@
+"""What each family of models calls its tensors and modules; a new family is a new file in this table."""
+
+from typing import Any
+
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import dbrx, llama, mixtral, qwen3_moe
+from dbrx_quant.runtime.families.facts import Architecture, Family
+
+FAMILIES: tuple[Family, ...] = (dbrx.FAMILY, mixtral.FAMILY, qwen3_moe.FAMILY, *llama.FAMILIES)
+
+
+def describe(config: Any) -> Architecture:
+    """Every linear and 16-bit tensor of a model, by all its names.
+
+    Args:
+        config: the model's transformers configuration.
+
+    Raises:
+        CheckpointError: no family here has this architecture.
+    """
+    names = list(config.architectures or [])
+    for family in FAMILIES:
+        if len(names) == 1 and names[0] in family.architectures:
+            return family.describe(config)
+    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    raise CheckpointError(f"config.json: architectures is {names}; supported is one of {known}")

@@ -1,0 +1,118 @@
+"""What Llama and its relatives share: split attention, a gated MLP or experts in its place, RMS norms."""
+
+from typing import Any
+
+from dbrx_quant.runtime.families.facts import (
+    Architecture,
+    BlockSpec,
+    ExpertsSpec,
+    FloatSpec,
+    LinearSpec,
+    Source,
+)
+
+
+def own_source(name: str) -> tuple[Source, ...]:
+    """The usual place of a linear's weight: its own name."""
+    return (Source(f"{name}.weight"),)
+
+
+def head_dim(config: Any) -> int:
+    """Channels of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def attention(
+    config: Any, index: int, *, qkv_bias: bool = False, o_bias: bool = False
+) -> tuple[tuple[LinearSpec, ...], ...]:
+    """The stages q, k, v and o of a block."""
+    key = f"model.layers.{index}.self_attn"
+    hidden, head = config.hidden_size, head_dim(config)
+    heads = {
+        "q": config.num_attention_heads,
+        "k": config.num_key_value_heads,
+        "v": config.num_key_value_heads,
+    }
+
+    def part(role: str, shape: tuple[int, int], bias: bool) -> LinearSpec:
+        name = f"{key}.{role}_proj"
+        return LinearSpec(name, role, name, None, shape, own_source(name), bias, index)
+
+    inputs = tuple(part(role, (hidden, count * head), qkv_bias) for role, count in heads.items())
+    return inputs, (part("o", (heads["q"] * head, hidden), o_bias),)
+
+
+def dense_mlp(config: Any, index: int, ffn: int, bias: bool = False) -> tuple[tuple[LinearSpec, ...], ...]:
+    """The stages gate, up and down of a dense block."""
+    key, hidden = f"model.layers.{index}.mlp", config.hidden_size
+
+    def part(role: str, shape: tuple[int, int]) -> LinearSpec:
+        name = f"{key}.{role}_proj"
+        return LinearSpec(name, role, name, None, shape, own_source(name), bias, index)
+
+    return (part("gate", (hidden, ffn)), part("up", (hidden, ffn))), (part("down", (ffn, hidden)),)
+
+
+def experts(
+    config: Any, index: int, *, prefix: str, keys: tuple[str, str, str], count: int, ffn: int
+) -> ExpertsSpec:
+    """The experts of a block whose EXL2 keys are `model.layers.N.<prefix>.experts.E.<key>`."""
+    key, hidden = f"model.layers.{index}.{prefix}.experts", config.hidden_size
+    module = f"model.layers.{index}.mlp.experts"
+
+    def part(expert: int, role: str, name: str, shape: tuple[int, int]) -> LinearSpec:
+        full = f"{key}.{expert}.{name}"
+        owner = f"{module}.{expert}.{name}"
+        return LinearSpec(full, role, owner, None, shape, own_source(full), block=index, expert=expert)
+
+    linears = tuple(
+        (
+            part(expert, "gate", keys[0], (hidden, ffn)),
+            part(expert, "up", keys[1], (hidden, ffn)),
+            part(expert, "down", keys[2], (ffn, hidden)),
+        )
+        for expert in range(count)
+    )
+    router = f"model.layers.{index}.mlp.gate"
+    return ExpertsSpec(module, router, config.num_experts_per_tok, config.hidden_act, keys, linears)
+
+
+def block(
+    config: Any,
+    index: int,
+    stages: tuple[tuple[LinearSpec, ...], ...],
+    moe: ExpertsSpec | None = None,
+    router_key: str = "",
+    head_norms: bool = False,
+) -> BlockSpec:
+    """A block of the given linears, with its norms and its router."""
+    module, hidden = f"model.layers.{index}", config.hidden_size
+    names = ["input_layernorm", "post_attention_layernorm"]
+    floats = [FloatSpec(f"{module}.{n}.weight", f"{module}.{n}.weight", (hidden,)) for n in names]
+    if head_norms:
+        for part in ("q_norm", "k_norm"):
+            name = f"{module}.self_attn.{part}.weight"
+            floats.append(FloatSpec(name, name, (head_dim(config),)))
+    if moe:
+        floats.append(FloatSpec(f"{module}.{router_key}.weight", f"{moe.router}.weight", (moe.count, hidden)))
+    return BlockSpec(index, module, stages, moe, tuple(floats))
+
+
+def model(config: Any, family: str, blocks: tuple[BlockSpec, ...]) -> Architecture:
+    """A model of the given blocks, with embedding, final norm and head."""
+    hidden, vocabulary, tied = config.hidden_size, config.vocab_size, bool(config.tie_word_embeddings)
+    embedding = "model.embed_tokens.weight"
+    head = (Source(embedding if tied else "lm_head.weight"),)
+    return Architecture(
+        family,
+        hidden,
+        vocabulary,
+        blocks,
+        (
+            FloatSpec(embedding, embedding, (vocabulary, hidden)),
+            FloatSpec("model.norm.weight", "model.norm.weight", (hidden,)),
+        ),
+        LinearSpec("lm_head", "head", "lm_head", None, (hidden, vocabulary), head),
+        tied,
+        (),
+    )

@@ -1,0 +1,36 @@
+"""Qwen3-MoE: head norms, experts under `mlp`, and blocks that stay dense where the configuration says so."""
+
+from typing import Any
+
+from dbrx_quant.runtime.families import llama_like
+from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, Family
+
+KEYS = ("gate_proj", "up_proj", "down_proj")
+
+
+def _describe(config: Any) -> Architecture:
+    bias = bool(getattr(config, "attention_bias", False))
+
+    def sparse(index: int) -> bool:
+        step = config.decoder_sparse_step
+        return index not in (config.mlp_only_layers or []) and (index + 1) % step == 0
+
+    def block(index: int) -> BlockSpec:
+        attention = llama_like.attention(config, index, qkv_bias=bias, o_bias=bias)
+        if not sparse(index):
+            dense = llama_like.dense_mlp(config, index, config.intermediate_size)
+            return llama_like.block(config, index, attention + dense, head_norms=True)
+        moe = llama_like.experts(
+            config,
+            index,
+            prefix="mlp",
+            keys=KEYS,
+            count=config.num_experts,
+            ffn=config.moe_intermediate_size,
+        )
+        return llama_like.block(config, index, attention, moe, "mlp.gate", head_norms=True)
+
+    return llama_like.model(config, "qwen3_moe", tuple(block(i) for i in range(config.num_hidden_layers)))
+
+
+FAMILY = Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _describe)

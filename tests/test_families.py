@@ -1,0 +1,170 @@
+"""Every tensor of a real checkpoint of each family is found under its names, and nothing else let through."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from dbrx_quant.runtime.config import load_config
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.facts import check_dense_source, load_bias, load_linear, module_linears
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "dbrx": lambda: DbrxConfig(
+        d_model=64,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=64,
+        vocab_size=128,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500000.0},
+        ffn_config={"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    ),
+    "llama": lambda: LlamaConfig(**SMALL),
+    "llama tied and biased": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True),
+    "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2": lambda: Qwen2Config(**SMALL),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=32),
+    "qwen3 moe": lambda: Qwen3MoeConfig(
+        **SMALL,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        mlp_only_layers=[1],
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def saved(request, tmp_path_factory):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_a_real_checkpoint_is_described_whole(saved):
+    _, folder = saved
+    architecture = describe(load_config(folder))
+    check_dense_source(architecture, architecture.open(folder))
+
+
+def test_linears_and_floats_are_the_parameters_of_the_model(saved):
+    model, folder = saved
+    architecture = describe(load_config(folder))
+    checkpoint = architecture.open(folder)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for kept in architecture.all_floats():
+        assert torch.equal(checkpoint.load(kept.name), parameters.pop(kept.parameter)), kept.name
+    dense = [spec for block in architecture.blocks for stage in block.stages for spec in stage]
+    for module, specs in module_linears([*dense, architecture.head]).items():
+        weight = torch.cat([load_linear(checkpoint, spec) for spec in specs])
+        assert torch.equal(weight, parameters.pop(f"{module}.weight")), module
+        if specs[0].bias:
+            bias = torch.cat([load_bias(checkpoint, spec) for spec in specs])
+            assert torch.equal(bias, parameters.pop(f"{module}.bias")), module
+    left = {name for name in parameters if ".experts." not in name}
+    assert not left
+
+
+def test_expert_weights_compute_what_the_model_computes(saved):
+    model, folder = saved
+    architecture = describe(load_config(folder))
+    checkpoint = architecture.open(folder)
+    x = torch.randn(5, architecture.hidden)
+    for block in architecture.blocks:
+        if block.experts is None:
+            continue
+        module = model.get_submodule(block.experts.module)
+        for expert, linears in enumerate(block.experts.linears):
+            gate, up, down = (load_linear(checkpoint, spec).float() for spec in linears)
+            ours = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+            index, weight = torch.full((5, 1), expert), torch.ones(5, 1)
+            theirs = module(x[None] if architecture.family == "dbrx" else x, index, weight).view(5, -1)
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_per_expert_dbrx_checkpoint_gives_the_same_weights(tmp_path):
+    model = AutoModelForCausalLM.from_config(CONFIGS["dbrx"]())
+    model.save_pretrained(tmp_path / "fused")
+    tensors = load_file(tmp_path / "fused" / "model.safetensors")
+    split = {}
+    for name, tensor in tensors.items():
+        if ".experts.mlp." not in name:
+            split[name] = tensor
+            continue
+        prefix, key = name.rsplit(".", 1)
+        for expert, rows in enumerate(tensor.split(96)):
+            split[f"{prefix}.{expert}.{key}.weight"] = (rows.T if key == "w2" else rows).contiguous()
+    (tmp_path / "split").mkdir()
+    save_file(split, tmp_path / "split" / "model.safetensors")
+    architecture = describe(load_config(tmp_path / "fused"))
+    fused, converted = architecture.open(tmp_path / "fused"), architecture.open(tmp_path / "split")
+    check_dense_source(architecture, converted)
+    for spec in architecture.linears():
+        assert torch.equal(load_linear(fused, spec), load_linear(converted, spec)), spec.name
+
+
+def altered(tmp_path, change):
+    AutoModelForCausalLM.from_config(CONFIGS["dbrx"]()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    architecture = describe(load_config(tmp_path))
+    return architecture, architecture.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("transformer.blocks.1.ffn.experts.mlp.v1"),
+            "no weight for .*layers.1.*experts.0.v1",
+        ),
+        (
+            lambda t: t.pop("transformer.blocks.0.ffn.router.layer.weight"),
+            "no tensor .*layers.0.block_sparse_moe.gate",
+        ),
+        (lambda t: t.update(surprise=torch.zeros(1)), "no place for: surprise"),
+        (
+            lambda t: t.update({"transformer.blocks.0.ffn.experts.mlp.w1": torch.zeros(4 * 96, 60)}),
+            r"experts.w1: shape \(384, 60\) does not hold .*experts.0.w1",
+        ),
+    ],
+)
+def test_a_checkpoint_that_only_partly_fits_is_refused_by_tensor(tmp_path, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_dense_source(*altered(tmp_path, change))
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(CheckpointError, match=r"GPT2LMHeadModel.*DbrxForCausalLM"):
+        describe(load_config(tmp_path))
+
+
+def test_the_rope_base_of_dbrx_is_read_from_where_the_hub_keeps_it(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "dbrx", "architectures": ["DbrxForCausalLM"], "attn_config": {"rope_theta": 500000}}'
+    )
+    assert load_config(tmp_path).rope_parameters["rope_theta"] == 500000.0
