@@ -1,0 +1,246 @@
+"""The tokenizer files of a quantized checkpoint: complete, with exact ids, and agreeing with each other.
+
+What is mended, and why:
+
+* Holes in the id range get placeholders. The tokenizers library gives added tokens the next free id whatever
+  `tokenizer.json` declares, so DBRX's unused id 100256 would move <|endoftext|> and every token behind it.
+* Tokens that only `added_tokens.json` or `added_tokens_decoder` know go into `tokenizer.json`, where else the
+  chat markers are cut into ordinary pieces.
+* `tokenizer_class` becomes `PreTrainedTokenizerFast` where another class would load something else than
+  `tokenizer.json` says: transformers 5 rebuilds a `GPT2Tokenizer` (its choice for DBRX) with GPT-2's own
+  splitting rule, older versions don't know `TokenizersBackend`, and remote code is not carried over.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.files import write_json, write_text
+from dbrx_quant.runtime.tokenizer_check import Problem, check_tokenizer
+from dbrx_quant.runtime.vocabulary import (
+    Vocabulary,
+    chat_template,
+    read_object,
+    read_vocabulary,
+    special_token,
+)
+
+__all__ = ["TOKENIZER_FILES", "Problem", "check_tokenizer", "mend_tokenizer", "write_tokenizer"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_OTHER_SOURCES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_GENERIC_CLASS = "PreTrainedTokenizerFast"
+_REBUILT_CLASSES = ("GPT2Tokenizer", "TokenizersBackend")
+
+
+def write_tokenizer(source: Path, out: Path, vocab_size: int) -> list[str]:
+    """Write the tokenizer files of `source` to `out`, mended, and return what was changed, a sentence each.
+
+    Args:
+        source: the original checkpoint's folder.
+        out: the quantized checkpoint's folder; it exists.
+        vocab_size: rows of the embedding, the limit of every id.
+
+    Raises:
+        CheckpointError: there is no usable tokenizer, a file is damaged, two files give one token different
+            ids, or an id lies outside the embedding.
+    """
+    text, notes = _tokenizer_text(source)
+    parsed = json.loads(text)
+    config = read_object(source / "tokenizer_config.json")
+    mended, changes = mend_tokenizer(parsed, _declared_tokens(source, config), vocab_size, str(source))
+    notes += changes
+    vocabulary = read_vocabulary(mended, str(source / "tokenizer.json"))
+    if changes:
+        text = json.dumps(mended, ensure_ascii=False, indent=1) + "\n"
+
+    template = chat_template(source)
+    config, changes = _mended_config(config, mended, template)
+    notes += changes
+    write_text(out / "tokenizer.json", text)
+    write_json(out / "tokenizer_config.json", config)
+    write_json(out / "special_tokens_map.json", _special_tokens_map(source, config, vocabulary))
+    extra = {c: i for c, i in vocabulary.added.items() if c not in vocabulary.base}
+    if extra:
+        write_json(out / "added_tokens.json", extra)
+    else:
+        (out / "added_tokens.json").unlink(missing_ok=True)
+    if template is not None:
+        write_text(out / "chat_template.jinja", template)
+    else:
+        (out / "chat_template.jinja").unlink(missing_ok=True)
+    return notes
+
+
+def mend_tokenizer(
+    tokenizer: Mapping[str, Any], declared: Mapping[str, int], vocab_size: int, where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """A `tokenizer.json` whose tokens get exactly the declared ids, and what was changed.
+
+    Args:
+        tokenizer: the parsed file; it's left as it is.
+        declared: tokens and ids that other files of the folder name.
+        vocab_size: the limit of every id.
+        where: the folder, for messages.
+
+    Raises:
+        CheckpointError: a token has two ids, an id two tokens, or an id is not below `vocab_size`.
+    """
+    vocabulary = read_vocabulary(tokenizer, f"{where}/tokenizer.json")
+    mended = dict(tokenizer)
+    base = dict(vocabulary.base)
+    entries = [dict(entry) for entry in tokenizer.get("added_tokens") or []]
+    added = dict(vocabulary.added)
+    changes = []
+
+    owners = {number: content for content, number in (*base.items(), *added.items())}
+    for content, number in declared.items():
+        known = vocabulary.id_of(content)
+        if known is None and number not in owners:
+            entries.append(_added_token(number, content))
+            added[content], owners[number] = number, content
+            changes.append(f"added {content!r} as token {number}, which tokenizer.json did not have")
+        elif known != number:
+            taken = f"is token {known}" if known is not None else f"would take the id of {owners[number]!r}"
+            raise CheckpointError(
+                f"{where}/tokenizer.json: {content!r} {taken}, another file of the folder says {number}; "
+                "the files belong to different models"
+            )
+
+    for content, number in (*base.items(), *added.items()):
+        if number >= vocab_size:
+            raise CheckpointError(
+                f"{where}/tokenizer.json: {content!r} has id {number}, the model's vocabulary has "
+                f"{vocab_size} rows; the tokenizer belongs to another model"
+            )
+    first_added = 1 + max(base.values(), default=-1)
+    holes = Vocabulary(base, added).holes()
+    for number in holes:
+        content = f"<|reserved_{number}|>"
+        if content in base or content in added:
+            raise CheckpointError(
+                f"{where}/tokenizer.json: no token has id {number} and {content!r} is another's"
+            )
+        entries.append(_added_token(number, content))
+        if number < first_added:  # a hole inside the model's own vocabulary shifts all that is added
+            base[content] = number
+    if holes:
+        text = ", ".join(map(str, holes[:6])) + (" …" if len(holes) > 6 else "")
+        changes.append(f"filled {len(holes)} unused id{'s' * (len(holes) > 1)} with placeholders: {text}")
+        if len(base) > len(vocabulary.base):
+            mended["model"] = {**tokenizer["model"], "vocab": base}
+    by_id = sorted(entries, key=lambda entry: entry["id"])
+    if changes or by_id != entries:  # ids are handed out in file order
+        mended["added_tokens"] = by_id
+        changes = changes or ["sorted the added tokens by id"]
+
+    result = read_vocabulary(mended, f"{where}/tokenizer.json")
+    seen: dict[int, str] = {}
+    for content, number in (*result.base.items(), *result.added.items()):
+        if seen.setdefault(number, content) != content:
+            raise CheckpointError(
+                f"{where}/tokenizer.json: {seen[number]!r} and {content!r} both have id {number}"
+            )
+        if result.id_of(content) != number:
+            raise CheckpointError(
+                f"{where}/tokenizer.json: {content!r} has the ids {number} and {result.id_of(content)}"
+            )
+    return mended, changes
+
+
+def _tokenizer_text(source: Path) -> tuple[str, list[str]]:
+    """The content of the source's `tokenizer.json`, converted from other files where it has none."""
+    path = source / "tokenizer.json"
+    if path.is_file():
+        read_object(path)  # refuses a damaged file by name
+        return path.read_text(encoding="utf-8"), []
+    present = [name for name in _OTHER_SOURCES if (source / name).is_file()]
+    if not present:
+        found = sorted(p.name for p in source.glob("*tok*")) + sorted(
+            p.name for p in source.glob("*.tiktoken")
+        )
+        raise CheckpointError(
+            f"{source}: no tokenizer.json and nothing it could be made from"
+            + (f" (found {', '.join(dict.fromkeys(found))})" if found else "")
+            + "; put the tokenizer.json of the model's current release there"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, trust_remote_code=False)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            text = (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
+    except Exception as error:  # whatever the many converters raise, the way out is the same
+        raise CheckpointError(
+            f"{source}: no tokenizer.json, and transformers cannot make one from {', '.join(present)}: "
+            f"{error}; put the tokenizer.json of the model's current release there"
+        ) from error
+    return text, [f"made tokenizer.json from {', '.join(present)}"]
+
+
+def _declared_tokens(source: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    """Token → id of `added_tokens.json` and of `added_tokens_decoder` in `tokenizer_config.json`."""
+    declared = dict(read_object(source / "added_tokens.json"))
+    for number, entry in (config.get("added_tokens_decoder") or {}).items():
+        content = str(entry["content"]) if isinstance(entry, Mapping) else str(entry)
+        if declared.setdefault(content, int(number)) != int(number):
+            raise CheckpointError(
+                f"{source}/added_tokens.json: {content!r} is {declared[content]}, "
+                f"tokenizer_config.json says {number}"
+            )
+    return declared
+
+
+def _added_token(number: int, content: str) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": number, "content": content, **flags}
+
+
+def _mended_config(
+    config: Mapping[str, Any], tokenizer: Mapping[str, Any], template: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """`tokenizer_config.json` that loads `tokenizer.json` as it is, and what was changed."""
+    mended = dict(config)
+    changes = []
+    original = mended.get("tokenizer_class")
+    remote = mended.pop("auto_map", None) is not None
+    if remote or original is None or str(original).removesuffix("Fast") in _REBUILT_CLASSES:
+        mended["tokenizer_class"] = _GENERIC_CLASS
+        if original != _GENERIC_CLASS:
+            changes.append(f"set tokenizer_class to {_GENERIC_CLASS} (was {original})")
+    for key in ("backend", "is_local", "local_files_only", "name_or_path"):
+        mended.pop(key, None)  # traces of the process that saved it
+    if mended.get("added_tokens_decoder"):
+        mended["added_tokens_decoder"] = {
+            str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
+            for entry in tokenizer.get("added_tokens") or []
+        }
+    # Readers older than chat_template.jinja look here; where both exist, both say the same.
+    if template is not None and not isinstance(mended.get("chat_template"), list):
+        mended["chat_template"] = template
+    return mended, changes
+
+
+def _special_tokens_map(
+    source: Path, config: Mapping[str, Any], vocabulary: Vocabulary
+) -> dict[str, str | list[str]]:
+    """Role → token; under `additional_special_tokens` those special tokens that have no role of their own."""
+    roles = {f"{role}_token": special_token(source, role) for role in ("bos", "eos", "pad", "unk")}
+    named: dict[str, str | list[str]] = {role: token for role, token in roles.items() if token is not None}
+    given = read_object(source / "special_tokens_map.json").get("additional_special_tokens")
+    given = given or config.get("additional_special_tokens") or []
+    extra = [str(token["content"]) if isinstance(token, Mapping) else str(token) for token in given]
+    known = [token for token in extra if vocabulary.id_of(token) is not None]
+    if known:
+        named["additional_special_tokens"] = known
+    return named

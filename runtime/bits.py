@@ -1,0 +1,66 @@
+"""What a quantized checkpoint really takes, counted from its headers."""
+
+from dataclasses import dataclass
+
+from dbrx_quant.runtime.checkpoint import Checkpoint
+from dbrx_quant.runtime.families.facts import Architecture, LinearSpec
+from dbrx_quant.runtime.format import SUFFIXES
+
+
+@dataclass(frozen=True)
+class StoredBits:
+    """Bits on disk against weights of the model.
+
+    Attributes:
+        decoder_bits: all stored bits of the blocks' linears, every overhead included.
+        decoder_weights: their weights, padding not counted.
+        head_bits: stored bits of the head.
+        head_weights: its weights.
+        total_bytes: bytes of all tensors, the 16-bit ones included.
+    """
+
+    decoder_bits: int
+    decoder_weights: int
+    head_bits: int
+    head_weights: int
+    total_bytes: int
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight of the blocks' linears: the figure that a target names."""
+        return self.decoder_bits / self.decoder_weights
+
+    @property
+    def head_bpw(self) -> float:
+        """Bits per weight of the head."""
+        return self.head_bits / self.head_weights
+
+
+def linear_bits(checkpoint: Checkpoint, spec: LinearSpec) -> int:
+    """Bits that a linear takes on disk, in EXL2 form or as a float tensor.
+
+    Raises:
+        CheckpointError: one of its tensors is missing.
+    """
+    if not checkpoint.is_quantized(spec.name):
+        return 8 * checkpoint.info(f"{spec.name}.weight").nbytes
+    names = [f"{spec.name}.{suffix}" for suffix in SUFFIXES]
+    if f"{spec.name}.bias" in checkpoint:
+        names.append(f"{spec.name}.bias")
+    return 8 * sum(checkpoint.info(name).nbytes for name in names)
+
+
+def stored_bits(checkpoint: Checkpoint, architecture: Architecture) -> StoredBits:
+    """The bits of a whole checkpoint.
+
+    Raises:
+        CheckpointError: a linear is missing.
+    """
+    decoder = [spec for block in architecture.blocks for spec in block.linears()]
+    return StoredBits(
+        decoder_bits=sum(linear_bits(checkpoint, spec) for spec in decoder),
+        decoder_weights=sum(spec.shape[0] * spec.shape[1] for spec in decoder),
+        head_bits=linear_bits(checkpoint, architecture.head),
+        head_weights=architecture.head.shape[0] * architecture.head.shape[1],
+        total_bytes=sum(checkpoint.info(name).nbytes for name in checkpoint.names()),
+    )

@@ -1,0 +1,329 @@
+"""Whether a folder is a sound EXL2 checkpoint: every rule, every tensor, a line for each fault.
+
+What is wrong for every reader is a fault. What only some readers stumble on is a warning in checkpoints of
+other writers (exllamav2 leaves DBRX's RoPE base and the stop tokens as it finds them, and a stale index), and
+a fault in our own, which promise better.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbrx_quant.runtime.bits import stored_bits
+from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header
+from dbrx_quant.runtime.config import load_config, read_config
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.facts import Architecture, FloatSpec, LinearSpec
+from dbrx_quant.runtime.format import SUFFIXES, padded_columns, validate_linear
+from dbrx_quant.runtime.tokenizer_check import check_tokenizer
+
+PRODUCER = "dbrx-quant"
+CHECKSUMS_NAME = "checksums.json"
+CHECKSUMS_VERSION = 1
+
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        faults: what makes the checkpoint wrong, a line each; empty for a sound one.
+        warnings: what some readers stumble on, a line each.
+        facts: what it consists of: `family`, `producer`, `shards`, `tensors`, `linears`, `bpw`, `head_bpw`,
+            `total_bytes`, `checksums` (whether they were compared), as far as known.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no faults."""
+        return not self.faults
+
+
+def verify(
+    folder: Path, checksums: bool = True, progress: Callable[[int, int], None] | None = None
+) -> Report:
+    """Check a whole checkpoint folder.
+
+    Args:
+        folder: the folder.
+        checksums: whether to read all shards and compare their SHA-256 where `checksums.json` is there.
+        progress: told (bytes read, bytes in all) while checksums are made.
+    """
+    folder = Path(folder)
+    report = Report()
+    if not folder.is_dir():
+        report.faults.append(f"{folder}: no such folder")
+        return report
+    config, architecture = _read_architecture(folder, report)
+    quantization = config.get("quantization_config")
+    producer = str(quantization.get("version", "")) if isinstance(quantization, dict) else ""
+    ours = producer.startswith(PRODUCER)
+    report.facts["producer"] = producer or "unknown"
+    minor = report.faults if ours else report.warnings
+
+    infos = _read_shards(folder, architecture, report)
+    _check_index(folder, infos, report)
+    if architecture is not None:
+        checkpoint = _open(folder, architecture, report)
+        if checkpoint is not None:
+            _check_tensors(checkpoint, architecture, report)
+        _check_config(config, architecture, minor)
+        for problem in check_tokenizer(folder, architecture.vocabulary):
+            (report.faults if problem.fatal else minor).append(str(problem))
+        if checkpoint is not None and not report.faults:
+            _count_bits(checkpoint, architecture, config, report)
+    if (folder / CHECKSUMS_NAME).exists():
+        _check_checksums(folder, checksums, progress, report)
+    elif ours:
+        report.faults.append(f"{CHECKSUMS_NAME}: missing; the conversion did not finish")
+    return report
+
+
+def _read_architecture(folder: Path, report: Report) -> tuple[dict[str, Any], Architecture | None]:
+    try:
+        config = read_config(folder)
+    except CheckpointError as error:
+        report.faults.append(str(error))
+        return {}, None
+    try:
+        architecture = describe(load_config(folder))
+    except (CheckpointError, TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+        # transformers' config classes raise what they will on nonsense
+        report.faults.append(f"config.json: describes no known model: {error}")
+        return config, None
+    report.facts["family"] = architecture.family
+    return config, architecture
+
+
+def _read_shards(folder: Path, architecture: Architecture | None, report: Report) -> dict[str, TensorInfo]:
+    """Stored name → header entry over all shards that can be read; faults for the others."""
+    files = sorted(folder.glob("*.safetensors"))
+    report.facts["shards"] = len(files)
+    if not files:
+        report.faults.append(f"{folder}: no *.safetensors files in it")
+    infos: dict[str, TensorInfo] = {}
+    known: dict[str, str] = {}
+    for file in files:
+        try:
+            header = read_header(file)
+        except (CheckpointError, OSError) as error:
+            report.faults.append(str(error))
+            continue
+        for name, info in header.items():
+            same = architecture.normalise(name) if architecture else name
+            if same in known:
+                report.faults.append(
+                    f"{file.name}: {name}: stored in {known[same]} too; remove one of the two"
+                )
+            known.setdefault(same, file.name)
+            infos[name] = info
+    report.facts["tensors"] = len(infos)
+    return infos
+
+
+def _check_index(folder: Path, infos: dict[str, TensorInfo], report: Report) -> None:
+    """Whether the index, if any, says where each tensor is.
+
+    One that names no quantized tensor is the original's, as exllamav2 copies it along.
+    """
+    path = folder / INDEX_NAME
+    if not path.exists():
+        if report.facts["shards"] > 1:
+            report.warnings.append(f"{INDEX_NAME}: missing; transformers needs it for several shards")
+        return
+    try:
+        weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        report.faults.append(f"{INDEX_NAME}: not a safetensors index ({error!r}); delete or rewrite it")
+        return
+    quantized = any(name.endswith(".q_weight") for name in infos)
+    if quantized and not any(str(name).endswith(".q_weight") for name in weight_map):
+        report.warnings.append(f"{INDEX_NAME}: a stale copy of the original's; delete it")
+        return
+    for name, file in sorted(weight_map.items()):
+        if name not in infos:
+            report.faults.append(f"{INDEX_NAME}: names {name} in {file}, which is not there")
+        elif infos[name].file.name != file:
+            report.faults.append(f"{INDEX_NAME}: puts {name} in {file}; it is in {infos[name].file.name}")
+    for name in sorted(set(infos) - set(weight_map)):
+        report.faults.append(f"{INDEX_NAME}: leaves out {name}, which is in {infos[name].file.name}")
+
+
+def _open(folder: Path, architecture: Architecture, report: Report) -> Checkpoint | None:
+    try:
+        return architecture.open(folder)
+    except (CheckpointError, OSError) as error:
+        if not report.faults:  # else the faults of shards and index have said it
+            report.faults.append(str(error))
+        report.warnings.append("the tensors were not checked one by one; mend the shards or the index first")
+        return None
+
+
+def _check_tensors(checkpoint: Checkpoint, architecture: Architecture, report: Report) -> None:
+    """Every linear and every 16-bit tensor of the model, and nothing else."""
+    used: set[str] = set()
+    linears = 0
+    for spec in architecture.linears():
+        names = [f"{spec.name}.{suffix}" for suffix in (*SUFFIXES, "bias")]
+        used.update(names)
+        if any(name in checkpoint for name in names[: len(SUFFIXES)]):
+            linears += 1
+            report.faults += _linear_faults(checkpoint, spec)
+        else:
+            used.add(f"{spec.name}.weight")
+            used.update(source.tensor for source in spec.sources)
+            report.faults.append(_missing_linear(checkpoint, spec))
+    report.facts["linears"] = linears
+    for kept in architecture.all_floats():
+        used.add(kept.name)
+        report.faults += _float_faults(checkpoint, kept)
+    if architecture.tied:
+        used.add("lm_head.weight")
+    for name in checkpoint.names():
+        if name not in used and not name.endswith("rotary_emb.inv_freq"):
+            file = checkpoint.info(name).file.name
+            report.faults.append(f"{file}: {name}: {architecture.family} has no place for this tensor")
+
+
+def _missing_linear(checkpoint: Checkpoint, spec: LinearSpec) -> str:
+    what = "the expert matrix" if spec.expert is not None else "the linear"
+    dense = next((source.tensor for source in spec.sources if source.tensor in checkpoint), None)
+    if dense is None:
+        return f"{spec.name}: missing"
+    if spec.role == "head" and dense != "lm_head.weight":  # tied: the embedding is there, the head is not
+        return f"{spec.name}: missing; a head that shares the embedding is stored quantized all the same"
+    file = checkpoint.info(dense).file.name
+    return f"{file}: {spec.name}: {what} was left unquantized ({dense})"
+
+
+def _linear_faults(checkpoint: Checkpoint, spec: LinearSpec) -> list[str]:
+    """Faults of one quantized linear; its big tensors are not read."""
+    tensors = {}
+    files = set()
+    for suffix in (*SUFFIXES, "bias"):
+        name = f"{spec.name}.{suffix}"
+        if name in checkpoint:
+            files.add(checkpoint.info(name).file.name)
+            tensors[suffix] = checkpoint.load(name)
+    file = " and ".join(sorted(files))
+    try:
+        validate_linear(tensors, spec.name, file)
+    except CheckpointError as error:
+        return [str(error)]
+    faults = []
+    k, n = tensors["q_invperm"].shape[0], tensors["q_weight"].shape[1]
+    if (k, n) != (spec.shape[0], padded_columns(spec.shape[1])):
+        wanted = (spec.shape[0], padded_columns(spec.shape[1]))
+        faults.append(f"{file}: {spec.name}: is {(k, n)} (K, N as stored), the model's is {wanted}")
+    if ("bias" in tensors) != spec.bias:
+        state, rule = ("present", "none") if "bias" in tensors else ("missing", "one")
+        faults.append(f"{file}: {spec.name}.bias: {state}, the model's linear has {rule}")
+    if "bias" in tensors and not bool(torch.isfinite(tensors["bias"]).all()):
+        faults.append(f"{file}: {spec.name}.bias: holds NaN or infinity")
+    if f"{spec.name}.weight" in checkpoint and spec.role != "head":
+        faults.append(f"{file}: {spec.name}: stored quantized and as {spec.name}.weight; remove one")
+    return faults
+
+
+def _float_faults(checkpoint: Checkpoint, kept: FloatSpec) -> list[str]:
+    if kept.name not in checkpoint:
+        return [f"{kept.name}: missing"]
+    info = checkpoint.info(kept.name)
+    where = f"{info.file.name}: {kept.name}"
+    faults = []
+    if info.dtype != "F16":
+        faults.append(f"{where}: dtype {info.dtype}, expected F16")
+    if info.shape != kept.shape:
+        return [*faults, f"{where}: shape {info.shape}, the model's is {kept.shape}"]
+    row_bytes = max(1, info.nbytes // max(1, info.shape[0]))
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    for begin in range(0, info.shape[0], step):
+        rows = checkpoint.load(kept.name, (begin, min(begin + step, info.shape[0])))
+        bad = ~torch.isfinite(rows)
+        if bool(bad.any()):
+            at = [int(i) for i in bad.nonzero()[0]]
+            value = rows[tuple(at)].item()
+            faults.append(f"{where}: element {[at[0] + begin, *at[1:]]} is {value}, expected finite values")
+            break
+    return faults
+
+
+def _check_config(config: dict[str, Any], architecture: Architecture, minor: list[str]) -> None:
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "exl2":
+        minor.append(
+            'config.json: no quantization_config with quant_method "exl2"; '
+            "transformers would load random weights"
+        )
+    if architecture.family == "dbrx" and not config.get("rope_theta"):
+        base = (config.get("attn_config") or {}).get("rope_theta")
+        if not (config.get("rope_parameters") or {}).get("rope_theta"):
+            minor.append(
+                f"config.json: rope_theta is not at the top level (attn_config has {base}); "
+                "transformers 5 alone would use 10000"
+            )
+
+
+def _count_bits(
+    checkpoint: Checkpoint, architecture: Architecture, config: dict[str, Any], report: Report
+) -> None:
+    bits = stored_bits(checkpoint, architecture)
+    report.facts |= {"bpw": bits.bpw, "head_bpw": bits.head_bpw, "total_bytes": bits.total_bytes}
+    said = (config.get("quantization_config") or {}).get("bpw")
+    if isinstance(said, float) and abs(said - bits.bpw) > 1e-4:
+        report.faults.append(
+            f"config.json: quantization_config.bpw is {said}, the shards hold {bits.bpw:.5f} bits per weight"
+        )
+
+
+def _check_checksums(
+    folder: Path, compare: bool, progress: Callable[[int, int], None] | None, report: Report
+) -> None:
+    try:
+        content = json.loads((folder / CHECKSUMS_NAME).read_text(encoding="utf-8"))
+        if content["format_version"] != CHECKSUMS_VERSION:
+            raise ValueError(
+                f"format_version {content['format_version']}, this reader knows {CHECKSUMS_VERSION}"
+            )
+        wanted = {str(name): (str(e["sha256"]), int(e["size"])) for name, e in content["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        report.faults.append(f"{CHECKSUMS_NAME}: not readable ({error!r})")
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name not in wanted:
+            report.faults.append(f"{CHECKSUMS_NAME}: leaves out {file.name}")
+    total = sum(size for _, size in wanted.values())
+    done = 0
+    for name, (digest, size) in sorted(wanted.items()):
+        file = folder / name
+        if not file.is_file():
+            report.faults.append(f"{name}: missing; {CHECKSUMS_NAME} names it")
+            continue
+        found = file.stat().st_size
+        if found != size:
+            report.faults.append(f"{name}: {found} bytes, {CHECKSUMS_NAME} says {size}; fetch it again")
+            continue
+        if not compare:
+            continue
+        hasher = hashlib.sha256()
+        with file.open("rb") as stream:
+            while piece := stream.read(_CHUNK_BYTES):
+                hasher.update(piece)
+                done += len(piece)
+                if progress:
+                    progress(done, total)
+        if hasher.hexdigest() != digest:
+            report.faults.append(f"{name}: its SHA-256 differs from {CHECKSUMS_NAME}; fetch it again")
+    report.facts["checksums"] = compare

@@ -1,0 +1,233 @@
+"""Which token has which id in a checkpoint folder, and which ids begin, pad and end a text.
+
+`tokenizer.json` is the one truth about ids; `tokenizer_config.json`, `special_tokens_map.json`, `config.json`
+and `generation_config.json` only say which tokens play a part. For chat models the token that ends a turn is
+found by rendering the chat template, because nothing else tells it: DBRX's config names no eos at all, its
+tokenizer names <|endoftext|>, and chat turns end with <|im_end|>. A checkpoint that passes this on unmended
+never stops talking.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dbrx_quant.runtime.errors import CheckpointError
+
+PROBE_ANSWER = "pong"
+PROBE_CHAT = ({"role": "user", "content": "ping"}, {"role": "assistant", "content": PROBE_ANSWER})
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a `tokenizer.json`.
+
+    Attributes:
+        base: content → id of the model's own vocabulary.
+        added: content → declared id of the added tokens, in file order.
+        special: the added tokens that are marked special: never part of a text itself.
+    """
+
+    base: Mapping[str, int]
+    added: Mapping[str, int]
+    special: frozenset[str] = frozenset()
+
+    @property
+    def size(self) -> int:
+        """One more than the highest id."""
+        return 1 + max((*self.base.values(), *self.added.values()), default=-1)
+
+    def id_of(self, content: str) -> int | None:
+        """The id of a token, added tokens first as tokenizers does, or None."""
+        return self.added.get(content, self.base.get(content))
+
+    def holes(self) -> list[int]:
+        """Ids below `size` that no token has; `size` must be sane."""
+        return sorted(set(range(self.size)) - set(self.base.values()) - set(self.added.values()))
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The ids with a part to play.
+
+    Attributes:
+        bos: begins a text, or None.
+        eos: end a text or a chat turn, in order of authority; empty where nothing tells.
+        pad: pads a batch, or None.
+        notes: what was left out, a sentence each: an impossible id, a template that does not render.
+    """
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+    notes: tuple[str, ...] = field(default=())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an absent file reads as an empty one.
+
+    Raises:
+        CheckpointError: the file is no JSON, or holds something else than an object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); the file is damaged") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_vocabulary(tokenizer: Mapping[str, Any], file: str) -> Vocabulary:
+    """The tokens of a parsed `tokenizer.json`.
+
+    Args:
+        tokenizer: its content.
+        file: where it came from, for messages.
+
+    Raises:
+        CheckpointError: the file lacks the parts of the tokenizers format, or two added tokens have one name.
+    """
+    model = tokenizer.get("model")
+    vocab = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocab, list):  # Unigram: [piece, score] pairs, the place is the id
+        base = {str(entry[0]): index for index, entry in enumerate(vocab)}
+    elif isinstance(vocab, Mapping):
+        base = dict(vocab)
+    else:
+        raise CheckpointError(f"{file}: no model.vocab; expected the format of the tokenizers library")
+    added: dict[str, int] = {}
+    entries = tokenizer.get("added_tokens") or []
+    for entry in entries:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
+            raise CheckpointError(f"{file}: added_tokens has an entry without content: {entry!r}")
+        if entry["content"] in added:
+            raise CheckpointError(f"{file}: added token {entry['content']!r} is listed twice")
+        added[entry["content"]] = entry.get("id")  # type: ignore[assignment]  # checked below
+    for content, number in (*base.items(), *added.items()):
+        if not isinstance(number, int) or number < 0:
+            raise CheckpointError(f"{file}: token {content!r} has id {number!r}; expected an integer from 0")
+    special = frozenset(entry["content"] for entry in entries if entry.get("special"))
+    return Vocabulary(base, added, special)
+
+
+def special_token(folder: Path, role: str) -> str | None:
+    """The content of the token that the tokenizer's side files give the role `bos`, `eos`, `pad` or `unk`."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        value = read_object(folder / file).get(f"{role}_token")
+        if isinstance(value, Mapping):  # an AddedToken written out
+            value = value.get("content")
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def chat_template(folder: Path) -> str | None:
+    """The folder's default chat template; a `chat_template.jinja` wins, as in transformers."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    value = read_object(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(value, list):  # named templates
+        named = {entry["name"]: entry["template"] for entry in value if isinstance(entry, Mapping)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
+
+
+def render_chat(folder: Path, messages: list[dict[str, str]], generation_prompt: bool = False) -> str | None:
+    """The text of a conversation under the folder's chat template, or None where there is no template.
+
+    Raises:
+        CheckpointError: the template cannot be rendered.
+    """
+    template = chat_template(folder)
+    if template is None:
+        return None
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    roles = {f"{role}_token": special_token(folder, role) for role in ("bos", "eos", "pad", "unk")}
+    tokens = {role: content for role, content in roles.items() if content is not None}
+    try:
+        rendered, _ = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            add_generation_prompt=generation_prompt,
+            **tokens,
+        )
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the chat template cannot be rendered: {error}") from None
+    return str(rendered[0])
+
+
+def turn_end(folder: Path, vocabulary: Vocabulary) -> str | None:
+    """The added token that the chat template puts after an assistant's message, or None.
+
+    Raises:
+        CheckpointError: as in `render_chat`.
+    """
+    rendered = render_chat(folder, [dict(message) for message in PROBE_CHAT])
+    if rendered is None or PROBE_ANSWER not in rendered:
+        return None
+    tail = rendered[rendered.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :]
+    found = [(tail.index(content), -len(content), content) for content in vocabulary.added if content in tail]
+    return min(found)[2] if found else None
+
+
+def config_ids(folder: Path) -> Iterator[tuple[str, str, int]]:
+    """(file, key, id) of every bos, eos and pad id in `config.json` and `generation_config.json`."""
+    for file in ("config.json", "generation_config.json"):
+        config = read_object(folder / file)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = config.get(key)
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and not isinstance(number, bool):
+                    yield file, key, number
+
+
+def special_ids(folder: Path, configs: Path | None = None) -> SpecialIds:
+    """The bos, eos and pad ids that the files of a folder give together.
+
+    A config's own word comes first, then the tokenizer's; for eos all of them count, and the token that ends
+    a chat turn. An eos in a config is kept only if it's an added token or named by the tokenizer's side
+    files: old configs carry the default of another model's config class, there an ordinary piece of text.
+
+    Args:
+        folder: where the tokenizer's files are.
+        configs: where `config.json` and `generation_config.json` are, if elsewhere.
+
+    Raises:
+        CheckpointError: `tokenizer.json` is absent or a file is damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing")
+    vocabulary = read_vocabulary(read_object(path), str(path))
+    named = {role: special_token(folder, role) for role in ("bos", "eos", "pad", "unk")}
+    ids = {role: vocabulary.id_of(content) for role, content in named.items() if content is not None}
+    stops = {*vocabulary.added.values(), *(number for number in ids.values() if number is not None)}
+
+    said: dict[str, list[int]] = {"bos_token_id": [], "eos_token_id": [], "pad_token_id": []}
+    notes = []
+    for file, key, number in config_ids(configs or folder):
+        if key == "pad_token_id" and number < 0:
+            continue  # some Llama configs say -1 for "none"
+        if key == "eos_token_id" and number not in stops:
+            notes.append(f"{file}: {key} {number} is an ordinary token of the tokenizer, left out")
+        else:
+            said[key].append(number)
+    try:
+        end = turn_end(folder, vocabulary)
+    except CheckpointError as error:
+        end = None
+        notes.append(f"{error}; the token that ends a chat turn is not known")
+    eos = [*said["eos_token_id"], ids.get("eos"), vocabulary.added[end] if end else None]
+    return SpecialIds(
+        bos=next(iter((*said["bos_token_id"], ids.get("bos"))), None),
+        eos=tuple(dict.fromkeys(number for number in eos if number is not None)),
+        pad=next(iter((*said["pad_token_id"], ids.get("pad"))), None),
+        notes=tuple(dict.fromkeys(notes)),
+    )
