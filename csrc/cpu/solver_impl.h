@@ -1,0 +1,291 @@
+// Kernels of the solver for one instruction set; included by solver_{scalar,avx2,avx512}.cpp only, each of which
+// names its namespace in DBRXQ_SOLVER_VARIANT.
+//
+// Quantizing row c of a linear W [K, N] against H = U diag(pivots) U^T (U unit upper triangular):
+//
+//     target_c = W_c + sum over j < c of U[j, c] * E_j,   E = W - Q,   loss = sum of pivot_c * |target_c - Q_c|^2
+//
+// A column is independent of the others, so one vector lane is one column and lanes never mix. No fused
+// multiply-add (-ffp-contract=off) and no lane-count-dependent sums: every instruction set gives the same bits, and
+// so does the plain torch in quantize/grid.py and quantize/ldlq.py, which spells out the same operations in the same
+// order. Tested by tests/test_grid.py and tests/test_ldlq.py.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "solver.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace dbrxq {
+namespace solver {
+namespace DBRXQ_SOLVER_VARIANT {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr __mmask16 kAll = 0xffff;  // the unmasked intrinsics make GCC 12 warn of an uninitialized operand
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kVectors = kTile / kLanes;
+static_assert(kTile % kLanes == 0, "a tile is whole vectors");
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+
+static inline Floats splat(float x) { return x - Floats{}; }
+
+static inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+// min(a, b) is a < b ? a : b, as the instructions have it; with finite operands that is plain minimum.
+static inline Floats min(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_min_ps(kAll, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Floats)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+static inline Floats max(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_max_ps(kAll, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Floats)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline Floats square_root(Floats v) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_sqrt_ps(kAll, (__m512)v);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_sqrt_ps((__m256)v);
+#elif defined(__SSE2__)
+  return (Floats)_mm_sqrt_ps((__m128)v);
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+// Nearest integer, ties to even, for |v| < 2^22: the addition leaves no bit below the units. Never gives -0.
+static inline Floats round_integer(Floats v) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23
+  return (v + magic) - magic;
+}
+
+static inline Floats select(Ints mask, Floats yes, Floats no) {
+  return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
+}
+
+static inline Floats floor_integer(Floats v) {
+  const Floats nearest = round_integer(v);
+  return nearest - select(nearest > v, splat(1.0f), Floats{});
+}
+
+// Nearest half, ties to even. From 2^-14 on a half keeps 11 significant bits: add just under half a unit and cut
+// 13 bits off. Below, halves are multiples of 2^-24, the unit of floats in [0.5, 1).
+static inline Floats round_to_half(Floats v) {
+  const Ints bits = (Ints)v;
+  const Ints sign = bits & INT32_MIN;
+  const Ints magnitude = bits & INT32_MAX;
+  const Ints normal = (magnitude + 0xfff + ((magnitude >> 13) & 1)) & ~0x1fff;
+  const Floats small = ((Floats)magnitude + 0.5f) - 0.5f;
+  const Ints is_small = magnitude < 0x38800000;  // 2^-14
+  return (Floats)((Ints)select(is_small, small, (Floats)normal) | sign);
+}
+
+// 1 / scale, and 0 for scales too small for any half: everything then rounds to code 0.
+static inline Floats inverse_scale(Floats scale) {
+  const Ints usable = scale >= 0x1p-26f;
+  return select(usable, 1.0f / select(usable, scale, splat(1.0f)), Floats{});
+}
+
+// Weighted squared error of one vector of columns on C grids at once, rows in order.
+template <int C>
+static inline void grid_errors(const Tile& tile, int64_t column, const Floats* scale, Floats* error) {
+  const float half_range = static_cast<float>(1 << (tile.bits - 1));
+  const Floats low = splat(-half_range), high = splat(half_range - 1.0f);
+  Floats inverse[C], sum[C];
+  for (int c = 0; c < C; ++c) {
+    inverse[c] = inverse_scale(scale[c]);
+    sum[c] = Floats{};
+  }
+  const float* x = tile.x + column;
+  for (int64_t r = 0; r < tile.rows; ++r, x += kTile) {
+    const Floats value = load(x);
+    const Floats weight = splat(tile.row_weights[r]);
+    for (int c = 0; c < C; ++c) {
+      const Floats code = round_integer(min(max(value * inverse[c], low), high));
+      const Floats miss = value - code * scale[c];
+      sum[c] += (miss * miss) * weight;
+    }
+  }
+  for (int c = 0; c < C; ++c) error[c] = sum[c];
+}
+
+static void feedback(float* target, int64_t rows, const float* errors, int64_t from, const float* coefficients,
+                     int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, target += kTile, coefficients += stride) {
+    Floats sum[kVectors];
+    for (int v = 0; v < kVectors; ++v) sum[v] = load(target + v * kLanes);
+    for (int64_t j = 0; j < from; ++j) {
+      const Floats coefficient = splat(coefficients[j]);
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(errors + j * kTile + v * kLanes) * coefficient;
+    }
+    for (int v = 0; v < kVectors; ++v) store(target + v * kLanes, sum[v]);
+  }
+}
+
+static void nominal_scales(const Tile& tile, float* nominal) {
+  constexpr int kAtOnce = 4;
+  static_assert(kNominals % kAtOnce == 0, "clip factors are tried four at a time");
+  float factors[kNominals];
+  nominal_factors(tile.bits, factors);
+  const float half_range = static_cast<float>(1 << (tile.bits - 1));
+  for (int64_t column = 0; column < kTile; column += kLanes) {
+    Floats low = Floats{}, high = Floats{};
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const Floats value = load(tile.x + r * kTile + column);
+      low = min(low, value);
+      high = max(high, value);
+    }
+    // The scale at which the extremes are half a step outside of the outermost codes.
+    const Floats base = max(high / (half_range - 0.5f), -low / (half_range + 0.5f));
+    Floats best = Floats{}, best_error = Floats{};
+    for (int i = 0; i < kNominals; i += kAtOnce) {
+      Floats scale[kAtOnce], error[kAtOnce];
+      for (int c = 0; c < kAtOnce; ++c) scale[c] = min(base * factors[i + c], splat(kHalfMax));
+      grid_errors<kAtOnce>(tile, column, scale, error);
+      for (int c = 0; c < kAtOnce; ++c) {
+        const Ints better = i + c == 0 ? Ints{} - 1 : error[c] < best_error;
+        best = select(better, scale[c], best);
+        best_error = select(better, error[c], best_error);
+      }
+    }
+    store(nominal + column, best);
+  }
+}
+
+// The largest s in 1..16 whose stored scale s^2 * multiplier does not exceed the nominal scale (1 if none).
+static inline Floats code_below(Floats nominal, float multiplier) {
+  if (multiplier == 0.0f) return splat(1.0f);
+  const Floats root = square_root(nominal / multiplier);
+  return floor_integer(min(max(root, splat(1.0f)), splat(16.0f)));
+}
+
+static inline Floats stored_scale(Floats s, float multiplier) { return round_to_half((s * s) * multiplier); }
+
+static void maximum_errors(const Tile& tile, const float* nominal, const float* column_weights,
+                           const float* multipliers, double* sums) {
+  constexpr int kAtOnce = 2;
+  static_assert(kMaxima % kAtOnce == 0, "maxima are tried two at a time");
+  float least[kMaxima][kTile];
+  for (int64_t column = 0; column < kTile; column += kLanes) {
+    const Floats wanted = load(nominal + column);
+    for (int m = 0; m < kMaxima; m += kAtOnce) {
+      Floats scale[2 * kAtOnce], error[2 * kAtOnce];
+      for (int c = 0; c < kAtOnce; ++c) {
+        const Floats s = code_below(wanted, multipliers[m + c]);
+        scale[2 * c] = stored_scale(s, multipliers[m + c]);
+        scale[2 * c + 1] = stored_scale(min(s + 1.0f, splat(16.0f)), multipliers[m + c]);
+      }
+      grid_errors<2 * kAtOnce>(tile, column, scale, error);
+      for (int c = 0; c < kAtOnce; ++c) store(&least[m + c][column], min(error[2 * c], error[2 * c + 1]));
+    }
+  }
+  for (int m = 0; m < kMaxima; ++m) sums[m] = 0.0;
+  for (int64_t column = 0; column < kTile; ++column)
+    for (int m = 0; m < kMaxima; ++m)
+      sums[m] += static_cast<double>(least[m][column]) * static_cast<double>(column_weights[column]);
+}
+
+static void choose_codes(const Tile& tile, const float* nominal, float multiplier, uint8_t* scale_codes,
+                         float* scales, float* errors) {
+  constexpr int kNear = 4;
+  for (int64_t column = 0; column < kTile; column += kLanes) {
+    const Floats wanted = load(nominal + column);
+    const Floats below = code_below(wanted, multiplier);
+    Floats s[kNear], scale[kNear], error[kNear];
+    for (int c = 0; c < kNear; ++c) {
+      s[c] = min(max(below + static_cast<float>(c - 1), splat(1.0f)), splat(16.0f));
+      scale[c] = stored_scale(s[c], multiplier);
+    }
+    grid_errors<kNear>(tile, column, scale, error);
+    Floats best = s[0], best_scale = scale[0], best_error = error[0];
+    for (int c = 1; c < kNear; ++c) {
+      const Ints better = error[c] < best_error;
+      best = select(better, s[c], best);
+      best_scale = select(better, scale[c], best_scale);
+      best_error = select(better, error[c], best_error);
+    }
+    const Ints empty = wanted == 0.0f;  // an all-zero column: any scale will do, and it gets code 0
+    best = select(empty, splat(1.0f), best);
+    best_scale = select(empty, stored_scale(splat(1.0f), multiplier), best_scale);
+    store(scales + column, best_scale);
+    store(errors + column, best_error);
+    for (int i = 0; i < kLanes; ++i) scale_codes[column + i] = static_cast<uint8_t>(best[i] - 1.0f);
+  }
+}
+
+static void sweep(float* tile, int64_t first, int64_t rows, int bits, const float* coefficients, int64_t stride,
+                  const float* pivots, const float* weight, const float* scales, uint8_t* codes, float* values,
+                  double* loss) {
+  const float half_range = static_cast<float>(1 << (bits - 1));
+  Floats scale[kVectors], inverse[kVectors], low[kVectors], high[kVectors], total[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    scale[v] = load(scales + v * kLanes);
+    inverse[v] = inverse_scale(scale[v]);
+    // Codes whose value a half cannot hold are out of bounds.
+    const Floats reach = floor_integer(min(kHalfMax / max(scale[v], splat(0x1p-24f)), splat(1024.0f)));
+    low[v] = max(splat(-half_range), -reach);
+    high[v] = min(splat(half_range - 1.0f), reach);
+    total[v] = Floats{};
+  }
+  float* errors = tile + first * kTile;
+  for (int64_t r = 0; r < rows; ++r, coefficients += stride, weight += kTile, codes += kTile, values += kTile) {
+    float* row = errors + r * kTile;
+    Floats target[kVectors];
+    for (int v = 0; v < kVectors; ++v) target[v] = load(row + v * kLanes);
+    for (int64_t j = 0; j < r; ++j) {
+      const Floats coefficient = splat(coefficients[first + j]);
+      for (int v = 0; v < kVectors; ++v) target[v] += load(errors + j * kTile + v * kLanes) * coefficient;
+    }
+    const Floats pivot = splat(pivots[r]);
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats code = round_integer(min(max(target[v] * inverse[v], low[v]), high[v]));
+      const Floats value = round_to_half(code * scale[v]);
+      const Floats miss = target[v] - value;
+      total[v] += (miss * miss) * pivot;
+      store(row + v * kLanes, load(weight + v * kLanes) - value);
+      store(values + v * kLanes, value);
+      const Floats stored = code + half_range;
+      for (int i = 0; i < kLanes; ++i) codes[v * kLanes + i] = static_cast<uint8_t>(stored[i]);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v)
+    for (int i = 0; i < kLanes; ++i) loss[v * kLanes + i] += static_cast<double>(total[v][i]);
+}
+
+static const Kernels kKernels = {feedback, nominal_scales, maximum_errors, choose_codes, sweep};
+
+}  // namespace DBRXQ_SOLVER_VARIANT
+}  // namespace solver
+}  // namespace dbrxq

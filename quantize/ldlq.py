@@ -1,0 +1,230 @@
+"""Quantization of one linear against its Hessian, row by row with error feedback.
+
+Axes: K input channels in packed order, N output channels, G groups. For H = U diag(pivots) U^T with U unit
+upper triangular and E = W - Q,
+
+    trace(E^T H E) = sum over c of pivot_c * |E_c + sum over j < c of U[j, c] E_j|^2,
+
+so row c, taken in order 0 to K-1, is best rounded to the grid value nearest to its target
+W_c + sum over j < c of U[j, c] E_j, and pivot_c weighs its rounding error. This is GPTQ (Frantar et al. 2022) in
+the form that Chee et al. 2023 (QuIP, section 3) call LDLQ and Chen et al. 2025 (arXiv 2507.18553) identify with
+Babai's nearest plane algorithm: it needs the factor of H itself and no inverse.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.quantize import _solver_native as native
+from dbrx_quant.quantize.grid import (
+    HALF_MAX,
+    Backend,
+    check_finite,
+    inverse_scale,
+    round_half,
+    search_group_torch,
+)
+from dbrx_quant.runtime.format import GroupMap, check_groups
+
+_PANEL_COLUMNS = 128  # of the factorization
+_BLOCK_ROWS = 128  # rows between two matrix products of the feedback, more where groups ask for it
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H = U diag(pivots) U^T.
+
+    Attributes:
+        unit_upper: U, [K, K] float32, ones on the diagonal, zeros below it.
+        pivots: [K] float32, positive: the variance of each input given the ones after it.
+    """
+
+    unit_upper: Tensor
+    pivots: Tensor
+
+
+@dataclass(frozen=True)
+class SolvedLinear:
+    """A quantized linear, rows in packed order.
+
+    Attributes:
+        codes: [K, N] uint8.
+        scale_codes: [G, N] uint8, 0 to 15.
+        scale_max: [G] float16.
+        dequantized: [K, N] float16, exactly what the packed file decodes to.
+        loss_per_column: [N] float64, the diagonal of E^T H E.
+    """
+
+    codes: Tensor
+    scale_codes: Tensor
+    scale_max: Tensor
+    dequantized: Tensor
+    loss_per_column: Tensor
+
+    @property
+    def loss(self) -> float:
+        """trace(E^T H E)."""
+        return float(self.loss_per_column.sum())
+
+
+def factorize(hessian: Tensor, overwrite: bool = False) -> Factor:
+    """Factor of a Hessian whose rows are in packed order.
+
+    Args:
+        hessian: [K, K] float32, symmetric (the lower triangle is not read).
+        overwrite: use the Hessian's memory for U; saves K^2 floats.
+
+    Raises:
+        ValueError: a pivot is not positive; names its row.
+
+    A Cholesky factorization H = R R^T with R upper triangular, from the last row to the first, in left-looking
+    panels: nearly all work is one matrix product a panel. One core does K = 4096 in 0.28 s, LAPACK with both axes
+    flipped in 0.42 s; panels of 256, 384 and 512 columns take 0.30, 0.32 and 0.37 s.
+    """
+    k = hessian.shape[0]
+    if hessian.shape != (k, k):
+        raise ValueError(f"a Hessian is square, got {tuple(hessian.shape)}")
+    upper = hessian if overwrite else hessian.clone()
+    for end in range(k, 0, -_PANEL_COLUMNS):
+        start = max(0, end - _PANEL_COLUMNS)
+        panel = upper[:end, start:end]
+        if end < k:
+            panel.addmm_(upper[:end, end:], upper[start:end, end:].T, alpha=-1)
+        corner = panel[start:]
+        flipped, failed = torch.linalg.cholesky_ex(corner.double().flip(0, 1).mT)
+        if failed:
+            row = end - int(failed)
+            raise ValueError(
+                f"the pivot of row {row} of the Hessian is not positive; "
+                "it needs more damping or more calibration tokens"
+            )
+        root = flipped.flip(0, 1)
+        corner.copy_(root)
+        if start:
+            inverse = torch.linalg.solve_triangular(
+                root, torch.eye(end - start, dtype=root.dtype), upper=True
+            )
+            panel[:start] = panel[:start] @ inverse.mT.float()
+    roots = upper.diagonal().clone()
+    upper.div_(roots).triu_()
+    return Factor(upper, roots.square())
+
+
+def _blocks(groups: GroupMap) -> Iterator[tuple[int, int]]:
+    """Ranges of whole groups with about _BLOCK_ROWS rows each."""
+    first = rows = 0
+    for index, group in enumerate(groups):
+        if rows and rows + group.rows > _BLOCK_ROWS:
+            yield first, index
+            first, rows = index, 0
+        rows += group.rows
+    yield first, len(groups)
+
+
+def quantize_matrix(
+    weight: Tensor,
+    factor: Factor,
+    groups: GroupMap,
+    column_weights: Tensor | None = None,
+    backend: Backend = "native",
+) -> SolvedLinear:
+    """Round a weight to the EXL2 grid with the least trace(E^T H E) that one pass finds.
+
+    Args:
+        weight: [K, N] float32, rows in packed order.
+        factor: of the Hessian in the same order.
+        groups: widths and rows of the groups, in order.
+        column_weights: [N] float32, how much each output channel counts in the choice of the groups' maxima;
+            None means equally.
+        backend: "native" or "torch"; equal results.
+
+    Raises:
+        ValueError: shapes disagree, the groups are not legal for K rows, or a weight is not finite.
+
+    Each group's scales are searched on its rows' targets just before they are rounded.
+    """
+    k, n = weight.shape
+    check_groups(groups, k)
+    check_finite(weight, "weight")
+    if factor.unit_upper.shape != (k, k):
+        raise ValueError(f"weight has {k} rows, the factor is of {factor.unit_upper.shape[0]}")
+    if column_weights is not None and column_weights.shape != (n,):
+        raise ValueError(f"weight has {n} columns, got column_weights {tuple(column_weights.shape)}")
+    weight = weight.float().contiguous()
+    errors = torch.empty_like(weight)
+    solved = SolvedLinear(
+        codes=torch.empty(k, n, dtype=torch.uint8),
+        scale_codes=torch.empty(len(groups), n, dtype=torch.uint8),
+        scale_max=torch.empty(len(groups), dtype=torch.float16),
+        dequantized=torch.empty(k, n, dtype=torch.float16),
+        loss_per_column=torch.zeros(n, dtype=torch.float64),
+    )
+    solve = native.solve_block if backend == "native" else _solve_block_torch
+    end = 0
+    for first, last in _blocks(groups):
+        start, end = end, end + sum(group.rows for group in groups[first:last])
+        targets = errors[start:end]
+        torch.addmm(weight[start:end], factor.unit_upper[:start, start:end].T, errors[:start], out=targets)
+        solve(
+            weight[start:end],
+            factor.unit_upper[start:end, start:end].T.contiguous(),
+            factor.pivots[start:end].contiguous(),
+            column_weights,
+            [group.bits for group in groups[first:last]],
+            [group.rows for group in groups[first:last]],
+            targets,
+            solved.codes[start:end],
+            solved.scale_codes[first:last],
+            solved.scale_max[first:last],
+            solved.dequantized[start:end],
+            solved.loss_per_column,
+        )
+    return solved
+
+
+def _solve_block_torch(
+    weight: Tensor,
+    coefficients: Tensor,
+    pivots: Tensor,
+    column_weights: Tensor | None,
+    bits: list[int],
+    rows: list[int],
+    errors: Tensor,
+    codes: Tensor,
+    scale_codes: Tensor,
+    scale_max: Tensor,
+    dequantized: Tensor,
+    loss: Tensor,
+) -> None:
+    """`native.solve_block` in plain torch, operation by operation: the oracle of the native solver."""
+    start = 0
+    block_loss = torch.zeros_like(loss)
+    for g, (width, count) in enumerate(zip(bits, rows, strict=True)):
+        group = errors[start : start + count]  # targets, replaced by errors row by row
+        for r in range(count):
+            for j in range(start):
+                group[r] = group[r] + errors[j] * coefficients[start + r, j]
+        weights = pivots[start : start + count]
+        scale_max[g], scale_codes[g], scale, _ = search_group_torch(group, width, weights, column_weights)
+
+        inverse = inverse_scale(scale)
+        half_range = float(1 << (width - 1))
+        reach = (HALF_MAX / scale.clamp(min=2.0**-24)).clamp(max=1024).floor()  # what a half can hold
+        low, high = (-reach).clamp(min=-half_range), reach.clamp(max=half_range - 1)
+        group_loss = torch.zeros_like(scale)
+        for r in range(count):
+            target = group[r]
+            for j in range(r):
+                target = target + group[j] * coefficients[start + r, start + j]
+            code = torch.round(torch.minimum(torch.maximum(target * inverse, low), high)) + 0.0  # no -0
+            value = round_half(code * scale)
+            miss = target - value
+            group_loss = group_loss + (miss * miss) * weights[r]
+            group[r] = weight[start + r] - value
+            codes[start + r] = (code + half_range).to(torch.uint8)
+            dequantized[start + r] = value.half()
+        block_loss += group_loss.double()
+        start += count
+    loss += block_loss
