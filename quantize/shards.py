@@ -62,12 +62,12 @@ class PlannedTensor:
         return self.nbytes + len(self.name.encode()) + _ENTRY_BYTES
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rounding:
-    """What the conversion to float16 did to one tensor: values that became zero, values that lost bits."""
+    """What float16 does to one tensor: how many values become zero, how many lose bits as subnormals."""
 
-    zero: int = 0
-    subnormal: int = 0
+    zero: int
+    subnormal: int
 
 
 def write_shards(
@@ -119,6 +119,8 @@ def write_shards(
 
     modules = plan_modules(architecture, checkpoint, Path(linears_folder))
     shards = split(modules, int(max_shard_bytes))
+    # Done ahead of writing, so that a value beyond float16 is not found after fifty gigabytes.
+    rounding = {spec.name: count_rounding(spec, checkpoint) for spec in architecture.all_floats()}
     paths = [out / name for name in shard_names(len(shards), prefix)]
     headers = [_header(shard) for shard in shards]
     sizes = [len(head) + sum(t.nbytes for t in shard) for head, shard in zip(headers, shards, strict=True)]
@@ -127,11 +129,10 @@ def write_shards(
     index = out / f"{prefix}.safetensors.index.json"
     for stale in (index, out / CHECKSUMS_NAME):  # they speak of other shards than those to come
         stale.unlink(missing_ok=True)
-    rounding: dict[str, Rounding] = {}
     checksums: dict[str, dict[str, object]] = {}
     for path, head, shard, size in zip(paths, headers, shards, sizes, strict=True):
         digest = hashlib.sha256()
-        parts = chain((head,), _contents(shard, checkpoint, rounding))
+        parts = chain((head,), _contents(shard, checkpoint))
         _write_atomic(path, _watched(parts, digest.update, progress), size)
         checksums[path.name] = {"sha256": digest.hexdigest(), "size": size}
     for file in present:
@@ -308,14 +309,12 @@ def _watched(
             progress(len(part))
 
 
-def _contents(
-    shard: list[PlannedTensor], checkpoint: Checkpoint, rounding: dict[str, Rounding]
-) -> Iterator[bytes | memoryview]:
+def _contents(shard: list[PlannedTensor], checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
     """The data bytes of a shard, in pieces of about 16 MB."""
     for tensor in shard:
         if isinstance(tensor.source, FloatSpec):
-            count = rounding.setdefault(tensor.name, Rounding(0, 0))
-            yield from _half_pieces(tensor.source, checkpoint, count)
+            for _, half in _halves(tensor.source, checkpoint):
+                yield half.reshape(-1).view(torch.uint8).numpy().data
         else:
             yield from _copied_pieces(tensor.source)
 
@@ -332,17 +331,25 @@ def _copied_pieces(info: TensorInfo) -> Iterator[bytes]:
             yield piece
 
 
-def _half_pieces(spec: FloatSpec, checkpoint: Checkpoint, count: Rounding) -> Iterator[memoryview]:
-    """A 16-bit tensor as float16 bytes; values that lose to the small exponent range are counted."""
+def count_rounding(spec: FloatSpec, checkpoint: Checkpoint) -> Rounding:
+    """What becomes of the small values of a 16-bit tensor in float16.
+
+    Raises:
+        CheckpointError: a value is not finite or beyond float16's range.
+    """
+    zero = subnormal = 0
+    for rows, half in _halves(spec, checkpoint):
+        lost = (half.abs() < _SMALLEST_NORMAL) & (half.to(torch.float64) != rows.to(torch.float64))
+        zero += int((lost & (half == 0)).sum())
+        subnormal += int((lost & (half != 0)).sum())
+    return Rounding(zero, subnormal)
+
+
+def _halves(spec: FloatSpec, checkpoint: Checkpoint) -> Iterator[tuple[Tensor, Tensor]]:
+    """A 16-bit tensor in runs of rows: as stored, and as float16."""
     info = checkpoint.info(spec.name)
-    row_bytes = max(1, 4 * torch.Size(spec.shape[1:]).numel())
+    row_bytes = max(1, 8 * torch.Size(spec.shape[1:]).numel())
     step = max(1, _CHUNK_BYTES // row_bytes)
     for begin in range(0, spec.shape[0], step):
         rows = checkpoint.load(spec.name, (begin, min(begin + step, spec.shape[0])))
-        half = to_half(rows, f"{info.file}: {spec.name}").contiguous()
-        if rows.dtype != torch.float16:
-            small = (half.abs() < _SMALLEST_NORMAL) & (rows != 0)
-            lost = small & (half.to(torch.float64) != rows.to(torch.float64))
-            count.zero += int((lost & (half == 0)).sum())
-            count.subnormal += int((lost & (half != 0)).sum())
-        yield half.reshape(-1).view(torch.uint8).numpy().data
+        yield rows, to_half(rows, f"{info.file}: {spec.name}").contiguous()
