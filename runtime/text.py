@@ -1,0 +1,68 @@
+"""Tokenizers of model folders, never fetched from anywhere."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dbrx_quant.runtime.errors import CheckpointError
+
+# What decides how text becomes ids; the first name found stands for all.
+_VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The transformers tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: the folder has no tokenizer that transformers can read without running foreign code.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder, so no tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot read a tokenizer here: {error}") from error
+
+
+def tokenizer_fingerprint(folder: str | Path) -> str:
+    """Hash of the vocabulary files of a model folder: equal where text becomes the same ids.
+
+    Raises:
+        CheckpointError: no vocabulary file that we know.
+    """
+    for names in _VOCABULARY_FILES:
+        paths = [Path(folder) / name for name in names]
+        if all(path.is_file() for path in paths):
+            digest = hashlib.sha256()
+            for path in paths:
+                digest.update(path.read_bytes())
+            return digest.hexdigest()[:32]
+    wanted = ", ".join(" + ".join(names) for names in _VOCABULARY_FILES)
+    raise CheckpointError(f"{folder}: no vocabulary file (one of {wanted})")
+
+
+def model_limits(folder: str | Path) -> tuple[int | None, int | None]:
+    """(rows of the embedding, longest sequence in tokens) of a folder's config.json; None: it is silent.
+
+    Raises:
+        CheckpointError: config.json is no JSON object.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return None, None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: a JSON object expected, got {type(config).__name__}")
+    vocabulary = config.get("vocab_size")
+    longest = config.get("max_seq_len", config.get("max_position_embeddings"))
+    return (
+        vocabulary if isinstance(vocabulary, int) else None,
+        longest if isinstance(longest, int) else None,
+    )
