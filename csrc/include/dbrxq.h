@@ -16,6 +16,103 @@ DBRXQ_API int dbrxq_abi_version(void);
 DBRXQ_API void dbrxq_set_threads(int count);
 DBRXQ_API int dbrxq_threads(void);
 
+// ---------------------------------------------------------------------------------------------------------------
+// Linears and experts (format.cpp, linear.cpp, experts.cpp; oracles: tests/oracles_ops.py).
+// Axes: T tokens, K input channels, N output channels as stored, G groups, R word rows, E experts, D hidden, F ffn,
+// A experts per token. Matrices are dense and row-major. Pointers into files need no alignment; float, int64 and
+// output pointers have that of their type. Nothing is kept after a call returns.
+
+enum {
+  DBRXQ_OK = 0,
+  DBRXQ_BAD_SHAPE = 1,        // a size is negative, not the multiple it must be, or two sizes disagree
+  DBRXQ_BAD_GROUPS = 2,       // the group table is not a legal map of K rows in R words
+  DBRXQ_BAD_PERMUTATION = 3,  // q_invperm does not name every row once
+  DBRXQ_BAD_EXPERT = 4,       // an index in top_k_index is below 0 or above E
+  DBRXQ_BAD_ACTIVATION = 5,   // no such activation
+  DBRXQ_BAD_ISA = 6,          // no such instruction set, or this CPU lacks it
+  DBRXQ_NO_MEMORY = 7,
+};
+DBRXQ_API const char* dbrxq_status_text(int status);
+
+// Instruction set that the kernels use: "scalar", "avx2" or "avx512". The best that the CPU has, unless the
+// environment variable DBRXQ_ISA names another (an unusable one there fails every kernel call with DBRXQ_BAD_ISA).
+// dbrxq_set_isa switches the whole process; not while another thread computes.
+DBRXQ_API const char* dbrxq_isa(void);
+DBRXQ_API int dbrxq_set_isa(const char* name);
+
+// One quantized linear as the file holds it (common/layout.h has the pictures).
+typedef struct dbrxq_linear {
+  const void* q_weight;     // uint32 [R, N]
+  const void* q_scale;      // uint32 [G, N/8]
+  const void* q_scale_max;  // half   [G]
+  const void* q_groups;     // int16  [G, 2]  (bits, first word row)
+  const void* q_invperm;    // int32  [K]     packed row of each input channel
+  const void* bias;         // half   [N], or null
+  int64_t k;
+  int64_t n;             // a multiple of 32
+  int64_t word_rows;     // R
+  int64_t groups;        // G
+  int64_t out_features;  // 1..n: columns that are wanted; the rest is padding
+} dbrxq_linear;
+
+// words [R, N] from codes [K, N], one a byte in packed row order (bits above the width are ignored); and back.
+DBRXQ_API int dbrxq_pack_codes(const uint8_t* codes, const int16_t* q_groups, int64_t groups, int64_t k, int64_t n,
+                               int64_t word_rows, uint32_t* words);
+DBRXQ_API int dbrxq_unpack_codes(const void* words, const int16_t* q_groups, int64_t groups, int64_t k, int64_t n,
+                                 int64_t word_rows, uint8_t* codes);
+
+// weight [K, out_features] half, input channels in their original order: the exact weights of the format, bit for
+// bit. (K, N) and not (N, K): a row of packed words decodes into a row of weights, so every store is contiguous.
+DBRXQ_API int dbrxq_dequantize(const dbrxq_linear* linear, uint16_t* weight);
+
+// y [T, out_features] = x [T, K] . weight + bias, with the exact half weights and fp32 sums. The order of the sums
+// depends on T alone: any number of threads gives the same bits, and so do AVX2 and AVX-512.
+DBRXQ_API int dbrxq_linear_forward(const dbrxq_linear* linear, const float* x, int64_t tokens, float* y);
+
+enum {
+  DBRXQ_SILU = 0,
+  DBRXQ_GELU = 1,       // x Phi(x), by erf
+  DBRXQ_GELU_TANH = 2,  // its tanh form
+  DBRXQ_RELU = 3,
+};
+
+// y [T, D] = sum over a of top_k_weights[t, a] * down_e(activation(gate_e(x_t)) * up_e(x_t)), e = top_k_index[t, a].
+// gate, up and down are arrays of E linears: D -> F, D -> F and F -> D. The index E means "no expert" and adds
+// nothing. Only experts with tokens are touched; the sum runs in order of a, whatever the number of threads.
+DBRXQ_API int dbrxq_experts_forward(const float* x, const int64_t* top_k_index, const float* top_k_weights,
+                                    int64_t tokens, int64_t hidden, int64_t active, int64_t experts,
+                                    const dbrxq_linear* gate, const dbrxq_linear* up, const dbrxq_linear* down,
+                                    int activation, float* y);
+
+// ---------------------------------------------------------------------------------------------------------------
+// Solver (solver.cpp; oracles: backend="torch" of quantize/grid.py and quantize/ldlq.py, which give the same bits).
+// Axes: K input channels in packed order, N output channels (any number), G groups. Row-major float matrices.
+// Inputs must be finite. Results depend neither on the instruction set nor on the number of threads.
+
+// Scales of one group x [rows, N] at `bits`: the least error = sum over columns of column_weights * sum over rows of
+// row_weights * (x - nearest grid value)^2. column_weights [N] may be null (all 1).
+// Out: scale_max, one half; scale_codes [N], 0..15; error.
+DBRXQ_API int dbrxq_search_group(const float* x, int64_t rows, int64_t n, int bits, const float* row_weights,
+                                 const float* column_weights, uint16_t* scale_max, uint8_t* scale_codes,
+                                 double* error);
+
+// errors [width_count, ceil(K / group_rows)]: the error of dbrxq_search_group for each run of group_rows rows of
+// weight [K, N] (the last one shorter) at each of widths [width_count], rows weighted by pivots [K].
+DBRXQ_API int dbrxq_error_table(const float* weight, int64_t k, int64_t n, const float* pivots,
+                                const float* column_weights, const int64_t* widths, int64_t width_count,
+                                int64_t group_rows, double* errors);
+
+// Rounds a block of whole groups, scale search and error feedback within the block included.
+// weight [rows, N]; coefficients [rows, rows], coefficients[c, j] = U[j, c] for j < c (the rest is not read); pivots
+// [rows]; column_weights [N] or null, for the choice of maxima only; group_bits and group_rows [groups].
+// In and out: errors [rows, N], going in the targets (weight plus the feedback of earlier blocks), coming out
+// weight - dequantized; loss [N], to which sum over rows of pivots * (target - dequantized)^2 is added.
+// Out: codes [rows, N], scale_codes [groups, N], scale_max [groups] half, dequantized [rows, N] half.
+DBRXQ_API int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float* coefficients,
+                                const float* pivots, const float* column_weights, const int64_t* group_bits,
+                                const int64_t* group_rows, int64_t groups, float* errors, uint8_t* codes,
+                                uint8_t* scale_codes, uint16_t* scale_max, uint16_t* dequantized, double* loss);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,214 @@
+"""The native CPU library: found, checked and typed at the first call, its statuses turned into exceptions.
+
+`csrc/include/dbrxq.h` describes every function; the tables below list them in the order of that header. The
+library follows `torch.get_num_threads()`: each call of `library()` passes the current number on when it changed.
+"""
+
+import ctypes
+import importlib.resources
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import POINTER, Structure, c_char_p, c_int, c_int16, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+ABI_VERSION = 1
+LIBRARY_NAME = "libdbrxq_cpu.so"
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+_BAD_ISA, _NO_MEMORY = 6, 7
+
+
+class Linear(Structure):
+    """`dbrxq_linear`: pointers to the tensors of one quantized linear, and its sizes."""
+
+    _fields_ = (
+        ("q_weight", c_void_p),
+        ("q_scale", c_void_p),
+        ("q_scale_max", c_void_p),
+        ("q_groups", c_void_p),
+        ("q_invperm", c_void_p),
+        ("bias", c_void_p),
+        ("k", c_int64),
+        ("n", c_int64),
+        ("word_rows", c_int64),
+        ("groups", c_int64),
+        ("out_features", c_int64),
+    )
+
+
+# name: (result, arguments), in the order of dbrxq.h
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "dbrxq_abi_version": (c_int, []),
+    "dbrxq_set_threads": (None, [c_int]),
+    "dbrxq_threads": (c_int, []),
+    "dbrxq_status_text": (c_char_p, [c_int]),
+    "dbrxq_isa": (c_char_p, []),
+    "dbrxq_set_isa": (c_int, [c_char_p]),
+    "dbrxq_pack_codes": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p]),
+    "dbrxq_unpack_codes": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p]),
+    "dbrxq_dequantize": (c_int, [POINTER(Linear), c_void_p]),
+    "dbrxq_linear_forward": (c_int, [POINTER(Linear), c_void_p, c_int64, c_void_p]),
+    "dbrxq_experts_forward": (
+        c_int,
+        [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]
+        + [POINTER(Linear), POINTER(Linear), POINTER(Linear), c_int, c_void_p],
+    ),
+}
+
+_lock = threading.Lock()
+_library: ctypes.CDLL | None = None
+_failure: str | None = None
+_threads_sent: int | None = None
+_threads_fixed = False
+
+
+def _find() -> Path:
+    root = importlib.resources.files("dbrx_quant.runtime")  # several folders in an editable install
+    candidate = root.joinpath(LIBRARY_NAME)
+    if candidate.is_file():
+        return Path(str(candidate))
+    raise RuntimeError(
+        f"{LIBRARY_NAME} is not beside dbrx_quant.runtime ({root}); install the package again with a C++ compiler"
+    )
+
+
+def _load() -> ctypes.CDLL:
+    path = _find()
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(f"{path} does not load: {error}") from error
+    try:
+        found = int(handle.dbrxq_abi_version())
+    except AttributeError as error:
+        raise RuntimeError(f"{path} is not a dbrx-quant library: {error}") from error
+    if found != ABI_VERSION:
+        raise RuntimeError(
+            f"{path} has ABI version {found}, this package needs {ABI_VERSION}; install the package again"
+        )
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(handle, name)
+        function.restype, function.argtypes = result, arguments
+    return handle
+
+
+def library() -> ctypes.CDLL:
+    """The typed library, set to torch's number of threads.
+
+    Raises:
+        RuntimeError: it is missing, does not load, or has another ABI version. The first failure is remembered.
+    """
+    global _library, _failure, _threads_sent
+    if _library is None:
+        with _lock:
+            if _failure is not None:
+                raise RuntimeError(_failure)
+            if _library is None:
+                try:
+                    _library = _load()
+                except RuntimeError as error:
+                    _failure = str(error)
+                    raise
+    if not _threads_fixed:
+        count = torch.get_num_threads()
+        if count != _threads_sent:
+            _library.dbrxq_set_threads(count)
+            _threads_sent = count
+    return _library
+
+
+def available() -> bool:
+    """Whether the library can be used; `why_unavailable` says why not."""
+    return why_unavailable() is None
+
+
+def why_unavailable() -> str | None:
+    """The reason why the library cannot be used, or None when it can."""
+    try:
+        library()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def isa() -> str:
+    """The instruction set that the kernels run on: `scalar`, `avx2` or `avx512`.
+
+    It is `unusable` when DBRXQ_ISA names one that is unknown or that this CPU lacks; then every kernel call fails.
+    """
+    return str(library().dbrxq_isa().decode())
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Run the kernels on one instruction set inside the block (the whole process: for tests and benchmarks).
+
+    Raises:
+        RuntimeError: this CPU lacks it.
+    """
+    handle = library()
+    before = handle.dbrxq_isa()
+    check(handle.dbrxq_set_isa(name.encode()), f"instruction set {name}")
+    try:
+        yield
+    finally:
+        check(handle.dbrxq_set_isa(before), "instruction set")
+
+
+def set_threads(count: int) -> None:
+    """Use `count` threads from now on instead of following `torch.get_num_threads()`; 0 follows it again."""
+    global _threads_fixed, _threads_sent
+    if count < 0:
+        raise ValueError(f"{count} threads; expected 1 or more, or 0 to follow torch")
+    _threads_fixed, _threads_sent = False, None
+    handle = library()
+    if count:
+        handle.dbrxq_set_threads(count)
+        _threads_fixed = True
+
+
+def check(status: int, what: str) -> None:
+    """Raise for a status other than 0.
+
+    Raises:
+        MemoryError: the library ran out of memory.
+        RuntimeError: it cannot run here.
+        ValueError: an argument is not what dbrxq.h asks for.
+    """
+    if status == 0:
+        return
+    text = f"{what}: {library().dbrxq_status_text(status).decode()}"
+    if status == _NO_MEMORY:
+        raise MemoryError(text)
+    if status == _BAD_ISA:
+        raise RuntimeError(text)
+    raise ValueError(text)
+
+
+def pack_codes(codes: torch.Tensor, q_groups: torch.Tensor, word_rows: int) -> torch.Tensor:
+    """Words [R, N] int32 from codes [K, N] uint8 in packed row order; `q_groups` int16 [2 G] as stored."""
+    codes, q_groups = codes.contiguous(), q_groups.contiguous()
+    k, n = codes.shape
+    words = torch.empty(word_rows, n, dtype=torch.int32)
+    groups = q_groups.numel() // 2
+    status = library().dbrxq_pack_codes(
+        codes.data_ptr(), q_groups.data_ptr(), groups, k, n, word_rows, words.data_ptr()
+    )
+    check(status, "pack_codes")
+    return words
+
+
+def unpack_codes(q_weight: torch.Tensor, q_groups: torch.Tensor, k: int) -> torch.Tensor:
+    """Codes [K, N] uint8 in packed row order from words [R, N] int32; inverse of `pack_codes`."""
+    q_weight, q_groups = q_weight.contiguous(), q_groups.contiguous()
+    word_rows, n = q_weight.shape
+    codes = torch.empty(k, n, dtype=torch.uint8)
+    groups = q_groups.numel() // 2
+    status = library().dbrxq_unpack_codes(
+        q_weight.data_ptr(), q_groups.data_ptr(), groups, k, n, word_rows, codes.data_ptr()
+    )
+    check(status, "unpack_codes")
+    return codes

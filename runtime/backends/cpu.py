@@ -1,0 +1,166 @@
+"""Every op through the native CPU library; falls back to `reference`, with one warning, where it is missing.
+
+Shapes and dtypes were checked by `ops.py`; here pointers are collected and numbers converted to fp32 and back.
+"""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.runtime import _native
+from dbrx_quant.runtime.backends import reference
+
+_logger = logging.getLogger(__name__)
+
+_EXPERTS_CACHE_LIMIT = 512  # blocks whose pointer tables are kept
+_experts_cache: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    _logger.warning("native kernels are not used, plain torch runs instead (much slower): %s", reason)
+
+
+def _native_ready() -> bool:
+    """Whether the native library runs the ops; says so once when it does not."""
+    reason = _native.why_unavailable()
+    if reason is not None:
+        _warn_once(reason)
+    return reason is None
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.to(torch.float32).contiguous()
+
+
+def describe_linear(
+    q_weight: Tensor,
+    q_scale: Tensor,
+    q_scale_max: Tensor,
+    q_groups: Tensor,
+    q_invperm: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+) -> _native.Linear:
+    """The C struct of a linear; it points into the tensors, which must stay alive and contiguous."""
+    word_rows, n = q_weight.shape
+    return _native.Linear(
+        q_weight.data_ptr(),
+        q_scale.data_ptr(),
+        q_scale_max.data_ptr(),
+        q_groups.data_ptr(),
+        q_invperm.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        q_invperm.shape[0],
+        n,
+        word_rows,
+        q_scale_max.shape[0],
+        out_features,
+    )
+
+
+def dequantize(
+    q_weight: Tensor,
+    q_scale: Tensor,
+    q_scale_max: Tensor,
+    q_groups: Tensor,
+    q_invperm: Tensor,
+    out_features: int,
+) -> Tensor:
+    """The exact weight [K, out_features] fp16, input channels in their original order."""
+    if not _native_ready():
+        return reference.dequantize(q_weight, q_scale, q_scale_max, q_groups, q_invperm, out_features)
+    struct = describe_linear(q_weight, q_scale, q_scale_max, q_groups, q_invperm, None, out_features)
+    weight = torch.empty(q_invperm.shape[0], out_features, dtype=torch.float16)
+    status = _native.library().dbrxq_dequantize(ctypes.byref(struct), weight.data_ptr())
+    _native.check(status, "dequantize")
+    return weight
+
+
+def linear(
+    x: Tensor,
+    q_weight: Tensor,
+    q_scale: Tensor,
+    q_scale_max: Tensor,
+    q_groups: Tensor,
+    q_invperm: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """y [..., out_features] in x's dtype, from x [..., K]."""
+    if not _native_ready():
+        return reference.linear(x, q_weight, q_scale, q_scale_max, q_groups, q_invperm, bias, out_features)
+    struct = describe_linear(q_weight, q_scale, q_scale_max, q_groups, q_invperm, bias, out_features)
+    inputs = _floats(x)
+    y = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32)
+    status = _native.library().dbrxq_linear_forward(
+        ctypes.byref(struct), inputs.data_ptr(), y.numel() // out_features, y.data_ptr()
+    )
+    _native.check(status, "linear")
+    return y.to(x.dtype)
+
+
+def _expert_tables(
+    gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor], hidden: int
+) -> tuple[Any, Any, Any]:
+    """Arrays of E structs for gate, up and down, built once for the same tensors.
+
+    Building them costs about as much as a decode step of a small expert, hence the cache. Its key holds every
+    pointer and the shape of every matrix, so that a table is never used for other memory.
+    """
+    lists = (*gate, *up, *down)
+    key = (hidden, *map(Tensor.data_ptr, lists), *(tensor.shape for tensor in lists[::5]))
+    tables = _experts_cache.get(key)
+    if tables is None:
+
+        def table(tensors: Sequence[Tensor], widths: Sequence[int]) -> Any:
+            structs = [
+                describe_linear(*tensors[5 * e : 5 * e + 5], bias=None, out_features=width)
+                for e, width in enumerate(widths)
+            ]
+            return (_native.Linear * len(structs))(*structs)
+
+        ffn = [down[5 * e + 4].shape[0] for e in range(len(down) // 5)]
+        tables = (table(gate, ffn), table(up, ffn), table(down, [hidden] * len(ffn)))
+        if len(_experts_cache) >= _EXPERTS_CACHE_LIMIT:
+            _experts_cache.clear()
+        _experts_cache[key] = tables
+    return tables
+
+
+def experts(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    activation: str,
+) -> Tensor:
+    """y [T, D] in x's dtype: the weighted sum over each token's experts; five tensors an expert in each list."""
+    if not _native_ready():
+        return reference.experts(x, top_k_index, top_k_weights, gate, up, down, activation)
+    tokens, hidden = x.shape
+    tables = _expert_tables(gate, up, down, hidden)
+    inputs, weights = _floats(x), _floats(top_k_weights)
+    index = top_k_index.to(torch.int64).contiguous()
+    y = torch.empty(tokens, hidden, dtype=torch.float32)
+    status = _native.library().dbrxq_experts_forward(
+        inputs.data_ptr(),
+        index.data_ptr(),
+        weights.data_ptr(),
+        tokens,
+        hidden,
+        index.shape[1],
+        len(gate) // 5,
+        *tables,
+        _native.ACTIVATIONS[activation],
+        y.data_ptr(),
+    )
+    _native.check(status, "experts")
+    return y.to(x.dtype)

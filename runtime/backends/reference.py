@@ -1,0 +1,101 @@
+"""Every op in plain torch, for any device: slow, and the yardstick of the fast kernels.
+
+Axes: T tokens, K input channels, N output channels, E experts, D hidden, A experts per token.
+The dequantized weight is exact (`runtime/format.py` has the rule); sums are in fp32.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.runtime.format import read_groups
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+}
+
+
+def _group_codes(words: Tensor, bits: int, rows: int) -> Tensor:
+    """Codes [rows, N] int32 of one group from its words [rows * bits / 32, N] int32."""
+    row = torch.arange(rows, device=words.device)
+    word, shift = row * bits // 32, row * bits % 32
+    following = (word + 1).clamp(max=words.shape[0] - 1)
+    low = words[word].long() & 0xFFFFFFFF
+    high = words[following].long() & 0xFFFFFFFF
+    stream = low | (high << 32)  # the code is whole in here, whether it straddles or not
+    return ((stream >> shift[:, None]) & (2**bits - 1)).int()
+
+
+def dequantize(
+    q_weight: Tensor,
+    q_scale: Tensor,
+    q_scale_max: Tensor,
+    q_groups: Tensor,
+    q_invperm: Tensor,
+    out_features: int,
+) -> Tensor:
+    """The exact weight [K, out_features] fp16, input channels in their original order."""
+    groups = read_groups(q_groups, q_weight.shape[0], q_invperm.shape[0])
+    shifts = torch.arange(0, 32, 4, device=q_scale.device, dtype=torch.int32)
+    nibbles = ((q_scale[:, :, None] >> shifts) & 15).reshape(q_scale.shape[0], -1)  # [G, N]
+    unit = (q_scale_max.float() / 256).half().float()
+    scales = ((nibbles.float() + 1) ** 2 * unit[:, None]).half().float()
+    packed, start = [], 0
+    for group, scale in zip(groups, scales, strict=True):
+        end = start + group.word_rows
+        codes = _group_codes(q_weight[start:end], group.bits, group.rows)
+        packed.append(((codes - 2 ** (group.bits - 1)).float() * scale).half())
+        start = end
+    return torch.cat(packed)[q_invperm.long(), :out_features].contiguous()
+
+
+def linear(
+    x: Tensor,
+    q_weight: Tensor,
+    q_scale: Tensor,
+    q_scale_max: Tensor,
+    q_groups: Tensor,
+    q_invperm: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """y [..., out_features] in x's dtype, from x [..., K]."""
+    weight = dequantize(q_weight, q_scale, q_scale_max, q_groups, q_invperm, out_features).float()
+    y = x.float() @ weight
+    if bias is not None:
+        y = y + bias[:out_features].float()
+    return y.to(x.dtype)
+
+
+def experts(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    activation: str,
+) -> Tensor:
+    """y [T, D] in x's dtype: the weighted sum over each token's experts; five tensors an expert in each list."""
+    act = ACTIVATIONS[activation]
+    hidden, count = x.shape[1], len(gate) // 5
+    if top_k_index.numel() and not 0 <= int(top_k_index.min()) <= int(top_k_index.max()) <= count:
+        raise ValueError(f"experts: an expert index is below 0 or above the number of experts, {count}")
+    states = x.float()
+    y = torch.zeros_like(states)
+    for expert in torch.unique(top_k_index).tolist():
+        if expert == count:
+            continue
+        own = slice(5 * expert, 5 * expert + 5)
+        token, position = torch.where(top_k_index == expert)
+        ffn = down[own][4].shape[0]
+        inputs = states[token]
+        gated = act(inputs @ dequantize(*gate[own], out_features=ffn).float())
+        gated = gated * (inputs @ dequantize(*up[own], out_features=ffn).float())
+        outputs = gated @ dequantize(*down[own], out_features=hidden).float()
+        y.index_add_(0, token, outputs * top_k_weights[token, position, None].float())
+    return y.to(x.dtype)

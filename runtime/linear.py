@@ -1,0 +1,139 @@
+"""Linear layers over packed weights: `QuantLinear`, and `FusedLinear` for one module that the file keeps in parts.
+
+Axes: K input channels, N output channels as stored (a multiple of 32), G groups, R word rows.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbrx_quant.runtime.format import SUFFIXES, padded_columns
+from dbrx_quant.runtime.ops import linear_op
+
+_HALVES = ("q_scale_max", "bias")
+
+
+class QuantLinear(nn.Module):
+    """y = x W + bias with W kept packed; W is dequantized exactly, sums are in fp32, y has x's dtype.
+
+    Built from sizes alone, so that it can live on the meta device until a loader assigns its buffers:
+    q_weight int32 [R, N], q_scale int32 [G, N/8], q_scale_max fp16 [G], q_groups int16 [2 G], q_invperm int32 [K] and,
+    with a bias, bias fp16 [N]. Any contiguous tensors will do, memory-mapped ones too: nothing is copied.
+
+    Args:
+        in_features: K.
+        out_features: columns of y; N is this rounded up to 32.
+        word_rows: R.
+        groups: G.
+        bias: whether the linear has one.
+        device: where the (uninitialised) buffers are made.
+    """
+
+    q_weight: Tensor
+    q_scale: Tensor
+    q_scale_max: Tensor
+    q_groups: Tensor
+    q_invperm: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        word_rows: int,
+        groups: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        n = padded_columns(out_features)
+
+        def make(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.register_buffer("q_weight", make(torch.int32, word_rows, n))
+        self.register_buffer("q_scale", make(torch.int32, groups, n // 8))
+        self.register_buffer("q_scale_max", make(torch.float16, groups))
+        self.register_buffer("q_groups", make(torch.int16, 2 * groups))
+        self.register_buffer("q_invperm", make(torch.int32, in_features))
+        self.register_buffer("bias", make(torch.float16, n) if bias else None)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], out_features: int | None = None) -> "QuantLinear":
+        """A layer that holds these tensors (keyed by suffix) themselves; all stored columns by default."""
+        word_rows, n = tensors["q_weight"].shape
+        layer = cls(
+            tensors["q_invperm"].shape[0],
+            n if out_features is None else out_features,
+            word_rows=word_rows,
+            groups=tensors["q_scale_max"].shape[0],
+            bias="bias" in tensors,
+            device="meta",
+        )
+        if padded_columns(layer.out_features) != n:
+            raise ValueError(f"{layer.out_features} output features do not fit {n} stored columns")
+        for suffix in (*SUFFIXES, *(["bias"] if "bias" in tensors else [])):
+            setattr(layer, suffix, tensors[suffix])
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out_features] from x [..., in_features]."""
+        y: Tensor = linear_op(
+            x,
+            self.q_weight,
+            self.q_scale,
+            self.q_scale_max,
+            self.q_groups,
+            self.q_invperm,
+            self.bias,
+            self.out_features,
+        )
+        return y
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors, keyed by suffix."""
+        return dict(self.named_buffers(recurse=False))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `.to(torch.bfloat16)` means the activations: the fp16 tensors of the format keep their bits.
+        before = {name: self._buffers[name] for name in _HALVES}
+        super()._apply(fn, recurse)
+        for name, original in before.items():
+            after = self._buffers[name]
+            if original is not None and after is not None and after.dtype != original.dtype:
+                self._buffers[name] = original.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        bits = 32 * self.q_weight.shape[0] / max(1, self.in_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{bits:.2f} bits a code, {self.q_scale_max.shape[0]} groups"
+        )
+
+
+class FusedLinear(nn.Module):
+    """Layers that read the same input, their outputs side by side: DBRX's Wqkv as q_proj, k_proj and v_proj.
+
+    Args:
+        layers: child name to layer, in the order of the outputs; the file's tensors load into the children.
+    """
+
+    def __init__(self, layers: Mapping[str, QuantLinear]) -> None:
+        super().__init__()
+        widths = {layer.in_features for layer in layers.values()}
+        if len(widths) != 1:
+            raise ValueError(f"fused layers read inputs of {sorted(widths)} channels; expected one width")
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.in_features = widths.pop()
+        self.out_features = sum(layer.out_features for layer in layers.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., sum of the children's out_features] from x [..., in_features]."""
+        return torch.cat([layer(x) for layer in self.children()], dim=-1)
