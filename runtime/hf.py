@@ -1,0 +1,178 @@
+"""EXL2 as a quantization method of transformers, so that `from_pretrained` of its auto classes loads it.
+
+transformers asks a quantizer to change the empty model before the weights come (here: swap the modules) and
+to say which stored tensor goes where (here: a table of exact names, no patterns). It is registered by
+importing `dbrx_quant.runtime`; without that import transformers warns and goes on with random weights, which
+is why `load_model` is the front door.
+
+This module is imported while transformers imports its quantizers (see `registration`): at its top level it
+may import nothing of transformers that needs them.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from dbrx_quant.runtime.checkpoint import read_header
+from dbrx_quant.runtime.config import read_config, repair_rope
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.facts import to_half
+from dbrx_quant.runtime.layout import Layout, read_layout
+
+METHOD = "exl2"
+
+_given: ContextVar[Layout | None] = ContextVar("given", default=None)
+
+
+@contextmanager
+def given_layout(layout: Layout) -> Iterator[None]:
+    """Within it, `from_pretrained(None, state_dict=...)` loads a model of this layout, checked already."""
+    token = _given.set(layout)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+@register_quantization_config(METHOD)
+class Exl2Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of an EXL2 model's config.json.
+
+    Its keys (`bits`, `head_bits`, `calibration`, `version`) only inform: what is quantized how is told by the
+    tensors themselves. All are kept and saved again.
+    """
+
+    def __init__(self, **keys: Any) -> None:
+        self.__dict__.update(keys)
+        self.quant_method = METHOD
+
+
+@register_quantizer(METHOD)
+class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads EXL2 checkpoints through `from_pretrained`, and saves them through `save_pretrained`.
+
+    Raises (while loading):
+        CheckpointError: the checkpoint does not fit the configuration in every tensor.
+    """
+
+    requires_calibration = True  # dense weights are not quantized on the fly: that is `dbrx-quant convert`
+
+    def __init__(self, quantization_config: Exl2Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._table: dict[str, str] = {}
+        self._stored: dict[str, str] = {}
+        self._seen: set[str] = set()
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Models can be saved: under the names and types that they were stored with."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """There is no backward pass."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Every op has a fake kernel and none depends on values, so `torch.compile` takes whole graphs."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        from dbrx_quant.runtime.swap import swap_modules
+
+        architectures = list(model.config.architectures or [])
+        if type(model).__name__ not in architectures:
+            raise ValueError(
+                f"{type(model).__name__} is not what config.json names, {architectures}; "
+                "load EXL2 models with AutoModelForCausalLM or load_model"
+            )
+        layout = _given.get() or _open_layout(model, checkpoint_files)
+        self._table = swap_modules(model, layout)
+        normalise = layout.architecture.normalise
+        needed = {layout.checkpoint.info(name).file for name in self._table}
+        for file in needed if checkpoint_files else ():
+            known = {name: normalise(name) for name in read_header(file)}
+            self._stored |= {name: self._table[key] for name, key in known.items() if key in self._table}
+        if any(block.experts for block in layout.architecture.blocks):
+            model._can_compile_fullgraph = True  # what couldn't was the loop over experts, which is gone
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Our table of names instead of transformers' patterns, which would merge the experts."""
+        return [_key_table_class()(self._table | self._stored, self._table, self._seen)]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        missed = sorted(set(self._table.values()) - self._seen)
+        if missed:
+            raise CheckpointError(
+                f"{model.config.name_or_path}: transformers did not load {len(missed)} tensors, {missed[0]} "
+                "first, and would run with random weights; use dbrx_quant.runtime.load_model"
+            )
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: 16-bit tensors go back to float16, as the format has them."""
+        state: dict[str, Tensor] = model.state_dict()
+        floats = {name for name, t in state.items() if t.is_floating_point() and t.dtype != torch.float16}
+        return {name: to_half(t, name) if name in floats else t for name, t in state.items()}, {}
+
+
+def _open_layout(model: Any, checkpoint_files: list[str] | None) -> Layout:
+    """The layout of the files that transformers is about to load; also mends the model's RoPE base."""
+    if not checkpoint_files:
+        raise ValueError(
+            "an EXL2 model needs its folder; with a state_dict use dbrx_quant.runtime.load_model"
+        )
+    folder = Path(checkpoint_files[0]).parent
+    architecture = describe(model.config)
+    layout = read_layout(architecture, architecture.open(folder))
+    loaded = {Path(file).name for file in checkpoint_files}
+    for name in layout.names:
+        file = layout.checkpoint.info(name).file
+        if file.name not in loaded:
+            raise CheckpointError(
+                f"{folder}: {name} is in {file.name}, which the index does not name; "
+                "load it with dbrx_quant.runtime.load_model, which reads all shards"
+            )
+    # transformers has filled in its default base by now; a base that the caller chose stays
+    if model.config.model_type == "dbrx" and model.config.rope_parameters.get("rope_theta") == 10000.0:
+        repair_rope(model.config, read_config(folder))
+    return layout
+
+
+@functools.cache
+def _key_table_class() -> type[Any]:
+    """The class of our name table; made late, as transformers may still be importing when this file runs."""
+    from transformers.core_model_loading import WeightRenaming
+
+    class KeyTable(WeightRenaming):  # type: ignore[misc]
+        """A renaming by exact names: stored name → state key, and back when saving."""
+
+        def __init__(self, forward: dict[str, str], saved: dict[str, str], seen: set[str]) -> None:
+            super().__init__("exl2", "exl2")  # patterns that are never used
+            self.forward, self.seen = forward, seen
+            self.inverse = {key: name for name, key in saved.items()}
+
+        def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+            if source_key not in self.forward:
+                return source_key, None
+            self._was_used = True
+            self.seen.add(self.forward[source_key])
+            return self.forward[source_key], source_key
+
+        def reverse_transform(self) -> "KeyTable":
+            return KeyTable(self.inverse, {}, set())
+
+    return KeyTable

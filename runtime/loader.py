@@ -1,0 +1,159 @@
+"""The front door: a folder or repository of EXL2 tensors in, a transformers model ready to generate out."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbrx_quant.runtime.config import load_config, read_config
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.hf import METHOD, given_layout
+from dbrx_quant.runtime.layout import DERIVED, read_layout
+from dbrx_quant.runtime.vocabulary import special_ids
+
+_FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.md"]
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    device_map: Any = None,
+    **options: Any,
+) -> Any:
+    """An EXL2 model, ready for `generate`; its weights stay packed and, on the CPU, in the mapped file.
+
+    Every shard of the folder counts, whatever an index says, so that folders written by exllamav2 load too:
+    without an index or with a stale one, under either of DBRX's namings, without a generation config (then
+    the ids that end a text or a chat turn come from the tokenizer's files).
+
+    Args:
+        source: a folder, or the id of a repository on the Hub.
+        device: where to put the model.
+        dtype: of activations and of the tensors that are not quantized. Default: float32 on the CPU, where
+            half precision is slow and bfloat16 would round the stored float16 norms; float16 elsewhere.
+        revision: branch, tag or commit of a repository; EXL2 repositories have a branch for each size.
+        device_map: spreads the model over several devices, as in transformers; then `device` doesn't count.
+        **options: passed on to `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        CheckpointError: the folder is no EXL2 checkpoint, or does not fit its configuration in every tensor.
+            A model is never returned with weights that were not read.
+    """
+    import transformers
+
+    folder = find_folder(source, revision)
+    config = load_config(folder)
+    architecture = describe(config)
+    layout = read_layout(architecture, architecture.open(folder))
+    config.quantization_config = _quantization(config, folder)
+    if device_map is None:
+        device_map = {"": torch.device(device)}
+        on_cpu = torch.device(device).type == "cpu"
+    else:
+        on_cpu = not torch.accelerator.is_available()
+    checkpoint = layout.checkpoint
+    names = [name for name in checkpoint.names() if not name.endswith(DERIVED)]
+    with given_layout(layout):
+        model = getattr(transformers, config.architectures[0]).from_pretrained(
+            None,
+            config=config,
+            state_dict={name: checkpoint.load(name) for name in names},
+            dtype=dtype or (torch.float32 if on_cpu else torch.float16),
+            device_map=device_map,
+            generation_config=_generation_config(folder, config),
+            **options,
+        )
+    model.config.name_or_path = str(source)
+    return model
+
+
+def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """The original, unquantized model of a folder, with the RoPE base where it belongs.
+
+    Args:
+        folder: a model folder as from the Hub.
+        dtype: to load it in.
+        **options: passed on to `from_pretrained`.
+
+    Raises:
+        CheckpointError: it is quantized, or a tensor of the model is missing, superfluous or misshapen.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = find_folder(folder, None)
+    if "quantization_config" in read_config(folder):
+        raise CheckpointError(f"{folder}: is quantized; load_model loads it, this loads the original")
+    config = load_config(folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            first = sorted(map(str, info[problem]))[0]
+            raise CheckpointError(
+                f"{folder}: {len(info[problem])} {problem.replace('_', ' ')}, {first} first"
+            )
+    return model.eval()
+
+
+def find_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
+    """The folder of a model: itself, or where a repository of the Hub was fetched to.
+
+    Raises:
+        CheckpointError: there is no such folder, and no such repository or no way to it.
+        ValueError: a revision of a folder.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{folder} is a folder; revision={revision!r} is for repositories")
+        return folder
+    if not isinstance(source, str) or not _REPOSITORY.fullmatch(source):
+        raise CheckpointError(f"{folder}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_FETCHED))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: no such folder, and not to be had from the Hub: {error}") from error
+
+
+def _quantization(config: Any, folder: Path) -> dict[str, Any]:
+    """The folder's quantization config; repositories from before March 2024 have none."""
+    stored = getattr(config, "quantization_config", None) or {}
+    method = stored.get("quant_method", METHOD)
+    if method != METHOD:
+        raise CheckpointError(f"{folder / 'config.json'}: quant_method is {method!r}, expected {METHOD!r}")
+    return {**stored, "quant_method": METHOD}
+
+
+def _generation_config(folder: Path, config: Any) -> Any:
+    """The folder's generation config, or one made of the ids in the other files."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").exists():
+        try:
+            return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error
+    made = GenerationConfig.from_model_config(config)
+    if (folder / "tokenizer.json").exists():
+        ids = special_ids(folder)
+        made.bos_token_id, made.pad_token_id = ids.bos, ids.pad
+        made.eos_token_id = list(ids.eos) or None
+    return made
