@@ -67,8 +67,7 @@ def verify(
         report.faults.append(f"{folder}: no such folder")
         return report
     config, architecture = _read_architecture(folder, report)
-    quantization = config.get("quantization_config")
-    producer = str(quantization.get("version", "")) if isinstance(quantization, dict) else ""
+    producer = str(_section(config, "quantization_config").get("version", ""))
     ours = producer.startswith(PRODUCER)
     report.facts["producer"] = producer or "unknown"
     minor = report.faults if ours else report.warnings
@@ -88,6 +87,8 @@ def verify(
         _check_checksums(folder, checksums, progress, report)
     elif ours:
         report.faults.append(f"{CHECKSUMS_NAME}: missing; the conversion did not finish")
+    for lines in (report.faults, report.warnings):
+        lines[:] = [" ".join(line.split()) for line in lines]  # libraries wrap their messages
     return report
 
 
@@ -99,12 +100,17 @@ def _read_architecture(folder: Path, report: Report) -> tuple[dict[str, Any], Ar
         return {}, None
     try:
         architecture = describe(load_config(folder))
-    except (CheckpointError, TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
-        # transformers' config classes raise what they will on nonsense
+    except Exception as error:  # transformers' config classes raise what they will on nonsense
         report.faults.append(f"config.json: describes no known model: {error}")
         return config, None
     report.facts["family"] = architecture.family
     return config, architecture
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under `key`, or an empty one."""
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _read_shards(folder: Path, architecture: Architecture | None, report: Report) -> dict[str, TensorInfo]:
@@ -261,15 +267,14 @@ def _float_faults(checkpoint: Checkpoint, kept: FloatSpec) -> list[str]:
 
 
 def _check_config(config: dict[str, Any], architecture: Architecture, minor: list[str]) -> None:
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "exl2":
+    if _section(config, "quantization_config").get("quant_method") != "exl2":
         minor.append(
             'config.json: no quantization_config with quant_method "exl2"; '
             "transformers would load random weights"
         )
     if architecture.family == "dbrx" and not config.get("rope_theta"):
-        base = (config.get("attn_config") or {}).get("rope_theta")
-        if not (config.get("rope_parameters") or {}).get("rope_theta"):
+        base = _section(config, "attn_config").get("rope_theta")
+        if not _section(config, "rope_parameters").get("rope_theta"):
             minor.append(
                 f"config.json: rope_theta is not at the top level (attn_config has {base}); "
                 "transformers 5 alone would use 10000"
@@ -281,7 +286,7 @@ def _count_bits(
 ) -> None:
     bits = stored_bits(checkpoint, architecture)
     report.facts |= {"bpw": bits.bpw, "head_bpw": bits.head_bpw, "total_bytes": bits.total_bytes}
-    said = (config.get("quantization_config") or {}).get("bpw")
+    said = _section(config, "quantization_config").get("bpw")
     if isinstance(said, float) and abs(said - bits.bpw) > 1e-4:
         report.faults.append(
             f"config.json: quantization_config.bpw is {said}, the shards hold {bits.bpw:.5f} bits per weight"

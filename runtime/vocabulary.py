@@ -101,6 +101,8 @@ def read_vocabulary(tokenizer: Mapping[str, Any], file: str) -> Vocabulary:
         raise CheckpointError(f"{file}: no model.vocab; expected the format of the tokenizers library")
     added: dict[str, int] = {}
     entries = tokenizer.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{file}: added_tokens is no list")
     for entry in entries:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
             raise CheckpointError(f"{file}: added_tokens has an entry without content: {entry!r}")
@@ -126,14 +128,21 @@ def special_token(folder: Path, role: str) -> str | None:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The folder's default chat template; a `chat_template.jinja` wins, as in transformers."""
+    """The folder's default chat template; a `chat_template.jinja` wins, as in transformers.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: not UTF-8 text ({error}); the file is damaged") from None
     value = read_object(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(value, list):  # named templates
-        named = {entry["name"]: entry["template"] for entry in value if isinstance(entry, Mapping)}
-        value = named.get("default")
+        named = [e for e in value if isinstance(e, Mapping) and e.get("name") == "default"]
+        value = named[0].get("template") if named else None
     return value if isinstance(value, str) else None
 
 
@@ -146,7 +155,6 @@ def render_chat(folder: Path, messages: list[dict[str, str]], generation_prompt:
     template = chat_template(folder)
     if template is None:
         return None
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     roles = {f"{role}_token": special_token(folder, role) for role in ("bos", "eos", "pad", "unk")}
@@ -158,8 +166,8 @@ def render_chat(folder: Path, messages: list[dict[str, str]], generation_prompt:
             add_generation_prompt=generation_prompt,
             **tokens,
         )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{folder}: the chat template cannot be rendered: {error}") from None
+    except Exception as error:  # a template is a program, it can fail in any way
+        raise CheckpointError(f"{folder}: the chat template cannot be rendered: {error!r}") from None
     return str(rendered[0])
 
 

@@ -158,9 +158,9 @@ def quantize_randomly(architecture, folder):
     return folder
 
 
-def make_output(folder, max_shard_bytes=8e9):
-    """A finished output in `folder / "out"`; its source and linears lie beside it."""
-    source = make_source(folder / "source")
+def make_output(folder, max_shard_bytes=8e9, source=None):
+    """A finished output in `folder / "out"`; its source (made unless given) and linears lie beside it."""
+    source = source or make_source(folder / "source")
     architecture = describe(load_config(source))
     linears = quantize_randomly(architecture, folder / "linears")
     out = folder / "out"
