@@ -1,7 +1,7 @@
 """The native CPU library: found, checked and typed at the first call, its statuses turned into exceptions.
 
-`csrc/include/dbrxq.h` describes every function; the tables below list them in the order of that header. The
-library follows `torch.get_num_threads()`: each call of `library()` passes the current number on when it changed.
+`csrc/include/dbrxq.h` describes every function; the table below lists them in the order of that header.
+The library follows `torch.get_num_threads()`: `library()` passes the number on whenever it has changed.
 """
 
 import ctypes
@@ -9,8 +9,9 @@ import importlib.resources
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int16, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class Linear(Structure):
 
 
 # name: (result, arguments), in the order of dbrxq.h
-_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dbrxq_abi_version": (c_int, []),
     "dbrxq_set_threads": (None, [c_int]),
     "dbrxq_threads": (c_int, []),
@@ -53,8 +54,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "dbrxq_linear_forward": (c_int, [POINTER(Linear), c_void_p, c_int64, c_void_p]),
     "dbrxq_experts_forward": (
         c_int,
-        [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]
-        + [POINTER(Linear), POINTER(Linear), POINTER(Linear), c_int, c_void_p],
+        [c_void_p] * 3 + [c_int64] * 4 + [POINTER(Linear)] * 3 + [c_int, c_void_p],
     ),
 }
 
@@ -71,7 +71,7 @@ def _find() -> Path:
     if candidate.is_file():
         return Path(str(candidate))
     raise RuntimeError(
-        f"{LIBRARY_NAME} is not beside dbrx_quant.runtime ({root}); install the package again with a C++ compiler"
+        f"{LIBRARY_NAME} is not beside dbrx_quant.runtime ({root}); install again with a C++ compiler"
     )
 
 
@@ -99,7 +99,7 @@ def library() -> ctypes.CDLL:
     """The typed library, set to torch's number of threads.
 
     Raises:
-        RuntimeError: it is missing, does not load, or has another ABI version. The first failure is remembered.
+        RuntimeError: it is missing, does not load, or has another ABI version; remembered once it happened.
     """
     global _library, _failure, _threads_sent
     if _library is None:
@@ -137,7 +137,7 @@ def why_unavailable() -> str | None:
 def isa() -> str:
     """The instruction set that the kernels run on: `scalar`, `avx2` or `avx512`.
 
-    It is `unusable` when DBRXQ_ISA names one that is unknown or that this CPU lacks; then every kernel call fails.
+    It is `unusable` when DBRXQ_ISA names one that is unknown or that this CPU lacks; then every kernel fails.
     """
     return str(library().dbrxq_isa().decode())
 

@@ -5,7 +5,6 @@ Axes: T tokens, E experts, D hidden, A experts per token.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from dbrx_quant.runtime.linear import QuantLinear
@@ -38,7 +37,7 @@ class _Expert(nn.Module):
 
 
 class QuantExperts(nn.Module):
-    """Sum over a token's experts of weight * down(activation(gate(x)) * up(x)); replaces transformers' experts.
+    """Sum over a token's experts of weight * down(activation(gate(x)) * up(x)), as transformers' experts do.
 
     The linears are children `<expert>.<key>`, so buffers are named as in the file: `3.w1.q_weight`.
 

@@ -1,4 +1,4 @@
-"""Linear layers over packed weights: `QuantLinear`, and `FusedLinear` for one module that the file keeps in parts.
+"""Linear layers over packed weights: `QuantLinear`, and `FusedLinear` for what the file keeps in parts.
 
 Axes: K input channels, N output channels as stored (a multiple of 32), G groups, R word rows.
 """
@@ -19,8 +19,9 @@ class QuantLinear(nn.Module):
     """y = x W + bias with W kept packed; W is dequantized exactly, sums are in fp32, y has x's dtype.
 
     Built from sizes alone, so that it can live on the meta device until a loader assigns its buffers:
-    q_weight int32 [R, N], q_scale int32 [G, N/8], q_scale_max fp16 [G], q_groups int16 [2 G], q_invperm int32 [K] and,
-    with a bias, bias fp16 [N]. Any contiguous tensors will do, memory-mapped ones too: nothing is copied.
+    q_weight int32 [R, N], q_scale int32 [G, N/8], q_scale_max fp16 [G], q_groups int16 [2 G],
+    q_invperm int32 [K] and, with a bias, bias fp16 [N]. Any contiguous tensors will do, memory-mapped ones
+    too: nothing is copied.
 
     Args:
         in_features: K.
@@ -82,7 +83,7 @@ class QuantLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., out_features] from x [..., in_features]."""
+        """The outputs [..., out_features] of x [..., in_features]."""
         y: Tensor = linear_op(
             x,
             self.q_weight,
@@ -102,7 +103,7 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `.to(torch.bfloat16)` means the activations: the fp16 tensors of the format keep their bits.
         before = {name: self._buffers[name] for name in _HALVES}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, original in before.items():
             after = self._buffers[name]
             if original is not None and after is not None and after.dtype != original.dtype:
@@ -112,8 +113,8 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         bits = 32 * self.q_weight.shape[0] / max(1, self.in_features)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{bits:.2f} bits a code, {self.q_scale_max.shape[0]} groups"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {bits:.2f} bits a code, {self.q_scale_max.shape[0]} groups"
         )
 
 
@@ -135,5 +136,5 @@ class FusedLinear(nn.Module):
         self.out_features = sum(layer.out_features for layer in layers.values())
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., sum of the children's out_features] from x [..., in_features]."""
+        """The children's outputs side by side, [..., out_features], of x [..., in_features]."""
         return torch.cat([layer(x) for layer in self.children()], dim=-1)

@@ -35,9 +35,9 @@ struct Vec {
   static __m128i to_half(F value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F round_half(F value) { return _mm256_cvtph_ps(to_half(value)); }
   static void store_half(uint16_t* to, F value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), to_half(value)); }
-  static F scale_steps(const char* from) {
+  static F scale_steps(const char* scales, int64_t column) {
     int32_t word;
-    memcpy(&word, from, sizeof word);
+    memcpy(&word, scales + layout::scale_word(column) * 4, sizeof word);
     const I shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
     const I nibbles = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(word), shifts), splat_int(15));
     return _mm256_cvtepi32_ps(_mm256_add_epi32(nibbles, splat_int(1)));

@@ -36,7 +36,8 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_half(value));
   }
   // n of 16 columns from two scale words: each word goes to eight lanes, each lane shifts its own nibble down.
-  static F scale_steps(const char* from) {
+  static F scale_steps(const char* scales, int64_t column) {
+    const char* from = scales + layout::scale_word(column) * 4;
     const I which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     const I shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     const I words = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));

@@ -91,7 +91,7 @@ inline Group open_group(const LinearView& view, const GroupSpan& span) {
 }
 
 inline Vec::F column_scales(const Group& group, int64_t column) {
-  const Vec::F steps = Vec::scale_steps(group.scales + layout::scale_word(column) * 4);  // n, 1..16
+  const Vec::F steps = Vec::scale_steps(group.scales, column);  // n, 1..16
   return Vec::round_half(Vec::mul(Vec::mul(steps, steps), group.unit));
 }
 

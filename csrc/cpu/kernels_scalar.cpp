@@ -1,4 +1,5 @@
-// Plain C++, for any CPU: 8 columns in loops that the compiler may turn into whatever vectors it may assume.
+// For any CPU: 4 columns a vector in the compiler's own vector types, which become whatever the baseline has (SSE2 on
+// x86-64) or plain scalar code.
 #include <string.h>
 
 #include "half.h"
@@ -9,59 +10,54 @@ namespace dbrxq {
 namespace {
 
 struct Vec {
-  static constexpr int lanes = 8, registers = 16;
-  struct F {
-    float at[lanes];
-  };
-  struct I {
-    uint32_t at[lanes];
-  };
-  template <class Result, class Body>
-  static inline Result each(Body body) {
-    Result result;
-    for (int i = 0; i < lanes; ++i) result.at[i] = body(i);
-    return result;
+  static constexpr int lanes = 4, registers = 16;
+  typedef float F __attribute__((vector_size(16)));
+  typedef uint32_t I __attribute__((vector_size(16)));
+  static F splat(float value) { return F{value, value, value, value}; }
+  static I splat_int(uint32_t value) { return I{value, value, value, value}; }
+  static F load(const float* from) {
+    F value;
+    memcpy(&value, from, sizeof value);
+    return value;
   }
-  static F splat(float value) { return each<F>([&](int) { return value; }); }
-  static I splat_int(uint32_t value) { return each<I>([&](int) { return value; }); }
-  static F load(const float* from) { return each<F>([&](int i) { return from[i]; }); }
-  static void store(float* to, const F& value) { memcpy(to, value.at, sizeof value.at); }
+  static void store(float* to, F value) { memcpy(to, &value, sizeof value); }
   static I load_words(const char* from) {
     I words;
-    memcpy(words.at, from, sizeof words.at);
+    memcpy(&words, from, sizeof words);
     return words;
   }
   template <int S>
-  static I shift_right(const I& value) { return each<I>([&](int i) { return value.at[i] >> S; }); }
+  static I shift_right(I value) { return value >> S; }
   template <int S>
-  static I shift_left(const I& value) { return each<I>([&](int i) { return value.at[i] << S; }); }
-  static I either(const I& a, const I& b) { return each<I>([&](int i) { return a.at[i] | b.at[i]; }); }
-  static I and_or(const I& a, const I& b, const I& c) {
-    return each<I>([&](int i) { return (a.at[i] & b.at[i]) | c.at[i]; });
+  static I shift_left(I value) { return value << S; }
+  static I either(I a, I b) { return a | b; }
+  static I and_or(I a, I b, I c) { return (a & b) | c; }
+  static F as_float(I bits) {
+    F value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
   }
-  static F as_float(const I& bits) { return each<F>([&](int i) { return bits_to_float(bits.at[i]); }); }
-  static F add(const F& a, const F& b) { return each<F>([&](int i) { return a.at[i] + b.at[i]; }); }
-  static F sub(const F& a, const F& b) { return each<F>([&](int i) { return a.at[i] - b.at[i]; }); }
-  static F mul(const F& a, const F& b) { return each<F>([&](int i) { return a.at[i] * b.at[i]; }); }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
   // Two roundings: without the instruction a fused product is a library call per element.
-  static F multiply_add(const F& a, const F& b, const F& c) {
-    return each<F>([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
+  static F multiply_add(F a, F b, F c) { return a * b + c; }
+  static bool any_at_least(F a, float bound) {
+    return a[0] >= bound || a[1] >= bound || a[2] >= bound || a[3] >= bound;
   }
-  static bool any_at_least(const F& a, float bound) {
-    bool any = false;
-    for (int i = 0; i < lanes; ++i) any |= a.at[i] >= bound;
-    return any;
+  static F round_half(F value) {
+    for (int i = 0; i < lanes; ++i) value[i] = half_to_float(float_to_half(value[i]));
+    return value;
   }
-  static F round_half(const F& value) {
-    return each<F>([&](int i) { return half_to_float(float_to_half(value.at[i])); });
+  static void store_half(uint16_t* to, F value) {
+    for (int i = 0; i < lanes; ++i) to[i] = float_to_half(value[i]);
   }
-  static void store_half(uint16_t* to, const F& value) {
-    for (int i = 0; i < lanes; ++i) to[i] = float_to_half(value.at[i]);
-  }
-  static F scale_steps(const char* from) {
+  static F scale_steps(const char* scales, int64_t column) {
     uint32_t word;
-    memcpy(&word, from, sizeof word);
-    return each<F>([&](int i) { return static_cast<float>((word >> layout::scale_shift(i) & 15u) + 1u); });
+    memcpy(&word, scales + layout::scale_word(column) * 4, sizeof word);
+    F steps;
+    for (int i = 0; i < lanes; ++i) steps[i] = static_cast<float>((word >> layout::scale_shift(column + i) & 15u) + 1u);
+    return steps;
   }
 };
 

@@ -11,10 +11,15 @@ from torch import Tensor
 
 from dbrx_quant.runtime.format import read_groups
 
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "gelu_tanh": _gelu_tanh,
     "relu": torch.nn.functional.relu,
 }
 
@@ -63,12 +68,18 @@ def linear(
     bias: Tensor | None,
     out_features: int,
 ) -> Tensor:
-    """y [..., out_features] in x's dtype, from x [..., K]."""
+    """The product [..., out_features] of x [..., K] and the weight, plus bias, in x's dtype."""
     weight = dequantize(q_weight, q_scale, q_scale_max, q_groups, q_invperm, out_features).float()
-    y = x.float() @ weight
+    y: Tensor = x.float() @ weight
     if bias is not None:
         y = y + bias[:out_features].float()
     return y.to(x.dtype)
+
+
+def _dense(tensors: Sequence[Tensor], out_features: int) -> Tensor:
+    """The weight [K, out_features] fp32 of a linear's five tensors."""
+    q_weight, q_scale, q_scale_max, q_groups, q_invperm = tensors
+    return dequantize(q_weight, q_scale, q_scale_max, q_groups, q_invperm, out_features).float()
 
 
 def experts(
@@ -80,7 +91,7 @@ def experts(
     down: Sequence[Tensor],
     activation: str,
 ) -> Tensor:
-    """y [T, D] in x's dtype: the weighted sum over each token's experts; five tensors an expert in each list."""
+    """The weighted sum over each token's experts, [T, D] in x's dtype; lists hold five tensors an expert."""
     act = ACTIVATIONS[activation]
     hidden, count = x.shape[1], len(gate) // 5
     if top_k_index.numel() and not 0 <= int(top_k_index.min()) <= int(top_k_index.max()) <= count:
@@ -94,8 +105,7 @@ def experts(
         token, position = torch.where(top_k_index == expert)
         ffn = down[own][4].shape[0]
         inputs = states[token]
-        gated = act(inputs @ dequantize(*gate[own], out_features=ffn).float())
-        gated = gated * (inputs @ dequantize(*up[own], out_features=ffn).float())
-        outputs = gated @ dequantize(*down[own], out_features=hidden).float()
+        gated = act(inputs @ _dense(gate[own], ffn)) * (inputs @ _dense(up[own], ffn))
+        outputs = gated @ _dense(down[own], hidden)
         y.index_add_(0, token, outputs * top_k_weights[token, position, None].float())
     return y.to(x.dtype)
