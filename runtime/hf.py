@@ -9,7 +9,6 @@ This module is imported while transformers imports its quantizers (see `registra
 may import nothing of transformers that needs them.
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -69,9 +68,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: Exl2Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._table: dict[str, str] = {}
-        self._stored: dict[str, str] = {}
-        self._seen: set[str] = set()
+        self._keys: Any = None
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Models can be saved: under the names and types that they were stored with."""
@@ -90,6 +87,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
+        from dbrx_quant.runtime.key_table import KeyTable
         from dbrx_quant.runtime.swap import swap_modules
 
         architectures = list(model.config.architectures or [])
@@ -99,22 +97,22 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "load EXL2 models with AutoModelForCausalLM or load_model"
             )
         layout = _given.get() or _open_layout(model, checkpoint_files)
-        self._table = swap_modules(model, layout)
-        normalise = layout.architecture.normalise
-        needed = {layout.checkpoint.info(name).file for name in self._table}
-        for file in needed if checkpoint_files else ():
-            known = {name: normalise(name) for name in read_header(file)}
-            self._stored |= {name: self._table[key] for name, key in known.items() if key in self._table}
+        saving = swap_modules(model, layout)
+        loading = dict(saving)
+        for file in checkpoint_files or ():  # which may use the names of the original model
+            known = {name: layout.architecture.normalise(name) for name in read_header(Path(file))}
+            loading |= {name: saving[key] for name, key in known.items() if key in saving}
+        self._keys = KeyTable(loading, saving)
         if any(block.experts for block in layout.architecture.blocks):
             model._can_compile_fullgraph = True  # what couldn't was the loop over experts, which is gone
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Our table of names instead of transformers' patterns, which would merge the experts."""
-        return [_key_table_class()(self._table | self._stored, self._table, self._seen)]
+        return [self._keys]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        missed = sorted(set(self._table.values()) - self._seen)
+        missed = sorted(set(self._keys.saving.values()) - self._keys.renamed)
         if missed:
             raise CheckpointError(
                 f"{model.config.name_or_path}: transformers did not load {len(missed)} tensors, {missed[0]} "
@@ -132,9 +130,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
 def _open_layout(model: Any, checkpoint_files: list[str] | None) -> Layout:
     """The layout of the files that transformers is about to load; also mends the model's RoPE base."""
     if not checkpoint_files:
-        raise ValueError(
-            "an EXL2 model needs its folder; with a state_dict use dbrx_quant.runtime.load_model"
-        )
+        raise ValueError("an EXL2 model loads from its folder, not from a state_dict")
     folder = Path(checkpoint_files[0]).parent
     architecture = describe(model.config)
     layout = read_layout(architecture, architecture.open(folder))
@@ -150,29 +146,3 @@ def _open_layout(model: Any, checkpoint_files: list[str] | None) -> Layout:
     if model.config.model_type == "dbrx" and model.config.rope_parameters.get("rope_theta") == 10000.0:
         repair_rope(model.config, read_config(folder))
     return layout
-
-
-@functools.cache
-def _key_table_class() -> type[Any]:
-    """The class of our name table; made late, as transformers may still be importing when this file runs."""
-    from transformers.core_model_loading import WeightRenaming
-
-    class KeyTable(WeightRenaming):  # type: ignore[misc]
-        """A renaming by exact names: stored name → state key, and back when saving."""
-
-        def __init__(self, forward: dict[str, str], saved: dict[str, str], seen: set[str]) -> None:
-            super().__init__("exl2", "exl2")  # patterns that are never used
-            self.forward, self.seen = forward, seen
-            self.inverse = {key: name for name, key in saved.items()}
-
-        def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-            if source_key not in self.forward:
-                return source_key, None
-            self._was_used = True
-            self.seen.add(self.forward[source_key])
-            return self.forward[source_key], source_key
-
-        def reverse_transform(self) -> "KeyTable":
-            return KeyTable(self.inverse, {}, set())
-
-    return KeyTable

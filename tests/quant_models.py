@@ -1,6 +1,6 @@
 """Small models with random EXL2 weights, and their dense twins, made without any of the loader's code.
 
-A twin is the plain transformers model filled with `dequantize_linear`'s weights: the loaded one must equal it.
+A twin is the plain model filled with `dequantize_linear`'s weights: the loaded one must equal it.
 """
 
 import copy
