@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dbrx_quant.runtime.checkpoint import Checkpoint
-from dbrx_quant.runtime.families.facts import Architecture, LinearSpec
+from dbrx_quant.runtime.families.facts import Architecture, LinearSpec, find_source
 from dbrx_quant.runtime.format import SUFFIXES
 
 
@@ -43,7 +43,10 @@ def linear_bits(checkpoint: Checkpoint, spec: LinearSpec) -> int:
         CheckpointError: one of its tensors is missing.
     """
     if not checkpoint.is_quantized(spec.name):
-        return 8 * checkpoint.info(f"{spec.name}.weight").nbytes
+        source = find_source(checkpoint, spec)
+        info = checkpoint.info(source.tensor)
+        begin, end = source.rows or (0, info.shape[0])
+        return 8 * info.nbytes * (end - begin) // info.shape[0]
     names = [f"{spec.name}.{suffix}" for suffix in SUFFIXES]
     if f"{spec.name}.bias" in checkpoint:
         names.append(f"{spec.name}.bias")

@@ -77,7 +77,7 @@ def verify(
     if architecture is not None:
         checkpoint = _open(folder, architecture, report)
         if checkpoint is not None:
-            _check_tensors(checkpoint, architecture, report)
+            _check_tensors(checkpoint, architecture, report, minor)
         _check_config(config, architecture, minor)
         for problem in check_tokenizer(folder, architecture.vocabulary):
             (report.faults if problem.fatal else minor).append(str(problem))
@@ -177,7 +177,9 @@ def _open(folder: Path, architecture: Architecture, report: Report) -> Checkpoin
         return None
 
 
-def _check_tensors(checkpoint: Checkpoint, architecture: Architecture, report: Report) -> None:
+def _check_tensors(
+    checkpoint: Checkpoint, architecture: Architecture, report: Report, minor: list[str]
+) -> None:
     """Every linear and every 16-bit tensor of the model, and nothing else."""
     used: set[str] = set()
     linears = 0
@@ -187,10 +189,21 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture, report: R
         if any(name in checkpoint for name in names[: len(SUFFIXES)]):
             linears += 1
             report.faults += _linear_faults(checkpoint, spec)
+            continue
+        dense = next((source for source in spec.sources if source.tensor in checkpoint), None)
+        if dense is None:
+            report.faults.append(f"{spec.name}: missing")
+            continue
+        used.add(dense.tensor)
+        where = f"{checkpoint.info(dense.tensor).file.name}: {spec.name}"
+        if _may_stay_dense(checkpoint, architecture, spec):
+            minor.append(f"{where}: stored in 16 bits, as {dense.tensor}")
+            if dense.tensor == f"{spec.name}.weight":
+                k, n = spec.shape
+                report.faults += _float_faults(checkpoint, FloatSpec(dense.tensor, "", (n, k)))
         else:
-            used.add(f"{spec.name}.weight")
-            used.update(source.tensor for source in spec.sources)
-            report.faults.append(_missing_linear(checkpoint, spec))
+            what = "the expert matrix" if spec.expert is not None else "the linear"
+            report.faults.append(f"{where}: {what} was left unquantized ({dense.tensor})")
     report.facts["linears"] = linears
     for kept in architecture.all_floats():
         used.add(kept.name)
@@ -203,15 +216,15 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture, report: R
             report.faults.append(f"{file}: {name}: {architecture.family} has no place for this tensor")
 
 
-def _missing_linear(checkpoint: Checkpoint, spec: LinearSpec) -> str:
-    what = "the expert matrix" if spec.expert is not None else "the linear"
-    dense = next((source.tensor for source in spec.sources if source.tensor in checkpoint), None)
-    if dense is None:
-        return f"{spec.name}: missing"
-    if spec.role == "head" and dense != "lm_head.weight":  # tied: the embedding is there, the head is not
-        return f"{spec.name}: missing; a head that shares the embedding is stored quantized all the same"
-    file = checkpoint.info(dense).file.name
-    return f"{file}: {spec.name}: {what} was left unquantized ({dense})"
+def _may_stay_dense(checkpoint: Checkpoint, architecture: Architecture, spec: LinearSpec) -> bool:
+    """Whether the format allows it: the head, and the attention of a block if none of it is quantized."""
+    if spec.block is None:
+        return True
+    attention = ("q", "k", "v", "o")
+    linears = (other for stage in architecture.blocks[spec.block].stages for other in stage)
+    return spec.role in attention and not any(
+        checkpoint.is_quantized(other.name) for other in linears if other.role in attention
+    )
 
 
 def _linear_faults(checkpoint: Checkpoint, spec: LinearSpec) -> list[str]:
@@ -238,8 +251,6 @@ def _linear_faults(checkpoint: Checkpoint, spec: LinearSpec) -> list[str]:
         faults.append(f"{file}: {spec.name}.bias: {state}, the model's linear has {rule}")
     if "bias" in tensors and not bool(torch.isfinite(tensors["bias"]).all()):
         faults.append(f"{file}: {spec.name}.bias: holds NaN or infinity")
-    if f"{spec.name}.weight" in checkpoint and spec.role != "head":
-        faults.append(f"{file}: {spec.name}: stored quantized and as {spec.name}.weight; remove one")
     return faults
 
 
@@ -272,13 +283,28 @@ def _check_config(config: dict[str, Any], architecture: Architecture, minor: lis
             'config.json: no quantization_config with quant_method "exl2"; '
             "transformers would load random weights"
         )
-    if architecture.family == "dbrx" and not config.get("rope_theta"):
-        base = _section(config, "attn_config").get("rope_theta")
-        if not _section(config, "rope_parameters").get("rope_theta"):
-            minor.append(
-                f"config.json: rope_theta is not at the top level (attn_config has {base}); "
-                "transformers 5 alone would use 10000"
-            )
+    if architecture.family == "dbrx":
+        minor += _rope_problems(config)
+
+
+def _rope_problems(config: dict[str, Any]) -> list[str]:
+    """What makes readers of a DBRX config run at different RoPE bases."""
+    bases = {
+        "rope_theta": config.get("rope_theta"),
+        "rope_parameters": _section(config, "rope_parameters").get("rope_theta"),
+        "attn_config": _section(config, "attn_config").get("rope_theta"),
+    }
+    problems = []
+    if not bases["rope_theta"] and not bases["rope_parameters"]:
+        problems.append(
+            f"config.json: rope_theta is not at the top level (attn_config has {bases['attn_config']}); "
+            "transformers 5 alone would use 10000"
+        )
+    given = {key: base for key, base in bases.items() if isinstance(base, (int, float)) and base}
+    if len(set(given.values())) > 1:  # a DBRX config that transformers 5 read and saved again is like that
+        text = ", ".join(f"{base} in {key}" for key, base in given.items())
+        problems.append(f"config.json: names different RoPE bases: {text}; keep the one it was trained with")
+    return problems
 
 
 def _count_bits(

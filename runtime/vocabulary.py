@@ -158,7 +158,7 @@ def render_chat(folder: Path, messages: list[dict[str, str]], generation_prompt:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     roles = {f"{role}_token": special_token(folder, role) for role in ("bos", "eos", "pad", "unk")}
-    tokens = {role: content for role, content in roles.items() if content is not None}
+    tokens: dict[str, Any] = {role: content for role, content in roles.items() if content is not None}
     try:
         rendered, _ = render_jinja_template(
             conversations=[messages],

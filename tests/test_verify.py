@@ -116,6 +116,18 @@ def test_every_family_is_written_soundly_also_with_biases_and_a_tied_head(tmp_pa
     assert (report.faults, report.warnings) == ([], [])
 
 
+def test_a_dbrx_config_that_names_two_rope_bases_is_reported(folder):
+    theta = {"rope_theta": 10000.0, "rope_type": "default"}
+    change_json(folder, "config.json", lambda c: c.update(rope_parameters=theta))
+    (fault,) = faults(folder)
+    assert "different RoPE bases: 500000 in rope_theta, 10000.0 in rope_parameters, 500000 in attn" in fault
+
+
+def test_a_linear_that_is_stored_twice_is_a_fault(folder):
+    change(folder, lambda t: t.update({f"{EXPERT}.weight": torch.zeros(64, 96, dtype=torch.float16)}))
+    assert faults(folder) == [f"model.safetensors: {EXPERT}.weight: dbrx has no place for this tensor"]
+
+
 def test_both_naming_styles_of_dbrx_are_read(folder):
     (folder / "checksums.json").unlink()
     change_json(folder, "config.json", lambda c: c["quantization_config"].update(version="0.3.2"))
@@ -236,6 +248,31 @@ def test_an_expert_left_unquantized_is_a_fault(folder, name, shape):
     change(folder, leave)
     (fault,) = faults(folder)
     assert fault.startswith(f"model.safetensors: {EXPERT}: the expert matrix was left unquantized")
+
+
+def leave_dense(tensors, linear, shape):
+    for stored in list(tensors):
+        if stored.startswith(linear):
+            del tensors[stored]
+    tensors[f"{linear}.weight"] = torch.zeros(shape, dtype=torch.float16)
+
+
+def test_a_head_in_16_bits_is_legal_but_not_what_we_write(folder):
+    change(folder, lambda t: leave_dense(t, "lm_head", (VOCABULARY, 64)))
+    message = "model.safetensors: lm_head: stored in 16 bits, as lm_head.weight"
+    assert faults(folder) == [message]
+    change_json(folder, "config.json", lambda c: c["quantization_config"].update(version="0.3.2"))
+    (folder / "checksums.json").unlink()
+    report = verify(folder)
+    assert (report.faults, report.warnings) == ([], [message])
+    assert report.facts["head_bpw"] == 16
+
+
+def test_attention_is_quantized_whole_or_not_at_all(folder):
+    change_json(folder, "config.json", lambda c: c["quantization_config"].update(version="0.3.2"))
+    change(folder, lambda t: leave_dense(t, Q_PROJ, (64, 64)))
+    (fault,) = faults(folder)
+    assert fault.startswith(f"model.safetensors: {Q_PROJ}: the linear was left unquantized")
 
 
 def test_a_tensor_without_a_place_is_a_fault(folder):
