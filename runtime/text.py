@@ -1,10 +1,10 @@
 """Tokenizers of model folders, never fetched from anywhere."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from dbrx_quant.runtime.config import read_config
 from dbrx_quant.runtime.errors import CheckpointError
 
 # What decides how text becomes ids; the first name found stands for all.
@@ -51,15 +51,9 @@ def model_limits(folder: str | Path) -> tuple[int | None, int | None]:
     Raises:
         CheckpointError: config.json is no JSON object.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not (Path(folder) / "config.json").is_file():
         return None, None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: a JSON object expected, got {type(config).__name__}")
+    config = read_config(Path(folder))
     vocabulary = config.get("vocab_size")
     longest = config.get("max_seq_len", config.get("max_position_embeddings"))
     return (
