@@ -1,0 +1,129 @@
+"""`dbrx-quant doctor`: what was found on this machine, and which kernels will run. Nothing is fetched."""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from dbrx_quant.scripts.output import bytes_text, print_json, print_table
+from dbrx_quant.scripts.verb import Verb
+
+CHECK_FAILED = 3
+PACKAGES = ("dbrx-quant", "torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments: none of its own."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what was found; 3 where the native library cannot be used."""
+    found = examine()
+    if arguments.json:
+        print_json(found)
+    else:
+        print_table("machine and libraries", ["", ""], [[k, _text(k, v)] for k, v in _flat(found)], left=2)
+    return 0 if found["native"]["usable"] else CHECK_FAILED
+
+
+def examine() -> dict[str, Any]:
+    """Versions, native library, threads, memory, disk, CUDA; JSON-ready."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "native": _native(),
+        "threads": {"cpus": len(os.sched_getaffinity(0)), "torch": torch.get_num_threads()},
+        "memory": _memory(),
+        "disk": {"folder": str(Path.cwd()), "free": shutil.disk_usage(Path.cwd()).free},
+        "cuda": {"nvcc": _nvcc(), "torch": torch.version.cuda, "gpus": _gpus()},
+    }
+
+
+def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _native() -> dict[str, Any]:
+    from dbrx_quant.runtime import _native
+
+    reason = _native.why_unavailable()
+    isa = _native.isa() if reason is None else None
+    if isa == "unusable":
+        reason = f"DBRXQ_ISA={os.environ.get('DBRXQ_ISA')} is not an instruction set of this machine"
+    return {"usable": reason is None, "isa": isa, "reason": reason}
+
+
+def _memory() -> dict[str, int | None]:
+    """Bytes of main memory: all, and what could be taken now (None where the system doesn't tell)."""
+    available = None
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no Linux
+    return {"total": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "available": available}
+
+
+def _nvcc() -> str | None:
+    """The CUDA compiler's release, None without one."""
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        return None
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    return next((line.strip() for line in done.stdout.splitlines() if "release" in line), compiler)
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        {"name": p.name, "memory": p.total_memory, "compute_capability": f"{p.major}.{p.minor}"}
+        for p in properties
+    ]
+
+
+def _flat(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Entries one below the other, `memory total`; packages go by their names."""
+    rows = []
+    for key, value in found.items():
+        if isinstance(value, dict):
+            rows += [(name if key == "packages" else f"{key} {name}", inner) for name, inner in value.items()]
+        else:
+            rows.append((key, value))
+    return [(key, value) for key, value in rows if key != "native reason" or value]
+
+
+def _text(key: str, value: Any) -> str:
+    if key in ("memory total", "memory available", "disk free") and value:
+        return bytes_text(value)
+    if value is None:
+        return "not found"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key == "cuda gpus":
+        return ", ".join(f"{gpu['name']} ({bytes_text(gpu['memory'])})" for gpu in value) or "none"
+    return str(value)
+
+
+VERB = Verb(
+    "doctor",
+    "show the hardware and libraries found, and which kernels will run",
+    "dbrx-quant doctor",
+    add_arguments,
+    run,
+)

@@ -1,0 +1,100 @@
+"""`dbrx-quant generate`: text from a quantized folder."""
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from dbrx_quant.scripts.output import print_json
+from dbrx_quant.scripts.verb import Verb, natural, positive, temperature
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads it from stdin")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="(default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.0, help="0 takes the likeliest token (default: 0)"
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="of sampling (default: %(default)s)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn of a chat")
+    parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate; the text appears as it is made."""
+    import torch
+    from transformers import TextStreamer
+
+    from dbrx_quant.runtime.loader import find_folder, load_model
+    from dbrx_quant.runtime.text import load_tokenizer
+
+    folder = find_folder(arguments.folder, None)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    tokenizer = load_tokenizer(folder)
+    ids = _encode(tokenizer, prompt, arguments.chat)
+    model = load_model(folder, device=arguments.device)
+    torch.manual_seed(arguments.seed)
+    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
+    started = time.monotonic()
+    output = model.generate(
+        ids.to(model.device),
+        attention_mask=torch.ones_like(ids).to(model.device),
+        max_new_tokens=arguments.max_new_tokens,
+        streamer=None if arguments.json else TextStreamer(tokenizer, skip_prompt=True),
+        **(sampling or {"do_sample": False}),
+    )
+    seconds = time.monotonic() - started
+    if arguments.json:
+        new = output[0, ids.shape[1] :].tolist()
+        print_json(
+            {
+                "prompt": prompt,
+                "text": tokenizer.decode(new, skip_special_tokens=True),
+                "prompt_tokens": ids.shape[1],
+                "new_tokens": len(new),
+                "stopped": "length" if not _ended(model, new) else "end of text",
+                "seconds": seconds,
+                "tokens_per_second": len(new) / seconds,
+            }
+        )
+    return 0
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> "Tensor":
+    """Ids [1, T] of a text, or of a user's turn with the opening of the answer.
+
+    Raises:
+        ValueError: the prompt is empty, or the model has no chat template.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise ValueError("this model has no chat template; leave out --chat")
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    ids: Tensor = encoded["input_ids"].long()
+    if not ids.shape[1]:
+        raise ValueError("the prompt is empty")
+    return ids
+
+
+def _ended(model: Any, new: list[int]) -> bool:
+    eos = model.generation_config.eos_token_id
+    return bool(new) and new[-1] in (eos if isinstance(eos, list) else [eos])
+
+
+VERB = Verb(
+    "generate",
+    "continue a text, or answer with --chat",
+    'dbrx-quant generate out/dbrx "What is a mixture of experts?" --chat --max-new-tokens 200',
+    add_arguments,
+    run,
+)

@@ -1,0 +1,138 @@
+"""The `dbrx-quant` command: finds the verb, runs it, turns what goes wrong into one line and an exit code.
+
+    0   done
+    1   an error, told in one line
+    2   not used as documented
+    3   a check failed
+    75  SIGTERM; the work done so far is kept
+    130 Ctrl-C; likewise
+
+Nothing here imports torch: `--help` answers at once.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from dbrx_quant.scripts import convert, doctor, evaluate, generate, inspect_folder, measure, verify
+from dbrx_quant.scripts.output import say
+from dbrx_quant.scripts.verb import Verb, add_output_arguments
+
+VERBS: tuple[Verb, ...] = (
+    convert.VERB,
+    measure.VERB,
+    inspect_folder.VERB,
+    verify.VERB,
+    evaluate.VERB,
+    generate.VERB,
+    doctor.VERB,
+)
+
+OK, FAILED, USAGE, CHECK_FAILED, TERMINATED, CTRL_C = 0, 1, 2, 3, 75, 130
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code (bad usage raises SystemExit(2), as argparse does)."""
+    arguments = make_parser().parse_args(argv)
+    verb: Verb = arguments.verb
+    try:
+        with _terminable():
+            code = verb.run(arguments)
+            sys.stdout.flush()
+        return code
+    except (KeyboardInterrupt, _Terminated) as stop:
+        say(f"dbrx-quant: {_interrupted(verb, arguments)}")
+        return TERMINATED if isinstance(stop, _Terminated) else CTRL_C
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
+        return FAILED
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        else:
+            say(f"dbrx-quant: error: {_one_line(error)}")
+        return FAILED
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="dbrx-quant",
+        description="EXL2 quantization of mixture-of-experts language models, DBRX first.",
+        epilog="'dbrx-quant VERB --help' says more, with an example.",
+    )
+    parser.add_argument("--version", action=_Version)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb in VERBS:
+        sub = verbs.add_parser(
+            verb.name,
+            help=verb.summary,
+            description=verb.summary[0].upper() + verb.summary[1:] + ".",
+            epilog=f"example:\n  {verb.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.add_arguments(sub)
+        add_output_arguments(sub)
+        sub.set_defaults(verb=verb)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version; looked up only when asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"dbrx-quant {version('dbrx-quant')}")
+        parser.exit()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that files and bars are closed; a second one kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupted(verb: Verb, arguments: argparse.Namespace) -> str:
+    if not verb.resumable or getattr(arguments, "dry_run", False):
+        return "interrupted"
+    if arguments.resume == "never":
+        return "interrupted; run it again with --resume auto to go on"
+    return "interrupted; run the same command again to go on"
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What the command prints: results on stdout, for people or as JSON; progress on stderr."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+_PIPE_WIDTH = 200  # columns where no terminal sets them: wide enough that nothing is cut off
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+def say(text: str) -> None:
+    """A line on stderr, for people."""
+    print(text, file=sys.stderr)
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, note: str = ""
+) -> None:
+    """A table on stdout.
+
+    Args:
+        title: above it.
+        columns: heads of the columns.
+        rows: cells.
+        left: how many columns, from the first on, stand to the left; the others to the right.
+        note: a line below it.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, show_header=any(columns))
+    for index, column in enumerate(columns):
+        table.add_column(Text(column), justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(table)
+    if note:
+        console.print(Text(note))
+
+
+def bytes_text(count: float) -> str:
+    """`131.9 GB`, `7.8 MB`; units of 1000."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.{1 if count >= 100 * factor else 2}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def seconds_text(seconds: float) -> str:
+    """`4.2 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Counter(Protocol):
+    """Told how far something is: (done, in all)."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show it."""
+
+
+@contextmanager
+def counter(title: str, unit: str, quiet: bool) -> Iterator[Counter]:
+    """Progress as a bar with the time left on stderr; nothing when quiet."""
+    if quiet:
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm
+
+    bars: list[Any] = []  # made by the first step: the total isn't known before, and there may be none
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            scale = unit == "B"
+            bars.append(
+                tqdm(
+                    desc=title, total=total, unit=unit, unit_scale=scale, file=sys.stderr, dynamic_ncols=True
+                )
+            )
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars:
+            bar.close()

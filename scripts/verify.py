@@ -1,0 +1,49 @@
+"""`dbrx-quant verify`: every rule that a quantized folder has to keep; a line for each that it breaks."""
+
+import argparse
+from pathlib import Path
+
+from dbrx_quant.scripts.output import bytes_text, counter, print_json, say
+from dbrx_quant.scripts.verb import Verb, add_quiet_argument
+
+CHECK_FAILED = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a quantized folder")
+    parser.add_argument("--no-checksums", action="store_true", help="don't read the shards as a whole")
+    add_quiet_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify; 3 where something is wrong."""
+    from dbrx_quant.runtime.verify import verify
+
+    with counter("checksums", "B", arguments.quiet or arguments.no_checksums) as progress:
+        report = verify(arguments.folder, checksums=not arguments.no_checksums, progress=progress)
+    if arguments.json:
+        print_json(
+            {"ok": report.ok, "faults": report.faults, "warnings": report.warnings, "facts": report.facts}
+        )
+    else:
+        for warning in report.warnings:
+            say(f"warning: {warning}")
+        for fault in report.faults:
+            print(fault)
+        if report.ok:
+            facts = report.facts
+            print(
+                f"{arguments.folder}: sound: {facts['linears']} quantized linears in {facts['shards']} "
+                f"shards, {facts['bpw']:.4f} bits per weight, {bytes_text(facts['total_bytes'])}"
+            )
+    return 0 if report.ok else CHECK_FAILED
+
+
+VERB = Verb(
+    "verify",
+    "check every rule of the format, the checksums, the tokenizer and the config",
+    "dbrx-quant verify out/dbrx",
+    add_arguments,
+    run,
+)

@@ -1,0 +1,68 @@
+"""The command answers at once: its help, its version and its usage errors import nothing heavy."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = ("torch", "transformers", "numpy", "datasets", "safetensors", "rich", "tqdm")
+VERBS = ("convert", "measure", "inspect", "verify", "eval", "generate", "doctor")
+
+RUN = f"""
+import sys
+from dbrx_quant.scripts.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    loaded = [name for name in {HEAVY!r} if name in sys.modules]
+    print("loaded:", *loaded, file=sys.stderr)
+"""
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example_and_imports_nothing_heavy(verb):
+    done = run(verb, "--help")
+    assert done.returncode == 0
+    assert f"dbrx-quant {verb}" in done.stdout.split("example:")[1]
+    assert done.stderr == "loaded:\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        ([], 2),
+        (["frobnicate"], 2),
+        (["convert", "model", "out"], 2),
+        (["convert", "model", "out", "--bpw", "1.5"], 2),
+    ],
+)
+def test_usage_imports_nothing_heavy(arguments, code):
+    done = run(*arguments)
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1] == "loaded:"
+
+
+def test_help_takes_less_than_half_a_second():
+    seconds = []
+    for _ in range(3):  # the best of three: others use this machine too
+        started = time.perf_counter()
+        run("convert", "--help")
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
+
+
+def test_importing_the_runtime_loads_no_torch():
+    code = "import dbrx_quant.runtime, sys; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n"
