@@ -118,6 +118,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{model.config.name_or_path}: transformers did not load {len(missed)} tensors, {missed[0]} "
                 "first, and would run with random weights; use dbrx_quant.runtime.load_model"
             )
+        model.requires_grad_(False)  # else torch.compile traces a backward pass, which there isn't
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -6,10 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dbrx_quant.runtime.checkpoint import Checkpoint
 from dbrx_quant.runtime.config import load_config, read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.facts import (
+    Architecture,
+    check_dense_source,
+    load_linear,
+    module_linears,
+)
 from dbrx_quant.runtime.hf import METHOD, given_layout
 from dbrx_quant.runtime.layout import DERIVED, read_layout
 from dbrx_quant.runtime.vocabulary import special_ids
@@ -77,6 +85,8 @@ def load_model(
 def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """The original, unquantized model of a folder, with the RoPE base where it belongs.
 
+    Takes every naming that the converter takes, also DBRX with one linear an expert.
+
     Args:
         folder: a model folder as from the Hub.
         dtype: to load it in.
@@ -85,30 +95,46 @@ def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float3
     Raises:
         CheckpointError: it is quantized, or a tensor of the model is missing, superfluous or misshapen.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     folder = find_folder(folder, None)
     if "quantization_config" in read_config(folder):
         raise CheckpointError(f"{folder}: is quantized; load_model loads it, this loads the original")
     config = load_config(folder)
+    architecture = describe(config)
+    checkpoint = architecture.open(folder)
+    check_dense_source(architecture, checkpoint)
+    options |= {"config": config, "dtype": dtype, "output_loading_info": True}
+    names = Checkpoint(folder).names()
+    if architecture.family == "dbrx" and not any(name.endswith(".ffn.experts.mlp.w1") for name in names):
+        where, options["state_dict"] = None, _fused_dbrx(architecture, checkpoint)
+    else:
+        where, options["local_files_only"] = str(folder), True
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        model, info = getattr(transformers, config.architectures[0]).from_pretrained(where, **options)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
-            first = sorted(map(str, info[problem]))[0]
-            raise CheckpointError(
-                f"{folder}: {len(info[problem])} {problem.replace('_', ' ')}, {first} first"
-            )
-    return model.eval()
+            found = sorted(map(str, info[problem]))
+            raise CheckpointError(f"{folder}: {len(found)} {problem.replace('_', ' ')}, {found[0]} first")
+    return model
+
+
+def _fused_dbrx(architecture: Architecture, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a dense DBRX under transformers' names, from a checkpoint under others."""
+    state = {kept.parameter: checkpoint.load(kept.name) for kept in architecture.all_floats()}
+    single = [spec for spec in architecture.linears() if spec.expert is None]
+    for module, specs in module_linears(single).items():
+        state[f"{module}.weight"] = torch.cat([load_linear(checkpoint, spec) for spec in specs])
+    for block in architecture.blocks:
+        assert block.experts is not None  # every block of DBRX has experts
+        for key, role in zip(block.experts.keys, zip(*block.experts.linears, strict=True), strict=True):
+            parts = [load_linear(checkpoint, spec) for spec in role]
+            if role[0].role == "down":
+                parts = [part.T for part in parts]
+            state[f"{block.experts.module}.mlp.{key}"] = torch.cat(parts)
+    return state
 
 
 def find_folder(source: str | os.PathLike[str], revision: str | None) -> Path:

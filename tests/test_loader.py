@@ -11,7 +11,9 @@ from test_families import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dbrx_quant.runtime import load_model
+from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.loader import load_dense
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.v1"
@@ -280,14 +282,38 @@ def test_generation_ends_at_the_ids_of_the_generation_config(tmp_path):
     assert load_model(folder.path).generation_config.eos_token_id == [3, 5]
 
 
-def test_load_dense_refuses_a_checkpoint_that_transformers_would_fill_up(tmp_path):
-    model = AutoModelForCausalLM.from_config(CONFIGS["dbrx"]())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_load_dense_gives_the_original_model(name, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(load_dense(tmp_path)), logits(model.eval()))
+    assert torch.equal(logits(load_dense(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("naming", ["one linear an expert", "as in EXL2 files"])
+def test_load_dense_fuses_what_transformers_wants_fused(naming, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["dbrx"]()).eval()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if ".experts.mlp." in name]:
+        prefix, key = name.rsplit(".", 1)
+        for expert, rows in enumerate(tensors.pop(name).split(96)):
+            weight = rows.T if key == "w2" else rows
+            tensors[f"{prefix}.{expert}.{key}.weight"] = weight.contiguous()
+    if naming == "as in EXL2 files":
+        normalise = describe(load_config(tmp_path)).normalise
+        tensors = {normalise(name): tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(logits(load_dense(tmp_path)), logits(model))
+
+
+def test_load_dense_refuses_a_checkpoint_that_transformers_would_fill_up(tmp_path):
+    AutoModelForCausalLM.from_config(CONFIGS["dbrx"]()).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["transformer.blocks.0.ffn.experts.mlp.v1"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"1 missing keys, transformer.blocks.0.ffn.experts.mlp.v1"):
+    with pytest.raises(CheckpointError, match=r"no weight for model.layers.0.*experts.0.v1"):
         load_dense(tmp_path)
 
 
