@@ -29,6 +29,7 @@ struct Vec {
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F subtract_product(F a, F b, F c) { return _mm256_fnmadd_ps(b, c, a); }  // a - b c
   static bool any_at_least(F a, float bound) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a, splat(bound), _CMP_GE_OQ)) != 0;
   }

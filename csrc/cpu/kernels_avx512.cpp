@@ -29,6 +29,7 @@ struct Vec {
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F subtract_product(F a, F b, F c) { return _mm512_fnmadd_ps(b, c, a); }  // a - b c
   static bool any_at_least(F a, float bound) { return _mm512_cmp_ps_mask(a, splat(bound), _CMP_GE_OQ) != 0; }
   static __m256i to_half(F value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F round_half(F value) { return _mm512_cvtph_ps(to_half(value)); }

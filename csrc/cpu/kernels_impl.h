@@ -68,7 +68,7 @@ inline void decode(const char* words, int64_t step, Vec::F scale, Sink&& sink, R
           sink(Index<I>{}, Vec::round_half(Vec::mul(code, scale)));
         } else {
           const Vec::F big = Vec::mul(code, split);
-          sink(Index<I>{}, Vec::sub(big, Vec::sub(big, Vec::mul(code, scale))));
+          sink(Index<I>{}, Vec::sub(big, Vec::subtract_product(big, code, scale)));
         }
       }(),
       ...);

@@ -42,6 +42,7 @@ struct Vec {
   static F mul(F a, F b) { return a * b; }
   // Two roundings: without the instruction a fused product is a library call per element.
   static F multiply_add(F a, F b, F c) { return a * b + c; }
+  static F subtract_product(F a, F b, F c) { return a - b * c; }
   static bool any_at_least(F a, float bound) {
     return a[0] >= bound || a[1] >= bound || a[2] >= bound || a[3] >= bound;
   }

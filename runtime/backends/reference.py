@@ -13,7 +13,8 @@ from dbrx_quant.runtime.format import read_groups
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
-    return torch.nn.functional.gelu(x, approximate="tanh")
+    y: Tensor = torch.nn.functional.gelu(x, approximate="tanh")
+    return y
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,7 +33,8 @@ def _group_codes(words: Tensor, bits: int, rows: int) -> Tensor:
     low = words[word].long() & 0xFFFFFFFF
     high = words[following].long() & 0xFFFFFFFF
     stream = low | (high << 32)  # the code is whole in here, whether it straddles or not
-    return ((stream >> shift[:, None]) & (2**bits - 1)).int()
+    codes: Tensor = (stream >> shift[:, None]) & (2**bits - 1)
+    return codes.int()
 
 
 def dequantize(
