@@ -4,54 +4,30 @@ Axes: K input channels in packed order, N output channels, G groups. Tensors are
 dtypes named; the callers in `grid` and `ldlq` see to that and to finite values.
 """
 
-import ctypes
 from collections.abc import Sequence
-from functools import cache
-from importlib import resources
+from ctypes import CDLL, c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-_pointer = ctypes.c_void_p
-_size = ctypes.c_int64
+from dbrx_quant.runtime import _native
+
 _ARGTYPES = {
-    "dbrxq_search_group": [
-        _pointer,
-        _size,
-        _size,
-        ctypes.c_int,
-        _pointer,
-        _pointer,
-        _pointer,
-        _pointer,
-        _pointer,
-    ],
-    "dbrxq_error_table": [_pointer, _size, _size, _pointer, _pointer, _pointer, _size, _size, _pointer],
-    "dbrxq_solve_block": [_pointer, _size, _size, _pointer, _pointer, _pointer, _pointer, _pointer, _size]
-    + [_pointer] * 6,
+    "dbrxq_search_group": [c_void_p, c_int64, c_int64, c_int, *[c_void_p] * 5],
+    "dbrxq_error_table": [c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int64, c_int64, c_void_p],
+    "dbrxq_solve_block": [c_void_p, c_int64, c_int64, *[c_void_p] * 5, c_int64, *[c_void_p] * 6],
 }
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    path = resources.files("dbrx_quant.runtime") / "libdbrxq_cpu.so"
-    if not path.is_file():
-        raise RuntimeError(f"{path} is not there; install the package, which builds it")
-    library = ctypes.CDLL(str(path))
+def _library() -> CDLL:
+    library = _native.library()
     for name, argtypes in _ARGTYPES.items():
-        function = getattr(library, name)
-        function.argtypes = argtypes
-        function.restype = ctypes.c_int
-    library.dbrxq_status_text.argtypes = [ctypes.c_int]
-    library.dbrxq_status_text.restype = ctypes.c_char_p
+        getattr(library, name).argtypes = argtypes
     return library
 
 
 def _call(name: str, *arguments: int | None) -> None:
-    library = _library()
-    status = getattr(library, name)(*arguments)
-    if status:
-        raise RuntimeError(f"{name}: {library.dbrxq_status_text(status).decode()}")
+    _native.check(getattr(_library(), name)(*arguments), name)
 
 
 def _address(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:

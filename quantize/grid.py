@@ -6,10 +6,10 @@ Axes: K input channels in packed order, N output channels. Values of group g, co
 
 The search minimizes the squared error weighted by the rows' pivots (their conditional variances, see `ldlq`)
 and is made of three steps. (A) Each column alone: which of a range of scales, from "clips much" to "clips
-nothing", has the least error. (B) The group's maximum: some candidates around the largest of these, each judged
-by the errors that the columns have on the stored scales next to their own best one. (C) Each column takes the
-best of four stored scales. exllamav2 instead searches one clip factor for the whole group and rounds each
-column's maximum to the nearest stored scale.
+nothing", has the least error. (B) The group's maximum: some candidates around the largest of these, each
+judged by the errors that the columns have on the stored scales next to their own best one. (C) Each column
+takes the best of four stored scales. exllamav2 instead searches one clip factor for the whole group and
+rounds each column's maximum to the nearest stored scale.
 
 `backend="native"` is csrc/cpu/solver*; `backend="torch"` spells out the same operations in the same order and
 gives the same bits, slowly.
@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.quantize import _solver_native as native
+from dbrx_quant.runtime.format import WIDTHS
 
 Backend = Literal["native", "torch"]
 
 SCALES = 16
 TILE = 64  # columns whose errors are added up one by one before the sums of tiles are
-NOMINALS = 24
+NOMINALS = 12
 MAXIMA = 16
 HALF_MAX = 65504.0
-LOWEST_FACTOR = {2: 0.20, 3: 0.25, 4: 0.30, 5: 0.40, 6: 0.50, 7: 0.65, 8: 0.75}
+LOWEST_FACTOR = {2: 0.20, 3: 0.25, 4: 0.30, 5: 0.40, 6: 0.50, 8: 0.75}
 HIGHEST_FACTOR = 1.10
 
 
@@ -67,11 +68,12 @@ def search_group(
         backend: "native" or "torch"; equal results.
 
     Returns:
-        scale_max (float16 scalar), scale_codes [N] uint8, and the error: sum over columns of column weight times
-        sum over rows of row weight times squared distance to the nearest grid value. A group of zeros has
-        scale_max 0.
+        scale_max (float16 scalar), scale_codes [N] uint8, and the error: sum over columns of column weight
+        times sum over rows of row weight times squared distance to the nearest grid value. A group of zeros
+        has scale_max 0.
     """
     check_finite(x, "x")
+    _check_widths([bits])
     arguments = (x.contiguous(), bits, row_weights.contiguous(), _contiguous(column_weights))
     if backend == "native":
         return native.search_group(*arguments)
@@ -98,10 +100,11 @@ def error_table(
         backend: "native" or "torch"; equal results.
 
     Returns:
-        [len(bits), ceil(K / group_rows)] float64, each the error of `search_group`. Their sum predicts the loss
-        of `quantize_matrix`: error feedback moves what is rounded, but hardly its distance to the grid.
+        [len(bits), ceil(K / group_rows)] float64, each the error of `search_group`. Their sum predicts the
+        loss of `quantize_matrix`: error feedback moves what is rounded, but hardly its distance to the grid.
     """
     check_finite(weight, "weight")
+    _check_widths(bits)
     if group_rows <= 0:
         raise ValueError(f"group_rows is {group_rows}, must be positive")
     if pivots.shape != weight.shape[:1]:
@@ -124,6 +127,12 @@ def check_finite(tensor: Tensor, name: str) -> None:
     row, column = (~torch.isfinite(tensor)).nonzero()[0].tolist()
     value = tensor[row, column].item()
     raise ValueError(f"{name}[{row}, {column}] is {value}; a quantized weight must be finite")
+
+
+def _check_widths(bits: Sequence[int]) -> None:
+    for width in bits:
+        if width not in WIDTHS:
+            raise ValueError(f"{width} bits; the format has {', '.join(map(str, WIDTHS))}")
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -153,8 +162,8 @@ def _grid_errors(x: Tensor, bits: int, row_weights: Tensor, scale: Tensor) -> Te
     return total
 
 
-def _first_least(errors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Each column's candidate [C, N] with the least of the errors [C, N], the first of equals, and its error."""
+def first_least(errors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Each column's candidate [C, N] of least error [C, N], the first of equals, and that error."""
     best, least = candidates[0], errors[0]
     for candidate, error in zip(candidates[1:], errors[1:], strict=True):
         better = error < least
@@ -180,7 +189,7 @@ def _nominal_scales(x: Tensor, bits: int, row_weights: Tensor) -> Tensor:
     lowest = LOWEST_FACTOR[bits]
     factors = [lowest * (HIGHEST_FACTOR / lowest) ** (i / (NOMINALS - 1)) for i in range(NOMINALS)]
     scale = (base * torch.tensor(factors, dtype=torch.float32)[:, None]).clamp(max=HALF_MAX)
-    return _first_least(_grid_errors(x, bits, row_weights, scale), scale)[0]
+    return first_least(_grid_errors(x, bits, row_weights, scale), scale)[0]
 
 
 def _candidate_maxima(largest: float) -> Tensor:
@@ -222,7 +231,7 @@ def search_group_torch(
 
     s = _code_below(nominal, multiplier) + torch.arange(-1, 3, dtype=torch.float32)[:, None]
     s = s.clamp(1, SCALES)
-    best_s, least = _first_least(_grid_errors(x, bits, row_weights, round_half(s * s * multiplier)), s)
+    best_s, least = first_least(_grid_errors(x, bits, row_weights, round_half(s * s * multiplier)), s)
     best_s = torch.where(
         nominal == 0, torch.ones(()), best_s
     )  # all zero: any scale will do, and it gets code 0

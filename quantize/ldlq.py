@@ -6,9 +6,9 @@ upper triangular and E = W - Q,
     trace(E^T H E) = sum over c of pivot_c * |E_c + sum over j < c of U[j, c] E_j|^2,
 
 so row c, taken in order 0 to K-1, is best rounded to the grid value nearest to its target
-W_c + sum over j < c of U[j, c] E_j, and pivot_c weighs its rounding error. This is GPTQ (Frantar et al. 2022) in
-the form that Chee et al. 2023 (QuIP, section 3) call LDLQ and Chen et al. 2025 (arXiv 2507.18553) identify with
-Babai's nearest plane algorithm: it needs the factor of H itself and no inverse.
+W_c + sum over j < c of U[j, c] E_j, and pivot_c weighs its rounding error. This is GPTQ (Frantar et al.
+2022) in the form that Chee et al. 2023 (QuIP, section 3) call LDLQ and Chen et al. 2025 (arXiv 2507.18553)
+identify with Babai's nearest plane algorithm: it needs the factor of H itself and no inverse.
 """
 
 from collections.abc import Iterator
@@ -20,16 +20,20 @@ from torch import Tensor
 from dbrx_quant.quantize import _solver_native as native
 from dbrx_quant.quantize.grid import (
     HALF_MAX,
+    SCALES,
     Backend,
     check_finite,
+    first_least,
     inverse_scale,
     round_half,
+    scale_table,
     search_group_torch,
 )
 from dbrx_quant.runtime.format import GroupMap, check_groups
 
 _PANEL_COLUMNS = 128  # of the factorization
 _BLOCK_ROWS = 128  # rows between two matrix products of the feedback, more where groups ask for it
+_CODE_STEPS = (0, -1, 1, -2, 2)  # scale codes tried around the one that the search chose
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,9 @@ def factorize(hessian: Tensor, overwrite: bool = False) -> Factor:
     Raises:
         ValueError: a pivot is not positive; names its row.
 
-    A Cholesky factorization H = R R^T with R upper triangular, from the last row to the first, in left-looking
-    panels: nearly all work is one matrix product a panel. One core does K = 4096 in 0.28 s, LAPACK with both axes
-    flipped in 0.42 s; panels of 256, 384 and 512 columns take 0.30, 0.32 and 0.37 s.
+    A Cholesky factorization H = R R^T with R upper triangular, from the last row to the first, in
+    left-looking panels: nearly all work is one matrix product a panel. One core does K = 4096 in 0.28 s,
+    LAPACK with both axes flipped in 0.42 s; panels of 256, 384 and 512 columns take 0.30, 0.32 and 0.37 s.
     """
     k = hessian.shape[0]
     if hessian.shape != (k, k):
@@ -143,7 +147,13 @@ def quantize_matrix(
     Raises:
         ValueError: shapes disagree, the groups are not legal for K rows, or a weight is not finite.
 
-    Each group's scales are searched on its rows' targets just before they are rounded.
+    Each group's scales are searched on its rows' targets just before they are rounded. That search knows
+    nothing of the feedback within the group, so the scale codes up to two steps from each column's best are
+    then tried by rounding the group with each. On trained weights and their activations (attention and
+    experts of a small DBRX, held-out loss, groups of 32) this takes off 11 % at 2 bits, 8 % at 3, 5 % at 4
+    and 4 % at 6; on random matrices less than 1 %. One step catches most of it, three gain 0.1 % more. Also
+    tried and dropped: weights pivot^0.75 or pivot^0.5 in the search, a second search on the targets of a
+    first sweep, trial sweeps for the maximum as well (up to 1 % for four times the work).
     """
     k, n = weight.shape
     check_groups(groups, k)
@@ -202,29 +212,57 @@ def _solve_block_torch(
     start = 0
     block_loss = torch.zeros_like(loss)
     for g, (width, count) in enumerate(zip(bits, rows, strict=True)):
-        group = errors[start : start + count]  # targets, replaced by errors row by row
+        end = start + count
+        targets = errors[start:end].clone()
         for r in range(count):
             for j in range(start):
-                group[r] = group[r] + errors[j] * coefficients[start + r, j]
-        weights = pivots[start : start + count]
-        scale_max[g], scale_codes[g], scale, _ = search_group_torch(group, width, weights, column_weights)
+                targets[r] = targets[r] + errors[j] * coefficients[start + r, j]
 
-        inverse = inverse_scale(scale)
-        half_range = float(1 << (width - 1))
-        reach = (HALF_MAX / scale.clamp(min=2.0**-24)).clamp(max=1024).floor()  # what a half can hold
-        low, high = (-reach).clamp(min=-half_range), reach.clamp(max=half_range - 1)
-        group_loss = torch.zeros_like(scale)
-        for r in range(count):
-            target = group[r]
-            for j in range(r):
-                target = target + group[j] * coefficients[start + r, start + j]
-            code = torch.round(torch.minimum(torch.maximum(target * inverse, low), high)) + 0.0  # no -0
-            value = round_half(code * scale)
-            miss = target - value
-            group_loss = group_loss + (miss * miss) * weights[r]
-            group[r] = weight[start + r] - value
-            codes[start + r] = (code + half_range).to(torch.uint8)
-            dequantized[start + r] = value.half()
-        block_loss += group_loss.double()
-        start += count
+        group = (targets, weight[start:end], coefficients[start:end, start:end], pivots[start:end], width)
+        scale_max[g], chosen, _, _ = search_group_torch(targets, width, pivots[start:end], column_weights)
+        trials = torch.stack([chosen.int() + step for step in _CODE_STEPS]).clamp(0, SCALES - 1)
+        table = scale_table(scale_max[g]).float()
+        chosen, _ = first_least(_sweep(*group, table[trials]).loss, trials)
+        swept = _sweep(*group, table[chosen])
+
+        scale_codes[g] = chosen.to(torch.uint8)
+        errors[start:end] = swept.errors
+        codes[start:end] = swept.codes.to(torch.uint8)
+        dequantized[start:end] = swept.values.half()
+        block_loss += swept.loss.double()
+        start = end
     loss += block_loss
+
+
+@dataclass(frozen=True)
+class _Swept:
+    codes: Tensor  # [..., rows, N], and so are the next two
+    values: Tensor
+    errors: Tensor
+    loss: Tensor  # [..., N]
+
+
+def _sweep(
+    targets: Tensor, weight: Tensor, coefficients: Tensor, pivots: Tensor, bits: int, scale: Tensor
+) -> _Swept:
+    """Round targets [rows, N] row by row, with feedback, on grids of scales [..., N]."""
+    half_range = float(1 << (bits - 1))
+    inverse = inverse_scale(scale)
+    reach = (HALF_MAX / scale.clamp(min=2.0**-24)).clamp(max=1024).floor()  # codes that a half can hold
+    low, high = (-reach).clamp(min=-half_range), reach.clamp(max=half_range - 1)
+    loss = torch.zeros_like(scale)
+    codes: list[Tensor] = []
+    values: list[Tensor] = []
+    errors: list[Tensor] = []
+    for r in range(len(targets)):
+        target = targets[r].expand_as(scale)
+        for j in range(r):
+            target = target + errors[j] * coefficients[r, j]
+        code = torch.round(torch.minimum(torch.maximum(target * inverse, low), high)) + 0.0  # no -0
+        value = round_half(code * scale)
+        miss = target - value
+        loss = loss + (miss * miss) * pivots[r]
+        errors.append(weight[r] - value)
+        codes.append(code + half_range)
+        values.append(value)
+    return _Swept(torch.stack(codes, -2), torch.stack(values, -2), torch.stack(errors, -2), loss)

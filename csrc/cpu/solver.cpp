@@ -274,21 +274,22 @@ int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float*
       }
       scale_max[g] = float_to_half(maximum);
       parallel_for(tiles, [&](int64_t t) {
-        float* tile = tiled + t * rows * kTile;
-        uint8_t chosen[kTile];
-        alignas(64) float scales[kTile], ignored[kTile];
-        k.choose_codes({tile + start * kTile, count, bits, pivots + start}, nominal + t * kTile, multiplier, chosen,
-                       scales, ignored);
-        store_tile(scale_codes + g * n, chosen, 1, n, t * kTile);
-
+        float* group = tiled + (t * rows + start) * kTile;
         float* weight_tile = workspace + t * longest * kTile * 2;
         float* values = weight_tile + longest * kTile;
         uint8_t* rounded = &tile_codes[static_cast<size_t>(t * longest * kTile)];
+        uint8_t chosen[kTile];
+        alignas(64) float scales[kTile], tile_loss[kTile];
         load_tile(weight_tile, weight + start * n, count, n, t * kTile);
-        k.sweep(tile, start, count, bits, coefficients + start * rows, rows, pivots + start, weight_tile, scales,
-                rounded, values, &losses[static_cast<size_t>(t * kTile)]);
+        const Tile targets = {group, count, bits, pivots + start};
+        const Feedback within = {weight_tile, coefficients + start * rows + start, rows};
+        k.choose_codes(targets, nominal + t * kTile, multiplier, chosen, scales, tile_loss);
+        k.refine_codes(targets, within, multiplier, values, chosen, scales);
+        k.sweep(targets, within, scales, group, rounded, values, tile_loss);
+        for (int64_t i = 0; i < kTile; ++i) losses[static_cast<size_t>(t * kTile + i)] += tile_loss[i];
+        store_tile(scale_codes + g * n, chosen, 1, n, t * kTile);
         store_tile(codes + start * n, rounded, count, n, t * kTile);
-        store_tile(errors + start * n, tile + start * kTile, count, n, t * kTile);
+        store_tile(errors + start * n, group, count, n, t * kTile);
         const int64_t width = std::min(kTile, n - t * kTile);
         for (int64_t r = 0; r < count; ++r)
           for (int64_t i = 0; i < width; ++i)

@@ -12,7 +12,7 @@ namespace solver {
 
 constexpr int64_t kTile = 64;    // columns of a tile: four AVX-512 vectors
 constexpr int kMaxima = 16;      // group maxima tried per group
-constexpr int kNominals = 24;    // clip factors tried per column to find its scale on an unlimited grid
+constexpr int kNominals = 12;    // clip factors tried per column to find its scale on an unlimited grid
 constexpr float kHalfMax = 65504.0f;
 
 // One group of rows within one tile.
@@ -21,6 +21,13 @@ struct Tile {
   int64_t rows;
   int bits;                  // 2 to 8; codes run from -2^(bits-1) to 2^(bits-1) - 1
   const float* row_weights;  // [rows]
+};
+
+// What a group needs for the feedback among its own rows.
+struct Feedback {
+  const float* weight;        // [rows, kTile]
+  const float* coefficients;  // [rows, stride]; [r, j] multiplies the error of row j < r
+  int64_t stride;
 };
 
 struct Kernels {
@@ -49,19 +56,20 @@ struct Kernels {
                        float* scales,         // [kTile] half values
                        float* errors);        // [kTile] weighted squared error
 
-  // Rounds a group row by row: row r's target takes the errors of rows first..first+r-1, is rounded, and is replaced
-  // by its error weight - dequantized.
-  void (*sweep)(float* tile,                // [first + rows, kTile]: errors, then the group's targets
-                int64_t first,              // rows of the tile before the group
-                int64_t rows, int bits,
-                const float* coefficients,  // [rows, stride]; column j belongs to tile row j
-                int64_t stride,
-                const float* pivots,        // [rows]
-                const float* weight,        // [rows, kTile]
-                const float* scales,        // [kTile]
-                uint8_t* codes,             // [rows, kTile]
-                float* values,              // [rows, kTile] dequantized, half values
-                double* loss);              // [kTile], added to
+  // Tries the stored scales up to two steps from the ones chosen, each by rounding the whole group with feedback,
+  // and keeps for each column the one with the least loss. `scratch` [rows, kTile].
+  void (*refine_codes)(const Tile& targets, const Feedback& within, float multiplier, float* scratch,
+                       uint8_t* scale_codes,  // [kTile], in and out
+                       float* scales);        // [kTile]
+
+  // Rounds a group row by row: row r's target takes the errors of the group's earlier rows and is rounded; its
+  // error is weight - dequantized. `errors` may be the memory of the targets.
+  void (*sweep)(const Tile& targets, const Feedback& within,
+                const float* scales,  // [kTile]
+                float* errors,        // [rows, kTile]
+                uint8_t* codes,       // [rows, kTile]
+                float* values,        // [rows, kTile] dequantized, half values
+                float* loss);         // [kTile] pivot-weighted squared distance of the targets
 };
 
 const Kernels& scalar_kernels();

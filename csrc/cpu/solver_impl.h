@@ -245,10 +245,11 @@ static void choose_codes(const Tile& tile, const float* nominal, float multiplie
   }
 }
 
-static void sweep(float* tile, int64_t first, int64_t rows, int bits, const float* coefficients, int64_t stride,
-                  const float* pivots, const float* weight, const float* scales, uint8_t* codes, float* values,
-                  double* loss) {
-  const float half_range = static_cast<float>(1 << (bits - 1));
+// The sweep of `Kernels::sweep`; a trial has no use for codes and values.
+template <bool kKeep>
+static inline void sweep_rows(const Tile& targets, const Feedback& within, const float* scales, float* errors,
+                              uint8_t* codes, float* values, float* loss) {
+  const float half_range = static_cast<float>(1 << (targets.bits - 1));
   Floats scale[kVectors], inverse[kVectors], low[kVectors], high[kVectors], total[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     scale[v] = load(scales + v * kLanes);
@@ -259,32 +260,60 @@ static void sweep(float* tile, int64_t first, int64_t rows, int bits, const floa
     high[v] = min(splat(half_range - 1.0f), reach);
     total[v] = Floats{};
   }
-  float* errors = tile + first * kTile;
-  for (int64_t r = 0; r < rows; ++r, coefficients += stride, weight += kTile, codes += kTile, values += kTile) {
-    float* row = errors + r * kTile;
+  for (int64_t r = 0; r < targets.rows; ++r) {
+    const float* coefficients = within.coefficients + r * within.stride;
     Floats target[kVectors];
-    for (int v = 0; v < kVectors; ++v) target[v] = load(row + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) target[v] = load(targets.x + r * kTile + v * kLanes);
     for (int64_t j = 0; j < r; ++j) {
-      const Floats coefficient = splat(coefficients[first + j]);
+      const Floats coefficient = splat(coefficients[j]);
       for (int v = 0; v < kVectors; ++v) target[v] += load(errors + j * kTile + v * kLanes) * coefficient;
     }
-    const Floats pivot = splat(pivots[r]);
+    const Floats pivot = splat(targets.row_weights[r]);
     for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = r * kTile + v * kLanes;
       const Floats code = round_integer(min(max(target[v] * inverse[v], low[v]), high[v]));
       const Floats value = round_to_half(code * scale[v]);
       const Floats miss = target[v] - value;
       total[v] += (miss * miss) * pivot;
-      store(row + v * kLanes, load(weight + v * kLanes) - value);
-      store(values + v * kLanes, value);
-      const Floats stored = code + half_range;
-      for (int i = 0; i < kLanes; ++i) codes[v * kLanes + i] = static_cast<uint8_t>(stored[i]);
+      store(errors + at, load(within.weight + at) - value);
+      if (kKeep) {
+        store(values + at, value);
+        const Floats stored = code + half_range;
+        for (int i = 0; i < kLanes; ++i) codes[at + i] = static_cast<uint8_t>(stored[i]);
+      }
     }
   }
-  for (int v = 0; v < kVectors; ++v)
-    for (int i = 0; i < kLanes; ++i) loss[v * kLanes + i] += static_cast<double>(total[v][i]);
+  for (int v = 0; v < kVectors; ++v) store(loss + v * kLanes, total[v]);
 }
 
-static const Kernels kKernels = {feedback, nominal_scales, maximum_errors, choose_codes, sweep};
+static void sweep(const Tile& targets, const Feedback& within, const float* scales, float* errors, uint8_t* codes,
+                  float* values, float* loss) {
+  sweep_rows<true>(targets, within, scales, errors, codes, values, loss);
+}
+
+static void refine_codes(const Tile& targets, const Feedback& within, float multiplier, float* scratch,
+                         uint8_t* scale_codes, float* scales) {
+  static const float kSteps[] = {0.0f, -1.0f, 1.0f, -2.0f, 2.0f};
+  float start[kTile], least[kTile], trial[kTile], loss[kTile];
+  for (int64_t i = 0; i < kTile; ++i) start[i] = static_cast<float>(scale_codes[i]) + 1.0f;
+  for (const float step : kSteps) {
+    for (int64_t column = 0; column < kTile; column += kLanes) {
+      const Floats s = min(max(load(start + column) + step, splat(1.0f)), splat(16.0f));
+      store(trial + column, stored_scale(s, multiplier));
+    }
+    sweep_rows<false>(targets, within, trial, scratch, nullptr, nullptr, loss);
+    for (int64_t i = 0; i < kTile; ++i) {
+      if (step != 0.0f && !(loss[i] < least[i])) continue;
+      least[i] = loss[i];
+      scales[i] = trial[i];
+      const float s = start[i] + step;
+      scale_codes[i] = static_cast<uint8_t>((s < 1.0f ? 1.0f : s > 16.0f ? 16.0f : s) - 1.0f);
+    }
+  }
+}
+
+static const Kernels kKernels = {feedback, nominal_scales, maximum_errors, choose_codes, refine_codes,
+                                 sweep};
 
 }  // namespace DBRXQ_SOLVER_VARIANT
 }  // namespace solver
