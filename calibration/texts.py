@@ -295,7 +295,7 @@ def _patience(name: str, ours: bool) -> Iterator[None]:
         remote = type(error).__module__.partition(".")[0] in _NETWORK_LIBRARIES
         if not (remote or isinstance(error, OSError) or (ours and isinstance(error, ValueError))):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise SourceUnreachable(f"dataset {name} cannot be had: {reason}") from error
     finally:
         datasets.config.STREAMING_READ_MAX_RETRIES, datasets.config.STREAMING_READ_RETRY_INTERVAL = known

@@ -10,10 +10,12 @@ import time
 
 import pytest
 import safetensors.torch
+import small_hub
 import torch
 
 from dbrx_quant.calibration import data, offline, packing, texts
 from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.text import load_tokenizer
 
 EOS = 0
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -56,8 +58,6 @@ def offline_description(model):
 
 @pytest.fixture
 def decode(model):
-    from dbrx_quant.runtime.text import load_tokenizer
-
     return load_tokenizer(model).decode
 
 
@@ -115,8 +115,6 @@ def test_the_seed_decides_the_ids(tmp_path, model):
 
 
 def test_parts_get_their_shares_of_the_tokens(model):
-    from dbrx_quant.runtime.text import load_tokenizer
-
     sizes = random.Random(5)
     parts = [
         texts.Part(name, share, (letter * sizes.randrange(1, 900) for _ in itertools.count()))
@@ -372,3 +370,62 @@ def assert_fell_back(described, plain, printed):
     assert len(described["notices"]) == 1
     assert "HuggingFaceFW/fineweb-edu cannot be had" in described["notices"][0]
     assert f"notice: {described['notices'][0]}" in printed
+
+
+def test_datasets_are_streamed_from_the_hub_by_config_split_and_column(tmp_path, model):
+    def lines(record):
+        return b"".join(json.dumps(record(i)).encode() + b"\n" for i in range(60))
+
+    def card(config, split, pattern):
+        data_files = f"  - split: {split}\n    path: {pattern}\n"
+        return f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{data_files}---\n".encode()
+
+    def turns(i):
+        return [{"role": "user", "content": f"?{i}"}, {"role": "assistant", "content": "!" * 50}]
+
+    repositories = {
+        "HuggingFaceFW/fineweb-edu": {
+            "README.md": card("sample-10BT", "train", "sample/10BT/*.jsonl"),
+            "sample/10BT/000.jsonl": lines(lambda i: {"text": f"p{i} " * 30, "url": "u"}),
+            "sample/100BT/000.jsonl": lines(lambda i: {"text": "wrong"}),
+        },
+        "codeparrot/codeparrot-clean-valid": {
+            "data.jsonl": lines(lambda i: {"repo": "r", "content": f"c{i} " * 30})
+        },
+        "HuggingFaceH4/ultrachat_200k": {
+            "README.md": card("default", "train_sft", "data/sft*"),
+            "data/sft-0.jsonl": lines(lambda i: {"prompt": "wrong", "messages": turns(i)}),
+        },
+        "org/gone": {"data.jsonl": None},
+    }
+    code = (
+        "import sys; from dbrx_quant.calibration.data import load_tokens, save_tokens\n"
+        "for i, seed in enumerate((1, 1, 2)):\n"
+        "    tokens = load_tokens('default', sys.argv[1], 20, 100, seed)\n"
+        "    save_tokens(f'{sys.argv[2]}/{i}.safetensors', tokens)\n"
+        "for source in ('org/gone', 'org/missing', 'HuggingFaceH4/ultrachat_200k::test',\n"
+        "        'codeparrot/codeparrot-clean-valid::train:body'):\n"
+        "    try: load_tokens(source, sys.argv[1], 4, 64, 5)\n"
+        "    except (RuntimeError, ValueError) as error: print(type(error).__name__, error)"
+    )
+    with small_hub.serve(repositories) as endpoint:
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-c", code, str(model), str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, again, other = (data.load_saved(tmp_path / f"{i}.safetensors") for i in range(3))
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert not torch.equal(first.input_ids, other.input_ids)
+    assert first.description["used"] == "default"
+    assert first.description["notices"] == []
+    used = {name: part["tokens"] / 2000 for name, part in first.description["parts"].items()}
+    assert used == pytest.approx({"prose": 0.5, "code": 0.25, "chat": 0.25}, abs=0.05)
+    assert first.description["datasets"]["prose"]["revision"] == small_hub.REVISION
+    text = load_tokenizer(model).decode(first.input_ids.flatten())
+    assert "wrong" not in text
+    assert "<|im_start|>user\n?" in text
+    gone, missing, split, column = done.stdout.splitlines()
+    assert gone.startswith("SourceUnreachable dataset org/gone cannot be had")
+    assert missing.startswith("SourceUnreachable dataset org/missing cannot be had: 404")
+    assert split == "ValueError dataset HuggingFaceH4/ultrachat_200k: choose a split among train_sft"
+    assert column.startswith("CheckpointError dataset codeparrot/codeparrot-clean-valid, record 0: no column")
