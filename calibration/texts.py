@@ -260,7 +260,7 @@ def _open_dataset(name: str, seed: int, *, ours: bool = False) -> tuple[Iterator
         splits = datasets.load_dataset(repository, config or None, revision=pinned, streaming=True)
         split = split or ("train" if "train" in splits else "")
         if split not in splits:
-            raise ValueError(f"dataset {repository}: choose a split among {', '.join(splits)}")
+            raise ValueError(f"dataset {repository}: choose a split among {', '.join(map(str, splits))}")
         stream = splits[split].shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
     details = {"name": repository, "revision": pinned, "config": config, "split": split, "column": column}
     return _drawn(stream, repository, column or None, ours), details
@@ -285,10 +285,10 @@ def _drawn(
 @contextmanager
 def _patience(name: str, ours: bool) -> Iterator[None]:
     """Retry for seconds, not minutes, and turn whatever keeps the dataset from us into SourceUnreachable."""
-    import datasets
+    from datasets import config
 
-    known = datasets.config.STREAMING_READ_MAX_RETRIES, datasets.config.STREAMING_READ_RETRY_INTERVAL
-    datasets.config.STREAMING_READ_MAX_RETRIES, datasets.config.STREAMING_READ_RETRY_INTERVAL = 3, 2
+    known = config.STREAMING_READ_MAX_RETRIES, config.STREAMING_READ_RETRY_INTERVAL
+    config.STREAMING_READ_MAX_RETRIES, config.STREAMING_READ_RETRY_INTERVAL = 3, 2
     try:
         yield
     except Exception as error:
@@ -298,4 +298,4 @@ def _patience(name: str, ours: bool) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise SourceUnreachable(f"dataset {name} cannot be had: {reason}") from error
     finally:
-        datasets.config.STREAMING_READ_MAX_RETRIES, datasets.config.STREAMING_READ_RETRY_INTERVAL = known
+        config.STREAMING_READ_MAX_RETRIES, config.STREAMING_READ_RETRY_INTERVAL = known
