@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbrx_quant.scripts.output import counter, print_json, print_table, seconds_text
-from dbrx_quant.scripts.verb import Verb, add_quiet_argument, positive
+from dbrx_quant.scripts.output import counter, hush_loading, print_json, print_table, seconds_text
+from dbrx_quant.scripts.verb import UsageError, Verb, add_quiet_argument, positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,12 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print the scores."""
     if not arguments.reference and not arguments.cache:
-        raise ValueError("no original to compare with: give --reference MODEL, or a --cache filled before")
+        raise UsageError("no original to compare with: give --reference MODEL, or a --cache filled before")
     from dbrx_quant.runtime.evaluate import evaluate, windows
     from dbrx_quant.runtime.inspect import inspect_folder
     from dbrx_quant.runtime.loader import find_folder, load_model
 
     started = time.monotonic()
+    hush_loading(arguments.quiet)
     folder = find_folder(arguments.folder, None)
     facts = inspect_folder(folder)
     rows = windows(folder, arguments.text, arguments.windows, arguments.length)

@@ -5,8 +5,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dbrx_quant.scripts.output import print_json
-from dbrx_quant.scripts.verb import Verb, natural, positive, temperature
+from dbrx_quant.scripts.output import hush_loading, print_json
+from dbrx_quant.scripts.verb import Verb, add_quiet_argument, natural, positive, temperature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=natural, default=0, help="of sampling (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn of a chat")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    add_quiet_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.runtime.loader import find_folder, load_model
     from dbrx_quant.runtime.text import load_tokenizer
 
+    hush_loading(arguments.quiet)
     folder = find_folder(arguments.folder, None)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     tokenizer = load_tokenizer(folder)

@@ -22,7 +22,7 @@ from types import FrameType
 
 from dbrx_quant.scripts import convert, doctor, evaluate, generate, inspect_folder, measure, verify
 from dbrx_quant.scripts.output import say
-from dbrx_quant.scripts.verb import Verb, add_output_arguments
+from dbrx_quant.scripts.verb import UsageError, Verb, add_output_arguments
 
 VERBS: tuple[Verb, ...] = (
     convert.VERB,
@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
         return FAILED
+    except UsageError as error:
+        say(f"dbrx-quant {verb.name}: error: {_one_line(error)}")
+        return USAGE
     except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         if arguments.debug:
             traceback.print_exc()

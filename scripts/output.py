@@ -68,6 +68,14 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def hush_loading(quiet: bool) -> None:
+    """Switch off transformers' bar of loaded weights when quiet or where nobody watches it."""
+    from transformers.utils import logging
+
+    if quiet or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
 class Counter(Protocol):
     """Told how far something is: (done, in all)."""
 

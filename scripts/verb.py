@@ -17,6 +17,10 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _LEAST_BARE_SIZE = 1_000_000  # a smaller number without a unit is a forgotten unit
 
 
+class UsageError(ValueError):
+    """Arguments that do not go together."""
+
+
 @dataclass(frozen=True)
 class Verb:
     """One verb of the command.
