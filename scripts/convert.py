@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dbrx_quant.scripts.coverage import print_coverage
 from dbrx_quant.scripts.output import bytes_text, print_json, print_table, say, seconds_text
 from dbrx_quant.scripts.verb import Verb, add_measuring_arguments, bpw_list, positive, size
 
@@ -79,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"results": [{**asdict(result), "folder": str(result.folder)} for result in results]})
     else:
+        print_coverage(results[0].folder / "measurement.json")
         _print_results(results)
     return 0
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from dbrx_quant.scripts.coverage import print_coverage
 from dbrx_quant.scripts.output import print_json
 from dbrx_quant.scripts.verb import Verb, add_measuring_arguments
 
@@ -36,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"measurement": str(written)})
     else:
+        print_coverage(written)
         print(written)
     return 0
 

@@ -337,6 +337,11 @@ def seen(monkeypatch, tmp_path):
 
     def fake(options):
         calls.append(options)
+        experts = [{"tokens": count, "share": 0.25, "mean_weight": 0.5} for count in (40, 0, 70, 3)]
+        for target in options.targets:
+            options.output(target).mkdir(parents=True)
+            text = json.dumps({"coverage": {"0": experts, "10": experts, "9": experts}})
+            (options.output(target) / "measurement.json").write_text(text, encoding="utf-8")
         return [
             converting.Converted(options.output(t), t, t - 0.001, 0.01, 10**6, 2.5, 10**9)
             for t in options.targets
@@ -381,6 +386,9 @@ def test_convert_passes_every_option_on(seen, folders, tmp_path, capsys):
 def test_convert_shows_a_table(seen, folders, tmp_path, capsys):
     code, out, _ = run(capsys, "convert", folders / "source", tmp_path / "o", "--bpw", "2.5,3.0", "--quiet")
     assert code == 0
+    coverage = [line.split() for line in out.splitlines() if "(expert 1)" in line]
+    assert [line[0] for line in coverage] == ["0", "9", "10"]
+    assert coverage[0] == ["0", "0", "(expert", "1)", "40", "70", "(expert", "2)", "1"]
     for text in ("2.4990", "0.01000", "1.00 MB", "most memory: 1.00 GB", str(tmp_path / "o" / "3.0bpw")):
         assert text in out
 
