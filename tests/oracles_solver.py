@@ -85,15 +85,17 @@ def ldlq(weight, upper, pivots, groups, search):
     return values
 
 
-def strong_hessian(k, tokens, generator):
-    """Covariance with a power-law spectrum and channels of very different size, in act-order."""
-    sizes = torch.exp(0.8 * torch.randn(k, generator=generator))
-    sizes[torch.randperm(k, generator=generator)[: max(1, k // 200)]] *= 12
+def strong_hessian(k, tokens, generator, decay=0.9, noise=0.15, spread=0.8):
+    """Covariance, in act-order, of activations whose spectrum falls with the power `decay`.
+
+    `noise` is added to every channel, and the logarithms of the channels' sizes have the deviation `spread`.
+    """
+    sizes = torch.exp(spread * torch.randn(k, generator=generator))
     basis = torch.linalg.qr(torch.randn(k, k, generator=generator)).Q
-    spectrum = torch.arange(1, k + 1) ** -0.9
+    spectrum = torch.arange(1.0, k + 1) ** -decay
     spectrum *= k / spectrum.sum()
     x = torch.randn(tokens, k, generator=generator) @ (basis * spectrum.sqrt()).T
-    x = (x + 0.15 * torch.randn(tokens, k, generator=generator)) * sizes
+    x = (x + noise * torch.randn(tokens, k, generator=generator)) * sizes
     hessian = x.T @ x / tokens
     order = hessian.diagonal().argsort(descending=True)
     return hessian[order][:, order].contiguous()

@@ -237,7 +237,7 @@ int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float*
   try {
     // A tile keeps its rows for the whole call: targets first, errors once they are rounded.
     const Buffer tiled(tiles * rows * kTile), nominal(tiles * kTile);
-    const Buffer workspace(tiles * longest * kTile * 2);
+    const Buffer workspace(tiles * longest * kTile * 3), outgoing(longest * longest);
     std::vector<uint8_t> tile_codes(static_cast<size_t>(tiles * longest * kTile));
     std::vector<double> sums(static_cast<size_t>(tiles * kMaxima)), losses(static_cast<size_t>(tiles * kTile), 0.0);
     std::vector<float> largest(static_cast<size_t>(tiles));
@@ -273,19 +273,23 @@ int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float*
         multiplier = maxima.multiplier[best];
       }
       scale_max[g] = float_to_half(maximum);
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t r = j + 1; r < count; ++r)
+          (outgoing + j * count)[r] = coefficients[(start + r) * rows + start + j];
       parallel_for(tiles, [&](int64_t t) {
         float* group = tiled + (t * rows + start) * kTile;
-        float* weight_tile = workspace + t * longest * kTile * 2;
+        float* weight_tile = workspace + t * longest * kTile * 3;
         float* values = weight_tile + longest * kTile;
+        float* scratch = values + longest * kTile;
         uint8_t* rounded = &tile_codes[static_cast<size_t>(t * longest * kTile)];
         uint8_t chosen[kTile];
         alignas(64) float scales[kTile], tile_loss[kTile];
         load_tile(weight_tile, weight + start * n, count, n, t * kTile);
         const Tile targets = {group, count, bits, pivots + start};
-        const Feedback within = {weight_tile, coefficients + start * rows + start, rows};
+        const Feedback within = {weight_tile, coefficients + start * rows + start, rows, outgoing + 0};
         k.choose_codes(targets, nominal + t * kTile, multiplier, chosen, scales, tile_loss);
-        k.refine_codes(targets, within, multiplier, values, chosen, scales);
-        k.sweep(targets, within, scales, group, rounded, values, tile_loss);
+        k.refine_codes(targets, within, multiplier, scratch, chosen, scales);
+        k.search_paths(targets, within, scales, scratch, group, rounded, values, tile_loss);
         for (int64_t i = 0; i < kTile; ++i) losses[static_cast<size_t>(t * kTile + i)] += tile_loss[i];
         store_tile(scale_codes + g * n, chosen, 1, n, t * kTile);
         store_tile(codes + start * n, rounded, count, n, t * kTile);

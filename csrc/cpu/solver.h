@@ -23,11 +23,13 @@ struct Tile {
   const float* row_weights;  // [rows]
 };
 
-// What a group needs for the feedback among its own rows.
+// What a group needs for the feedback among its own rows: the coefficient with which the error of row j enters the
+// target of row r > j is incoming[r, j] and outgoing[j, r].
 struct Feedback {
-  const float* weight;        // [rows, kTile]
-  const float* coefficients;  // [rows, stride]; [r, j] multiplies the error of row j < r
+  const float* weight;    // [rows, kTile]
+  const float* incoming;  // [rows, stride]
   int64_t stride;
+  const float* outgoing;  // [rows, rows]
 };
 
 struct Kernels {
@@ -62,14 +64,14 @@ struct Kernels {
                        uint8_t* scale_codes,  // [kTile], in and out
                        float* scales);        // [kTile]
 
-  // Rounds a group row by row: row r's target takes the errors of the group's earlier rows and is rounded; its
-  // error is weight - dequantized. `errors` may be the memory of the targets.
-  void (*sweep)(const Tile& targets, const Feedback& within,
-                const float* scales,  // [kTile]
-                float* errors,        // [rows, kTile]
-                uint8_t* codes,       // [rows, kTile]
-                float* values,        // [rows, kTile] dequantized, half values
-                float* loss);         // [kTile] pivot-weighted squared distance of the targets
+  // Rounds a group, looking for the codes of least loss along several paths. `errors` may be the targets' memory.
+  void (*search_paths)(const Tile& targets, const Feedback& within,
+                       const float* scales,  // [kTile]
+                       float* scratch,       // [rows, kTile]
+                       float* errors,        // [rows, kTile] weight - dequantized
+                       uint8_t* codes,       // [rows, kTile]
+                       float* values,        // [rows, kTile] dequantized, half values
+                       float* loss);         // [kTile] pivot-weighted squared distance of the targets
 };
 
 const Kernels& scalar_kernels();

@@ -10,113 +10,12 @@
 // so does the plain torch in quantize/grid.py and quantize/ldlq.py, which spells out the same operations in the same
 // order. Tested by tests/test_grid.py and tests/test_ldlq.py.
 #pragma once
-#include <cmath>
-#include <cstring>
-
-#include "solver.h"
-
-#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "solver_paths.h"
+#include "solver_simd.h"
 
 namespace dbrxq {
 namespace solver {
 namespace DBRXQ_SOLVER_VARIANT {
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-constexpr __mmask16 kAll = 0xffff;  // the unmasked intrinsics make GCC 12 warn of an uninitialized operand
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-constexpr int kVectors = kTile / kLanes;
-static_assert(kTile % kLanes == 0, "a tile is whole vectors");
-
-typedef float Floats __attribute__((vector_size(kLanes * 4)));
-typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
-
-static inline Floats splat(float x) { return x - Floats{}; }
-
-static inline Floats load(const float* p) {
-  Floats v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-static inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-
-// min(a, b) is a < b ? a : b, as the instructions have it; with finite operands that is plain minimum.
-static inline Floats min(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_maskz_min_ps(kAll, (__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
-#elif defined(__SSE2__)
-  return (Floats)_mm_min_ps((__m128)a, (__m128)b);
-#else
-  return a < b ? a : b;
-#endif
-}
-
-static inline Floats max(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_maskz_max_ps(kAll, (__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
-#elif defined(__SSE2__)
-  return (Floats)_mm_max_ps((__m128)a, (__m128)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
-static inline Floats square_root(Floats v) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_maskz_sqrt_ps(kAll, (__m512)v);
-#elif defined(__AVX2__)
-  return (Floats)_mm256_sqrt_ps((__m256)v);
-#elif defined(__SSE2__)
-  return (Floats)_mm_sqrt_ps((__m128)v);
-#else
-  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
-  return v;
-#endif
-}
-
-// Nearest integer, ties to even, for |v| < 2^22: the addition leaves no bit below the units. Never gives -0.
-static inline Floats round_integer(Floats v) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23
-  return (v + magic) - magic;
-}
-
-static inline Floats select(Ints mask, Floats yes, Floats no) {
-  return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
-}
-
-static inline Floats floor_integer(Floats v) {
-  const Floats nearest = round_integer(v);
-  return nearest - select(nearest > v, splat(1.0f), Floats{});
-}
-
-// Nearest half, ties to even. From 2^-14 on a half keeps 11 significant bits: add just under half a unit and cut
-// 13 bits off. Below, halves are multiples of 2^-24, the unit of floats in [0.5, 1).
-static inline Floats round_to_half(Floats v) {
-  const Ints bits = (Ints)v;
-  const Ints sign = bits & INT32_MIN;
-  const Ints magnitude = bits & INT32_MAX;
-  const Ints normal = (magnitude + 0xfff + ((magnitude >> 13) & 1)) & ~0x1fff;
-  const Floats small = ((Floats)magnitude + 0.5f) - 0.5f;
-  const Ints is_small = magnitude < 0x38800000;  // 2^-14
-  return (Floats)((Ints)select(is_small, small, (Floats)normal) | sign);
-}
-
-// 1 / scale, and 0 for scales too small for any half: everything then rounds to code 0.
-static inline Floats inverse_scale(Floats scale) {
-  const Ints usable = scale >= 0x1p-26f;
-  return select(usable, 1.0f / select(usable, scale, splat(1.0f)), Floats{});
-}
 
 // Weighted squared error of one vector of columns on C grids at once, rows in order.
 template <int C>
@@ -245,27 +144,24 @@ static void choose_codes(const Tile& tile, const float* nominal, float multiplie
   }
 }
 
-// The sweep of `Kernels::sweep`; a trial has no use for codes and values.
-template <bool kKeep>
-static inline void sweep_rows(const Tile& targets, const Feedback& within, const float* scales, float* errors,
-                              uint8_t* codes, float* values, float* loss) {
+// Loss of each column when the group is rounded row by row, each target to its nearest grid value.
+static void sweep(const Tile& targets, const Feedback& within, const float* scales, float* errors, float* loss) {
   const float half_range = static_cast<float>(1 << (targets.bits - 1));
   Floats scale[kVectors], inverse[kVectors], low[kVectors], high[kVectors], total[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     scale[v] = load(scales + v * kLanes);
     inverse[v] = inverse_scale(scale[v]);
-    // Codes whose value a half cannot hold are out of bounds.
-    const Floats reach = floor_integer(min(kHalfMax / max(scale[v], splat(0x1p-24f)), splat(1024.0f)));
+    const Floats reach = greatest_code(scale[v]);
     low[v] = max(splat(-half_range), -reach);
     high[v] = min(splat(half_range - 1.0f), reach);
     total[v] = Floats{};
   }
   for (int64_t r = 0; r < targets.rows; ++r) {
-    const float* coefficients = within.coefficients + r * within.stride;
+    const float* incoming = within.incoming + r * within.stride;
     Floats target[kVectors];
     for (int v = 0; v < kVectors; ++v) target[v] = load(targets.x + r * kTile + v * kLanes);
     for (int64_t j = 0; j < r; ++j) {
-      const Floats coefficient = splat(coefficients[j]);
+      const Floats coefficient = splat(incoming[j]);
       for (int v = 0; v < kVectors; ++v) target[v] += load(errors + j * kTile + v * kLanes) * coefficient;
     }
     const Floats pivot = splat(targets.row_weights[r]);
@@ -276,19 +172,9 @@ static inline void sweep_rows(const Tile& targets, const Feedback& within, const
       const Floats miss = target[v] - value;
       total[v] += (miss * miss) * pivot;
       store(errors + at, load(within.weight + at) - value);
-      if (kKeep) {
-        store(values + at, value);
-        const Floats stored = code + half_range;
-        for (int i = 0; i < kLanes; ++i) codes[at + i] = static_cast<uint8_t>(stored[i]);
-      }
     }
   }
   for (int v = 0; v < kVectors; ++v) store(loss + v * kLanes, total[v]);
-}
-
-static void sweep(const Tile& targets, const Feedback& within, const float* scales, float* errors, uint8_t* codes,
-                  float* values, float* loss) {
-  sweep_rows<true>(targets, within, scales, errors, codes, values, loss);
 }
 
 static void refine_codes(const Tile& targets, const Feedback& within, float multiplier, float* scratch,
@@ -301,7 +187,7 @@ static void refine_codes(const Tile& targets, const Feedback& within, float mult
       const Floats s = min(max(load(start + column) + step, splat(1.0f)), splat(16.0f));
       store(trial + column, stored_scale(s, multiplier));
     }
-    sweep_rows<false>(targets, within, trial, scratch, nullptr, nullptr, loss);
+    sweep(targets, within, trial, scratch, loss);
     for (int64_t i = 0; i < kTile; ++i) {
       if (step != 0.0f && !(loss[i] < least[i])) continue;
       least[i] = loss[i];
@@ -313,7 +199,7 @@ static void refine_codes(const Tile& targets, const Feedback& within, float mult
 }
 
 static const Kernels kKernels = {feedback, nominal_scales, maximum_errors, choose_codes, refine_codes,
-                                 sweep};
+                                 search_paths};
 
 }  // namespace DBRXQ_SOLVER_VARIANT
 }  // namespace solver

@@ -103,7 +103,8 @@ DBRXQ_API int dbrxq_error_table(const float* weight, int64_t k, int64_t n, const
                                 int64_t group_rows, double* errors);
 
 // Rounds a block of whole groups, with error feedback within the block. The scales of a group are searched on its
-// targets, then the scale codes up to two steps from a column's best are tried by rounding the group with feedback.
+// targets, then the scale codes up to two steps from a column's best are tried by rounding the group with feedback,
+// then the codes are searched along several paths (solver_paths.h).
 // weight [rows, N]; coefficients [rows, rows], coefficients[c, j] = U[j, c] for j < c (the rest is not read); pivots
 // [rows]; column_weights [N] or null, for the choice of maxima only; group_bits and group_rows [groups].
 // In and out: errors [rows, N], going in the targets (weight plus the feedback of earlier blocks), coming out
