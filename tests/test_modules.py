@@ -11,6 +11,11 @@ from dbrx_quant.runtime.linear import FusedLinear, QuantLinear
 D, F, E, A = 64, 96, 4, 2
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def quant_linear(k, n, seed=0, out_features=None, bias=False):
     tensors = oracle.random_tensors([(5, 32), (3, k - 32)], n, seed, bias, scale=0.05)
     return QuantLinear.from_tensors(tensors, out_features)

@@ -18,6 +18,11 @@ ISAS = ("scalar", "avx2", "avx512")
 WIDTHS = (8, 6, 5, 4, 3, 2)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request):
     try:

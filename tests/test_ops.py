@@ -23,6 +23,11 @@ SHAPES = {
 TOKENS = (1, 2, 3, 4, 5, 8, 9, 33)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request):
     try:
@@ -74,7 +79,8 @@ def test_weights_that_overflow_half_become_infinite_as_the_format_says(tokens, i
     x = torch.rand(tokens, 96)
     wanted = oracle.linear(x, tensors, 32, torch.float32)
     assert not wanted.isfinite().all()
-    assert torch.allclose(ops.linear(x, tensors), wanted, equal_nan=True, rtol=1e-5)
+    # Finite sums are of terms up to 65504, which cancel.
+    assert torch.allclose(ops.linear(x, tensors), wanted, equal_nan=True, rtol=1e-5, atol=1.0)
 
 
 def test_linear_trims_padded_columns(isa):
