@@ -1,0 +1,140 @@
+"""Second moments of a linear's inputs, and the Hessian made of them.
+
+The Hessian of a linear's squared output error is H = E[w x x^T] over its input tokens x. For an expert w is
+the square of the routing weight, so that tr(E^T H E) is the expert's share of the block's output error; then
+frequency, affinity and error are all inside one number. Fit and held-out tokens are kept apart until the
+amount of shrinkage has been chosen.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HELD_OUT_EVERY = 8  # one row of tokens in so many is held out
+
+
+def held_out(token_rows: Tensor) -> Tensor:
+    """Which tokens are held out, from the calibration row each belongs to; bool, same shape."""
+    return token_rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+@dataclass
+class Moments:
+    """Weighted sums over tokens: of x x^T, of the weights, of their squares.
+
+    Attributes:
+        matrix: [K, K] float32, sum of w x x^T.
+        weight: sum of w.
+        squares: sum of w^2.
+        tokens: number of tokens.
+    """
+
+    matrix: Tensor
+    weight: float = 0.0
+    squares: float = 0.0
+    tokens: int = 0
+
+    @staticmethod
+    def zero(k: int) -> "Moments":
+        """No tokens seen yet."""
+        return Moments(torch.zeros(k, k))
+
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens x [T, K] with weights [T] (1 each if None)."""
+        if not x.shape[0]:
+            return
+        x = x.float()
+        if weights is None:
+            self.matrix.addmm_(x.T, x)
+            self.weight += x.shape[0]
+            self.squares += x.shape[0]
+        else:
+            self.matrix.addmm_((x * weights[:, None]).T, x)
+            self.weight += float(weights.sum(dtype=torch.float64))
+            self.squares += float(weights.double().square().sum())
+        self.tokens += x.shape[0]
+
+    def check(self, name: str) -> None:
+        """Raise ValueError naming the linear if a moment is not finite."""
+        if not bool(torch.isfinite(self.matrix.diagonal()).all()):
+            channel = int((~torch.isfinite(self.matrix.diagonal())).nonzero()[0])
+            raise ValueError(
+                f"{name}: its calibration inputs hold NaN or infinity (input channel {channel}); "
+                "the source model overflows on this text in float32, or its weights are damaged"
+            )
+
+    @property
+    def effective(self) -> float:
+        """Tokens that would carry the same information at equal weight (Kish)."""
+        return self.weight**2 / self.squares if self.squares else 0.0
+
+
+@dataclass
+class SplitMoments:
+    """Moments of fit and held-out tokens apart, and of tokens that serve as a prior (experts only)."""
+
+    fit: Moments
+    held: Moments
+    prior: Moments | None = None
+
+    @staticmethod
+    def zero(k: int, prior: bool = False) -> "SplitMoments":
+        """No tokens seen yet."""
+        return SplitMoments(Moments.zero(k), Moments.zero(k), Moments.zero(k) if prior else None)
+
+    def add(self, x: Tensor, token_rows: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens x [T, K] of the given calibration rows [T] with weights [T]."""
+        held = held_out(token_rows)
+        for part, mask in ((self.fit, ~held), (self.held, held)):
+            part.add(x[mask], None if weights is None else weights[mask])
+
+    def check(self, name: str) -> None:
+        """Raise ValueError naming the linear if a moment is not finite."""
+        for part in (self.fit, self.held, *([self.prior] if self.prior else [])):
+            part.check(name)
+
+    def joined(self) -> Moments:
+        """Fit and held-out tokens together (takes over the fit moments' memory)."""
+        return Moments(
+            self.fit.matrix.add_(self.held.matrix),
+            self.fit.weight + self.held.weight,
+            self.fit.squares + self.held.squares,
+            self.fit.tokens + self.held.tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """How a Hessian is regularised.
+
+    Attributes:
+        damping: off-diagonal entries are scaled by 1 - damping. Ledoit & Wolf 2004 in spirit, towards the
+            diagonal instead of a multiple of the identity so that the channels' own variances stay.
+        prior: weight of the prior in tokens per input channel (experts with few tokens lean on tokens that
+            were routed elsewhere).
+    """
+
+    damping: float
+    prior: float = 0.0
+
+
+def hessian(moments: Moments, prior: Moments | None, shrinkage: Shrinkage) -> Tensor:
+    """The regularised mean of x x^T, [K, K] float32, positive definite.
+
+    An expert that saw no tokens at all gets the prior alone; without a prior, the identity.
+    """
+    k = moments.matrix.shape[0]
+    own = moments.effective
+    result = moments.matrix / moments.weight if moments.weight else torch.zeros(k, k)
+    if prior is not None and prior.weight and (shrinkage.prior or not own):
+        pseudo = max(shrinkage.prior * k, 1.0)
+        result.mul_(own / (own + pseudo)).add_(prior.matrix, alpha=pseudo / (own + pseudo) / prior.weight)
+    diagonal = result.diagonal().clone()
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        return torch.eye(k)
+    result.mul_(1 - shrinkage.damping)
+    # A channel that is (nearly) dead on the calibration text must still not be free to take any value.
+    result.diagonal().copy_(diagonal.clamp_min(1e-6 * mean) + 1e-4 * mean)
+    return result

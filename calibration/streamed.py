@@ -1,0 +1,208 @@
+"""A model of which one block at a time is in memory, run by transformers' own code.
+
+The model is built without storage (on torch's meta device); a block gets real weights when it is asked for.
+The experts of a block are not part of it: the block's expert module is replaced by one that notes its inputs
+and adds nothing, and the caller runs the experts one after another (`calibration.experts`).
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbrx_quant.runtime.checkpoint import Checkpoint
+from dbrx_quant.runtime.config import load_config
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.facts import (
+    BlockSpec,
+    LinearSpec,
+    check_dense_source,
+    load_bias,
+    load_linear,
+    module_linears,
+)
+
+Weights = Callable[[LinearSpec], Tensor]  # the float32 weight [N, K] of a linear
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token went to: [T, A] indices and weights, and the experts' input [T, D]."""
+
+    x: Tensor
+    index: Tensor
+    weight: Tensor
+
+
+class _NotedExperts(nn.Module):
+    """Stands where a block's experts were: notes what they would have got, returns zeros in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: Routing | None = None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        self.noted = Routing(x, top_k_index, top_k_weights)
+        return torch.zeros_like(hidden_states)
+
+
+class _KwargsRecorder(nn.Module):
+    """Stands where a block was: notes the keyword arguments that the model passes to it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.attention_type = getattr(block, "attention_type", "full_attention")
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.kwargs = kwargs
+        return hidden_states
+
+
+class LiveBlock:
+    """One block with real weights.
+
+    Attributes:
+        module: the transformers module; its linears are ordinary `nn.Linear`s whose weights may be replaced.
+        spec: what the block consists of.
+    """
+
+    def __init__(
+        self, module: nn.Module, spec: BlockSpec, kwargs: Callable[[int, int], dict[str, Any]]
+    ) -> None:
+        self.module = module
+        self.spec = spec
+        self._kwargs = kwargs
+        self._experts: _NotedExperts | None = None
+        if spec.experts:
+            self._experts = _NotedExperts()
+            parent, _, child = spec.experts.module.removeprefix(spec.module + ".").rpartition(".")
+            setattr(module.get_submodule(parent), child, self._experts)
+
+    def submodule(self, spec: LinearSpec) -> nn.Linear:
+        """The `nn.Linear` that holds a linear of this block (experts are not in it)."""
+        found = self.module.get_submodule(spec.module.removeprefix(self.spec.module + "."))
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def install(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the weights of linears (outside the experts) by name, [N, K]."""
+        for stage in self.spec.stages:
+            for spec in stage:
+                if spec.name in weights:
+                    begin, end = spec.outputs or (0, spec.shape[1])
+                    self.submodule(spec).weight.data[begin:end] = weights[spec.name]
+
+    def __call__(self, states: Tensor) -> tuple[Tensor, Routing | None]:
+        """Run states [rows, length, D] through the block.
+
+        Returns:
+            The output, without the experts' share where there are experts, and then what they would have got.
+        """
+        output = self.module(states, **self._kwargs(states.shape[0], states.shape[1]))
+        output = output[0] if isinstance(output, tuple) else output
+        return output, self._experts.noted if self._experts else None
+
+
+class StreamedModel:
+    """A dense source model, opened for streaming.
+
+    Args:
+        folder: a Hugging Face model folder.
+
+    Raises:
+        CheckpointError: unknown architecture, or tensors that are missing or left over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.folder = Path(folder)
+        self.config = load_config(self.folder)
+        self.architecture = describe(self.config)
+        self.checkpoint: Checkpoint = self.architecture.open(self.folder)
+        check_dense_source(self.architecture, self.checkpoint)
+        with torch.device("meta"):
+            self._model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
+        for name, module in self._model.named_modules():
+            if hasattr(module, "inv_freq"):  # its buffers are computed, not stored: build it again on the CPU
+                parent, _, child = name.rpartition(".")
+                setattr(self._model.get_submodule(parent), child, type(module)(self.config))
+        self._kwargs_cache: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    def dense(self, spec: LinearSpec) -> Tensor:
+        """The float32 weight [N, K] of a linear, as the source has it."""
+        weight = load_linear(self.checkpoint, spec).float()
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{self.folder}: {spec.name}: the weight holds NaN or infinity")
+        return weight
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [.., D] float32 of token ids [..]."""
+        return self.checkpoint.load("model.embed_tokens.weight")[input_ids].float()
+
+    def block(self, index: int) -> LiveBlock:
+        """Block `index` with its dense weights, experts aside."""
+        spec = self.architecture.blocks[index]
+        module = copy.deepcopy(self._model.get_submodule(spec.module))
+        if spec.experts:
+            parent, _, child = spec.experts.module.removeprefix(spec.module + ".").rpartition(".")
+            setattr(module.get_submodule(parent), child, nn.Identity())
+        for kept in spec.floats:
+            _set(
+                module,
+                kept.parameter.removeprefix(spec.module + "."),
+                self.checkpoint.load(kept.name).float(),
+            )
+        for stage in spec.stages:
+            for owner, specs in module_linears(stage).items():
+                path = owner.removeprefix(spec.module + ".")
+                _set(module, f"{path}.weight", torch.cat([self.dense(s) for s in specs]))
+                if specs[0].bias:
+                    biases = [load_bias(self.checkpoint, s) for s in specs]
+                    _set(module, f"{path}.bias", torch.cat([b.float() for b in biases if b is not None]))
+        left = [name for name, p in module.named_parameters() if p.is_meta]
+        if left:
+            raise CheckpointError(f"{self.folder}: block {index}: no weights for {', '.join(left)}")
+        return LiveBlock(module, spec, lambda rows, length: self._block_kwargs(rows, length)[index])
+
+    def final_norm(self, states: Tensor) -> Tensor:
+        """The input of the head, from the last block's output."""
+        spec = next(f for f in self.architecture.floats if f.name == "model.norm.weight")
+        module = copy.deepcopy(self._model.get_submodule(spec.parameter.removesuffix(".weight")))
+        _set(module, "weight", self.checkpoint.load(spec.name).float())
+        result: Tensor = module(states)
+        return result
+
+    def _block_kwargs(self, rows: int, length: int) -> list[dict[str, Any]]:
+        """What transformers passes to each block for full rows without padding."""
+        key = (rows, length)
+        if key not in self._kwargs_cache:
+            layers_path = self.architecture.blocks[0].module.rpartition(".")[0]
+            base_path, _, layers_name = layers_path.rpartition(".")
+            norm = next(f.parameter for f in self.architecture.floats if f.name == "model.norm.weight")
+            norm_name = norm.removesuffix(".weight").rpartition(".")[2]
+            base = self._model.get_submodule(base_path)
+            layers, final = getattr(base, layers_name), getattr(base, norm_name)
+            recorders = nn.ModuleList(_KwargsRecorder(block) for block in layers)
+            try:
+                setattr(base, layers_name, recorders)
+                setattr(base, norm_name, nn.Identity())
+                with torch.no_grad():
+                    base(inputs_embeds=torch.zeros(rows, length, self.architecture.hidden), use_cache=False)
+            finally:
+                setattr(base, layers_name, layers)
+                setattr(base, norm_name, final)
+            self._kwargs_cache[key] = [r.kwargs for r in recorders if isinstance(r, _KwargsRecorder)]
+        return self._kwargs_cache[key]
+
+
+def _set(module: nn.Module, path: str, value: Tensor) -> None:
+    owner, _, name = path.rpartition(".")
+    module.get_submodule(owner)._parameters[name] = nn.Parameter(value.contiguous(), requires_grad=False)

@@ -1,0 +1,296 @@
+"""From a model folder to EXL2 checkpoints: tokens, measurement, allocation, quantization, output files."""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dbrx_quant.calibration.data import TokenRows, load_saved, load_tokens, save_tokens
+from dbrx_quant.calibration.streamed import StreamedModel
+from dbrx_quant.quantize.allocate import Strategy, allocate
+from dbrx_quant.quantize.job import Resume, open_job, source_facts
+from dbrx_quant.quantize.measure import MeasureJob, measure
+from dbrx_quant.quantize.patch_config import Summary, patched_config, write_configs
+from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
+from dbrx_quant.quantize.plan import check_memory
+from dbrx_quant.quantize.progress import bar
+from dbrx_quant.quantize.shards import write_shards
+from dbrx_quant.quantize.side_files import copy_side_files
+from dbrx_quant.quantize.tokenizer import write_tokenizer
+from dbrx_quant.runtime.config import read_config
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.files import fingerprint, remove_leftovers, write_json
+from dbrx_quant.runtime.verify import verify
+from dbrx_quant.runtime.vocabulary import special_ids
+
+MEASUREMENT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to convert, and how.
+
+    Attributes:
+        model: the original's folder.
+        out: the result's folder; with several targets, their parent.
+        targets: bits per weight of the decoder's linears, overhead included.
+        head_bits: width of the head.
+        calibration: a named set, a file, or a dataset (see `calibration.data`).
+        rows: calibration rows; None: as many as the set offers or usually has.
+        length: tokens of a row.
+        seed: of everything drawn.
+        measurement: an earlier measurement.json of the same model to use instead of measuring.
+        work_dir: for everything that a resumed run needs; None: beside `out`, named `<out>.work`.
+        resume: whether to go on with earlier work.
+        max_memory: bytes that the conversion may take; None: no limit.
+        device: where it computes; "cpu".
+        max_shard_bytes: limit of an output file.
+        quiet: no progress.
+    """
+
+    model: Path
+    out: Path
+    targets: tuple[float, ...] = ()
+    head_bits: int = 6
+    calibration: str = "default"
+    rows: int | None = None
+    length: int | None = None
+    seed: int = 0
+    measurement: Path | None = None
+    work_dir: Path | None = None
+    resume: Resume = "auto"
+    max_memory: int | None = None
+    device: str = "cpu"
+    max_shard_bytes: int = 8_000_000_000
+    quiet: bool = False
+
+    @property
+    def work(self) -> Path:
+        """The work folder."""
+        return self.work_dir or self.out.with_name(f"{self.out.name}.work")
+
+    def output(self, target: float) -> Path:
+        """The folder of one target's result."""
+        return self.out if len(self.targets) == 1 else self.out / target_name(target)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One finished checkpoint.
+
+    Attributes:
+        folder: where it is.
+        target_bpw: what was asked for.
+        bpw: what it takes.
+        predicted_kl: KL divergence to the original that the measurement predicts, nats per token.
+        total_bytes: size of the shards.
+        seconds: time spent on it, the measurement aside.
+        peak_bytes: most memory that the process has had.
+    """
+
+    folder: Path
+    target_bpw: float
+    bpw: float
+    predicted_kl: float
+    total_bytes: int
+    seconds: float
+    peak_bytes: int
+
+
+def target_name(target: float) -> str:
+    """A target as folders and branches are named: `3.0bpw`, `2.25bpw`."""
+    return f"{target}bpw"
+
+
+def convert(options: ConvertOptions) -> list[Converted]:
+    """Convert a model to each target; one measurement serves them all.
+
+    Raises:
+        CheckpointError: the source is incomplete or unknown.
+        ValueError: targets out of reach, earlier work that differs, too little memory.
+    """
+    if not options.targets:
+        raise ValueError("no target given")
+    if options.device != "cpu":
+        raise ValueError(f"device {options.device}: conversion runs on the CPU; give --device cpu")
+    _check_side_files(options.model)
+    model = StreamedModel(options.model)
+    with open_job(options.work, _facts(options), options.resume) as resumed:
+        if resumed and not options.quiet:
+            print(f"going on with the work in {options.work}", file=sys.stderr)
+        _clean(options.work)
+        tokens = _tokens(options)
+        check_memory(model.architecture, tokens.input_ids, options.max_memory)
+        measurement = _measurement(options, model, tokens)
+        strategies = [allocate(measurement, target, options.head_bits) for target in options.targets]
+        return [_one_target(options, model, tokens, measurement, s) for s in strategies]
+
+
+def measure_model(options: ConvertOptions, output: Path) -> Path:
+    """Measure a model and write the measurement to `output`, which is returned."""
+    model = StreamedModel(options.model)
+    with open_job(options.work, _facts(options), options.resume):
+        _clean(options.work)
+        tokens = _tokens(options)
+        check_memory(model.architecture, tokens.input_ids, options.max_memory)
+        write_json(output, _measurement(options, model, tokens))
+    return output
+
+
+def _check_side_files(folder: Path) -> None:
+    """Find faults of the source's config and tokenizer before the work instead of after it."""
+    nothing = Summary(None, 0.0, 0, 0, 0, "", special_ids(folder))
+    patched_config(read_config(folder), nothing)
+
+
+def _facts(options: ConvertOptions) -> dict[str, Any]:
+    """What the contents of the work folder depend on. Targets have folders of their own in it."""
+    calibration = Path(options.calibration)
+    return {
+        "model": source_facts(options.model),
+        "calibration": fingerprint(calibration) if calibration.is_file() else options.calibration,
+        "rows": options.rows,
+        "length": options.length,
+        "seed": options.seed,
+        "measurement": fingerprint(options.measurement) if options.measurement else None,
+    }
+
+
+def _clean(folder: Path) -> None:
+    """Remove what a killed process left half written."""
+    for inner in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
+        remove_leftovers(inner)
+
+
+def _tokens(options: ConvertOptions) -> TokenRows:
+    path = options.work / "tokens.safetensors"
+    if path.exists():
+        return load_saved(path)
+    tokens = load_tokens(options.calibration, options.model, options.rows, options.length, options.seed)
+    save_tokens(path, tokens)
+    return tokens
+
+
+def _measurement(options: ConvertOptions, model: StreamedModel, tokens: TokenRows) -> dict[str, Any]:
+    if options.measurement:
+        return load_measurement(options.measurement, options.model)
+    path = options.work / "measurement.json"
+    if not path.exists():
+        folder = options.work / "measure"
+        folder.mkdir(exist_ok=True)
+        blocks = model.architecture.blocks
+        steps = 2 * len(blocks) + 1 + sum(b.experts.count for b in blocks if b.experts)
+        with bar(steps, "measure", options.quiet) as progress:
+            found = measure(MeasureJob(model, tokens.input_ids, folder, progress, options.seed))
+        described = {k: v for k, v in tokens.description.items() if k != "notices"}
+        facts = {
+            "format_version": MEASUREMENT_VERSION,
+            "model": source_facts(options.model),
+            "calibration": described,
+        }
+        write_json(path, {**facts, **found})
+        shutil.rmtree(folder)
+    return load_measurement(path, options.model)
+
+
+def load_measurement(path: Path, model: Path) -> dict[str, Any]:
+    """A measurement, checked to be one of this model.
+
+    Raises:
+        CheckpointError: the file is damaged, of another version, or of another model.
+    """
+    try:
+        measurement: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version, source = measurement["format_version"], measurement["model"]
+        if version != MEASUREMENT_VERSION:
+            raise CheckpointError(f"{path}: version {version}, this program reads {MEASUREMENT_VERSION}")
+        measurement["linears"]["lm_head"]["options"][0][2].split()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such measurement") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not a measurement ({error!r}); measure again") from None
+    if source != source_facts(model):
+        raise CheckpointError(f"{path}: measured on another model than {model}; measure this one")
+    return measurement
+
+
+def _one_target(
+    options: ConvertOptions,
+    model: StreamedModel,
+    tokens: TokenRows,
+    measurement: dict[str, Any],
+    strategy: Strategy,
+) -> Converted:
+    started = time.monotonic()
+    out = options.output(strategy.target_bpw)
+    work = options.work / f"{target_name(strategy.target_bpw)}-h{options.head_bits}"
+    work.mkdir(exist_ok=True)
+    done = work / "done.json"
+    if not (done.exists() and (out / "config.json").exists()):
+        strategy_path = work / "strategy.json"
+        written = strategy.to_json()
+        if strategy_path.exists() and json.loads(strategy_path.read_text(encoding="utf-8")) != written:
+            raise ValueError(f"{strategy_path}: made by another version; start anew with --resume never")
+        write_json(strategy_path, written)
+        groups = {name: option[2] for name, option in strategy.choices.items()}
+        title = f"quantize {strategy.target_bpw}"
+        with bar(len(groups), title, options.quiet) as progress:
+            quantize_model(QuantizeJob(model, tokens.input_ids, work, measurement, groups, progress))
+        _write_output(options, model, tokens, strategy, work, out)
+        write_json(out / "measurement.json", measurement)
+        report = verify(out)
+        if not report.ok:
+            raise CheckpointError(f"{out}: the result does not verify: {'; '.join(report.faults[:3])}")
+        write_json(done, {"bpw": report.facts["bpw"]})
+        shutil.rmtree(work / "linears")
+        for leftover in work.glob("*.npy"):
+            leftover.unlink()
+    shards = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    return Converted(
+        out,
+        strategy.target_bpw,
+        strategy.bpw,
+        strategy.kl,
+        shards,
+        time.monotonic() - started,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _write_output(
+    options: ConvertOptions,
+    model: StreamedModel,
+    tokens: TokenRows,
+    strategy: Strategy,
+    work: Path,
+    out: Path,
+) -> None:
+    notes: list[str] = list(tokens.description.get("notices", []))
+    write_shards(
+        out,
+        model.architecture,
+        model.checkpoint,
+        work / "linears",
+        options.max_shard_bytes,
+        notify=notes.append,
+    )
+    notes += write_tokenizer(options.model, out, model.architecture.vocabulary)
+    notes += write_configs(
+        options.model,
+        out,
+        model.architecture,
+        bits=strategy.target_bpw,
+        head_bits=options.head_bits,
+        rows=tokens.input_ids.shape[0],
+        length=tokens.input_ids.shape[1],
+        dataset=str(tokens.description.get("source", options.calibration)),
+    )
+    skipped = copy_side_files(options.model, out).skipped
+    notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
+    write_json(out / "strategy.json", {**strategy.to_json(), "notes": notes})

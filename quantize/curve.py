@@ -1,0 +1,145 @@
+"""The error-versus-bits curve of one linear, from one factorisation of its Hessian.
+
+Errors are of tr(E^T H E) with H the mean of x x^T and columns weighted by their share of the gradient; what
+turns them into nats is the linear's own sum of squared gradients (`calibration.fisher`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments, hessian
+from dbrx_quant.quantize.grid import error_table
+from dbrx_quant.quantize.ldlq import Factor, factorize, quantize_matrix
+from dbrx_quant.quantize.recipe import (
+    GROUP_ROWS,
+    lower_hull,
+    predicted_error,
+    price_range,
+    render_groups,
+    water_fill,
+)
+from dbrx_quant.runtime.format import WIDTHS, padded_columns, storage_bits, uniform_groups
+
+PRICES = 64  # prices of a bit that the curve is drawn at
+SAMPLE_COLUMNS = 512  # columns that stand for all in the error table
+TRIAL_COLUMNS = 128  # columns that try a shrinkage on held-out tokens
+DAMPINGS = (0.01, 0.03, 0.1, 0.2, 0.4)
+PRIORS = (0.0, 0.1, 0.5)  # tokens of prior per input channel
+UNCHOSEN = Shrinkage(0.2, 0.5)  # where too few tokens are held out to choose
+MIN_HELD_TOKENS = 64
+FEEDBACK_BPW = 3.25  # the recipe nearest to it is solved for real to calibrate the table
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A Hessian ready for solving: the order of the input channels, and the factor in that order."""
+
+    permutation: Tensor
+    factor: Factor
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Options of one linear by rising bits and falling error.
+
+    Attributes:
+        options: (bits on disk, error, group map as text).
+        feedback: error of a real solution over the table's prediction, included in the errors.
+        energy: tr(W^T H W), the error of dropping the linear altogether.
+    """
+
+    options: tuple[tuple[int, float, str], ...]
+    feedback: float
+    energy: float
+
+
+def prepare(matrix: Tensor) -> Prepared:
+    """Order channels by falling variance (act-order) and factorise; takes over the Hessian's memory."""
+    permutation = torch.argsort(matrix.diagonal(), descending=True, stable=True)
+    ordered = matrix[permutation[:, None], permutation[None, :]]
+    return Prepared(permutation, factorize(ordered, overwrite=True))
+
+
+def spread_columns(n: int, count: int) -> Tensor:
+    """`count` columns spread evenly over N, all of them where there are no more."""
+    return torch.arange(n) if n <= count else torch.linspace(0, n - 1, count).long()
+
+
+def held_out_error(weight: Tensor, prepared: Prepared, held: Tensor) -> float:
+    """tr(E^T H E) on the held-out moments, E of a 3-bit solution of some columns.
+
+    Args:
+        weight: [N, K] float32.
+        prepared: from the fit tokens' Hessian.
+        held: [K, K] held-out moments.
+    """
+    columns = spread_columns(weight.shape[0], TRIAL_COLUMNS)
+    ordered = weight[columns].T[prepared.permutation].contiguous()
+    solved = quantize_matrix(ordered, prepared.factor, uniform_groups(ordered.shape[0], 3, 64))
+    error = torch.empty_like(ordered)
+    error[prepared.permutation] = ordered - solved.dequantized.float()
+    return float(((held @ error) * error).sum(dtype=torch.float64))
+
+
+def choose_shrinkage(weight: Tensor, moments: SplitMoments) -> Shrinkage:
+    """The shrinkage with the least error on held-out tokens, one dimension after the other.
+
+    Args:
+        weight: [N, K] float32, one of the linears that share these inputs.
+        moments: of its inputs, fit and held-out.
+    """
+    if moments.held.tokens < MIN_HELD_TOKENS or moments.fit.tokens < MIN_HELD_TOKENS:
+        return UNCHOSEN
+    scores: dict[Shrinkage, float] = {}
+
+    def score(shrinkage: Shrinkage) -> float:
+        if shrinkage not in scores:
+            prepared = prepare(hessian(moments.fit, moments.prior, shrinkage))
+            scores[shrinkage] = held_out_error(weight, prepared, moments.held.matrix)
+        return scores[shrinkage]
+
+    has_prior = moments.prior is not None and moments.prior.tokens > 0
+    best = min((Shrinkage(d, PRIORS[1] if has_prior else 0.0) for d in DAMPINGS), key=score)
+    if has_prior:
+        best = min((Shrinkage(best.damping, p) for p in PRIORS), key=score)
+    return best
+
+
+def draw(weight: Tensor, prepared: Prepared, column_weights: Tensor, energy: float) -> Curve:
+    """The curve of one linear.
+
+    Args:
+        weight: [N, K] float32.
+        prepared: its Hessian's factor.
+        column_weights: [N] float32, mean 1.
+        energy: tr(W^T H W).
+    """
+    n, k = weight.shape
+    stored = padded_columns(n)
+    columns = spread_columns(n, SAMPLE_COLUMNS)
+    share = n / len(columns)
+    ordered = weight[columns].T[prepared.permutation].contiguous()
+    importance = column_weights[columns].contiguous()
+    tables: Mapping[int, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {
+        rows: share * error_table(ordered, prepared.factor.pivots, importance, WIDTHS, rows).numpy()
+        for rows in GROUP_ROWS
+        if rows <= k
+    }
+    maps = list(dict.fromkeys(water_fill(tables, stored, price_range(tables, stored, PRICES))))
+    points = [(storage_bits(groups, (k, stored)), predicted_error(tables, groups)) for groups in maps]
+    hull = lower_hull(points)
+    middle = min(hull, key=lambda i: abs(points[i][0] / (k * n) - FEEDBACK_BPW))
+    solved = quantize_matrix(ordered, prepared.factor, maps[middle], importance)
+    actual = share * float((solved.loss_per_column * importance.double()).sum())
+    feedback = actual / points[middle][1] if points[middle][1] > 0 else 1.0
+    options = tuple((points[i][0], points[i][1] * feedback, render_groups(maps[i])) for i in hull)
+    return Curve(options, feedback, energy)
+
+
+def energy(weight: Tensor, matrix: Tensor) -> float:
+    """tr(W^T H W) for W [N, K] and H [K, K]."""
+    return float(((weight @ matrix) * weight).sum(dtype=torch.float64))

@@ -1,0 +1,397 @@
+"""The measurement: for every linear, what each choice of bits costs, in nats per token.
+
+Two passes over the model. Forward, the dense hidden states before every block are left on disk. Backward,
+from the head to the first block, gradients of the log-likelihood flow through each block while its linears'
+inputs and output gradients are summed up; each linear then gets its curve. Finished linears and passed blocks
+are files, so that a second run goes on where the first one stopped.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.calibration.experts import activation, coverage, expert_output, tokens_of
+from dbrx_quant.calibration.fisher import GradientSum, head_gradients
+from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments, hessian
+from dbrx_quant.calibration.states import new_states, open_states
+from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
+from dbrx_quant.quantize.curve import choose_shrinkage, draw, energy, prepare
+from dbrx_quant.quantize.progress import Progress
+from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
+from dbrx_quant.runtime.files import write_json
+
+ROWS_TOKENS = 2048  # tokens that go through a block's attention at a time
+EXPERT_TOKENS = 2048  # tokens that go through an expert at a time with gradients
+
+
+@dataclass(frozen=True)
+class MeasureJob:
+    """Where a measurement works and with what.
+
+    Attributes:
+        model: the source.
+        tokens: [R, L] int64 token ids.
+        folder: for the files between the passes.
+        progress: told of every finished step.
+        seed: of the labels that the gradients are of.
+    """
+
+    model: StreamedModel
+    tokens: Tensor
+    folder: Path
+    progress: Progress
+    seed: int = 0
+
+    def states(self, block: int) -> Path:
+        """Hidden states before a block, [R, L, D]."""
+        return self.folder / f"states-{block:03}.npy"
+
+    def gradients(self, block: int) -> Path:
+        """Gradients with respect to those states."""
+        return self.folder / f"gradients-{block:03}.npy"
+
+    def entry(self, name: str) -> Path:
+        """What was measured of one linear."""
+        return self.folder / "linears" / f"{name}.json"
+
+
+def spans(count: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step` that cover `count`."""
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def batches(states: Tensor) -> Iterator[slice]:
+    """Slices of rows with about ROWS_TOKENS tokens each."""
+    yield from spans(states.shape[0], max(1, ROWS_TOKENS // states.shape[1]))
+
+
+def check_states(states: Tensor, what: str) -> None:
+    """Raise ValueError unless all states are finite."""
+    for part in batches(states):
+        if not bool(torch.isfinite(states[part]).all()):
+            row = int((~torch.isfinite(states[part])).nonzero()[0, 0]) + part.start
+            raise ValueError(
+                f"{what}: NaN or infinity in calibration row {row}; the source model overflows in float32 on "
+                "this text, or its weights are damaged"
+            )
+
+
+def token_rows(states: Tensor) -> Tensor:
+    """The calibration row of each token, [R L]."""
+    return torch.arange(states.shape[0]).repeat_interleave(states.shape[1])
+
+
+def route(live: LiveBlock, states: Tensor, output: Tensor, x: Tensor) -> Routing:
+    """Run all rows through a block but its experts: fills `output` and the experts' inputs `x` [R L, D]."""
+    index, weight = [], []
+    length = states.shape[1]
+    for part in batches(states):
+        output[part], routing = live(states[part])
+        assert routing is not None
+        x[part.start * length : part.stop * length] = routing.x
+        index.append(routing.index)
+        weight.append(routing.weight)
+    return Routing(x, torch.cat(index), torch.cat(weight))
+
+
+def measure(job: MeasureJob) -> dict[str, Any]:
+    """Run both passes and return the measurement (see `assemble` for its contents)."""
+    (job.folder / "linears").mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        _forward(job)
+        _head(job)
+        for index in reversed(range(len(job.model.architecture.blocks))):
+            _backward(job, index)
+    return assemble(job)
+
+
+def _forward(job: MeasureJob) -> None:
+    architecture = job.model.architecture
+    shape = (*job.tokens.shape, architecture.hidden)
+    if not job.states(0).exists():
+        with new_states(job.states(0), shape) as states:
+            for part in batches(states):
+                states[part] = job.model.embed(job.tokens[part])
+    for block in architecture.blocks:
+        if not job.states(block.index + 1).exists():
+            states = open_states(job.states(block.index))
+            live = job.model.block(block.index)
+            with new_states(job.states(block.index + 1), shape) as output:
+                if block.experts is None:
+                    for part in batches(states):
+                        output[part] = live(states[part])[0]
+                else:
+                    x_path = job.folder / "experts-input.npy"
+                    with new_states(x_path, (job.tokens.numel(), architecture.hidden)) as x:
+                        routing = route(live, states, output, x)
+                        report = coverage(routing, block.experts.count)
+                        write_json(job.folder / f"coverage-{block.index:03}.json", report)
+                        _add_experts(job.model, block.experts, routing, output.view(-1, architecture.hidden))
+                    x_path.unlink()
+                check_states(output, f"output of block {block.index}")
+        job.progress.step(f"forward, block {block.index}")
+
+
+def _add_experts(model: StreamedModel, experts: ExpertsSpec, routing: Routing, output: Tensor) -> None:
+    act = activation(experts.activation)
+    for expert, linears in enumerate(experts.linears):
+        tokens = tokens_of(routing, expert)
+        if len(tokens.index):
+            gate, up, down = (model.dense(spec) for spec in linears)
+            for part in spans(len(tokens.index), EXPERT_TOKENS):
+                index = tokens.index[part]
+                y = expert_output(routing.x[index], (gate, up, down), act)
+                output[index] += tokens.weight[part, None] * y
+
+
+def _head(job: MeasureJob) -> None:
+    architecture, count = job.model.architecture, len(job.model.architecture.blocks)
+    head = architecture.head
+    if job.gradients(count).exists() and job.entry(head.name).exists():
+        job.progress.step("head")
+        return
+    states = open_states(job.states(count))
+    flat = states.view(-1, architecture.hidden)
+    weight = job.model.dense(head)
+    with new_states(job.gradients(count), tuple(states.shape)) as gradients:
+        total = head_gradients(job.model, flat, gradients.view(-1, architecture.hidden), weight, job.seed)
+    moments, rows = SplitMoments.zero(head.shape[0]), token_rows(states)
+    for part in spans(len(flat), ROWS_TOKENS):
+        moments.add(job.model.final_norm(flat[part]), rows[part])
+    _measure_linears(job, [head], moments, {head.name: total}, lambda _: weight, {})
+    job.progress.step("head")
+
+
+def _measure_linears(
+    job: MeasureJob,
+    specs: list[LinearSpec],
+    moments: SplitMoments,
+    gradients: dict[str, GradientSum],
+    weight_of: Callable[[LinearSpec], Tensor],
+    chosen: dict[tuple[str, int], Shrinkage],
+) -> None:
+    """Draw the curves of linears that share their inputs, and write them.
+
+    `chosen` remembers the shrinkage per role and octave of tokens per channel, so that of many experts alike
+    only the first one pays for the choice.
+    """
+    todo = [spec for spec in specs if not job.entry(spec.name).exists()]
+    if not todo:
+        entry = json.loads(job.entry(specs[0].name).read_text())
+        chosen[(specs[0].role, entry["octave"])] = Shrinkage(entry["damping"], entry["prior"])
+        return
+    moments.check(specs[0].name)
+    k = specs[0].shape[0]
+    own = moments.fit.effective + moments.held.effective
+    octave = round(torch.log2(torch.tensor(max(own, 1.0) / k)).item())
+    key = (specs[0].role, octave)
+    if key not in chosen:
+        chosen[key] = choose_shrinkage(weight_of(specs[0]), moments)
+    shrinkage = chosen[key]
+    joined = moments.joined()
+    matrix = hessian(joined, moments.prior, shrinkage)
+    energies = {spec.name: energy(weight_of(spec), matrix) for spec in todo}
+    prepared = prepare(matrix)
+    for spec in todo:
+        total = gradients[spec.name]
+        columns = total.column_weights()
+        curve = draw(weight_of(spec), prepared, columns, energies[spec.name])
+        write_json(
+            job.entry(spec.name),
+            {
+                "role": spec.role,
+                "shape": list(spec.shape),
+                "tokens": joined.tokens,
+                "effective_tokens": joined.effective,
+                "weight": joined.weight,
+                "gradient": total.total,
+                "octave": octave,
+                **asdict(shrinkage),
+                "feedback": curve.feedback,
+                "energy": curve.energy,
+                "options": [list(option) for option in curve.options],
+            },
+        )
+
+
+def _backward(job: MeasureJob, index: int) -> None:
+    """One block of the backward pass: gradients before it, curves of its linears."""
+    spec = job.model.architecture.blocks[index]
+    linears = list(spec.linears())
+    if job.gradients(index).exists() and all(job.entry(s.name).exists() for s in linears):
+        job.progress.step(f"backward, block {index}")
+        return
+    states, upstream = open_states(job.states(index)), open_states(job.gradients(index + 1))
+    live = job.model.block(index)
+    chosen: dict[tuple[str, int], Shrinkage] = {}
+    routed: _RoutedGradients | None = None
+    if spec.experts:
+        routed = _backward_experts(job, live, states, upstream, spec.experts, chosen)
+    watch = _Watch(live)
+    with new_states(job.gradients(index), tuple(states.shape)) as gradients:
+        length = states.shape[1]
+        for part in batches(states):
+            x = states[part].clone().requires_grad_()
+            watch.rows = torch.arange(part.start, part.stop).repeat_interleave(length)
+            with torch.enable_grad():
+                output, routing = live(x)
+            roots, seeds = [output], [upstream[part]]
+            if routing is not None and routed is not None:
+                flat = slice(part.start * length, part.stop * length)
+                roots += [routing.x, routing.weight]
+                seeds += [routed.x[flat], routed.weight[flat].to(routing.weight.dtype)]
+            torch.autograd.backward(roots, seeds)
+            assert x.grad is not None
+            gradients[part] = x.grad
+        watch.close()
+        check_states(gradients, f"gradients before block {index}")
+        for stage, moments in zip(spec.stages, watch.moments, strict=True):
+            _measure_linears(job, list(stage), moments, watch.gradients, job.model.dense, chosen)
+    job.progress.step(f"backward, block {index}")
+
+
+class _Watch:
+    """Sums up inputs and output gradients of a block's linears (outside its experts) while it runs."""
+
+    def __init__(self, live: LiveBlock) -> None:
+        self.rows = torch.empty(0, dtype=torch.long)
+        self.moments = [SplitMoments.zero(stage[0].shape[0]) for stage in live.spec.stages]
+        self.gradients: dict[str, GradientSum] = {}
+        self._handles: list[Any] = []
+        for stage, moments in zip(live.spec.stages, self.moments, strict=True):
+            for spec in stage:
+                self.gradients[spec.name] = GradientSum.zero(spec.shape[1])
+            modules = {spec.module: live.submodule(spec) for spec in stage}
+            for position, (owner, module) in enumerate(modules.items()):
+                specs = [spec for spec in stage if spec.module == owner]
+                inputs = moments if position == 0 else None
+                self._handles.append(module.register_forward_hook(self._hook(specs, inputs)))
+
+    def _hook(self, specs: list[LinearSpec], moments: SplitMoments | None) -> Callable[..., None]:
+        def see_gradient(gradient: Tensor) -> None:
+            for spec in specs:
+                begin, end = spec.outputs or (0, spec.shape[1])
+                self.gradients[spec.name].add(gradient[..., begin:end])
+
+        def see_output(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if moments is not None:
+                moments.add(inputs[0].detach().reshape(-1, inputs[0].shape[-1]), self.rows)
+            output.register_hook(see_gradient)  # type: ignore[no-untyped-call]
+
+        return see_output
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _RoutedGradients:
+    """Gradients with respect to the experts' inputs [T, D] and the routing weights [T, A]."""
+
+    x: Tensor
+    weight: Tensor
+
+
+def _backward_experts(
+    job: MeasureJob,
+    live: LiveBlock,
+    states: Tensor,
+    upstream: Tensor,
+    experts: ExpertsSpec,
+    chosen: dict[tuple[str, int], Shrinkage],
+) -> _RoutedGradients:
+    hidden = states.shape[-1]
+    x = torch.empty(states.shape[0] * states.shape[1], hidden)
+    routing = route(live, states, torch.empty_like(states), x)
+    result = _RoutedGradients(torch.zeros_like(x), torch.zeros(routing.weight.shape))
+    flat = upstream.reshape(-1, hidden)
+    rows, act = token_rows(states), activation(experts.activation)
+    for expert, linears in enumerate(experts.linears):
+        tokens = tokens_of(routing, expert)
+        gate, up, down = weights = tuple(job.model.dense(spec) for spec in linears)
+        dense = dict(zip(linears, weights, strict=True)).__getitem__
+        sums = {spec.name: GradientSum.zero(spec.shape[1]) for spec in linears}
+        inputs, inner = SplitMoments.zero(gate.shape[1], True), SplitMoments.zero(down.shape[1], True)
+        for part in spans(len(tokens.index), EXPERT_TOKENS):
+            index, p = tokens.index[part], tokens.weight[part]
+            xe = x[index].requires_grad_()
+            with torch.enable_grad():
+                g, u = xe @ gate.T, xe @ up.T
+                h = act(g) * u
+            y_gradient = p[:, None] * flat[index]
+            y = h.detach() @ down.T
+            result.weight[index, tokens.slot[part]] = (y * flat[index]).sum(-1)
+            g_gradient, u_gradient, x_gradient = torch.autograd.grad(h, (g, u, xe), y_gradient @ down)
+            result.x[index] += x_gradient
+            for spec, gradient in zip(linears, (g_gradient, u_gradient, y_gradient), strict=True):
+                sums[spec.name].add(gradient)
+            inputs.add(xe.detach(), rows[index], p.square())
+            inner.add(h.detach(), rows[index], p.square())
+        for part in spans(len(tokens.others), EXPERT_TOKENS):
+            assert inputs.prior is not None
+            assert inner.prior is not None
+            other = x[tokens.others[part]]
+            inputs.prior.add(other)
+            inner.prior.add(act(other @ gate.T) * (other @ up.T))
+        _measure_linears(job, list(linears[:2]), inputs, sums, dense, chosen)
+        _measure_linears(job, list(linears[2:]), inner, sums, dense, chosen)
+        job.progress.step(f"block {live.spec.index}, expert {expert}")
+    return result
+
+
+def assemble(job: MeasureJob) -> dict[str, Any]:
+    """The measurement of all linears, errors in nats per token.
+
+    Returns:
+        `tokens`: how many; `coverage`: per block of experts, tokens and shares; `linears`: name → shape,
+        tokens, shrinkage, energy (the cost of dropping it, in nats to second order) and `options`
+        [bits on disk, nats per token, group map].
+    """
+    architecture, count = job.model.architecture, job.tokens.numel()
+    entries = {s.name: json.loads(job.entry(s.name).read_text()) for s in architecture.linears()}
+    prices = {name: entry["gradient"] / (2 * count) for name, entry in entries.items()}
+    for block in architecture.blocks:
+        for linears in zip(*(block.experts.linears if block.experts else ()), strict=True):
+            prices.update(_pooled_prices([spec.name for spec in linears], entries, count))
+    linears_out = {}
+    for name, entry in entries.items():
+        options = [[bits, error * prices[name], text] for bits, error, text in entry.pop("options")]
+        entry["energy"] *= prices[name]
+        entry["price"] = prices[name]
+        del entry["octave"], entry["gradient"]
+        linears_out[name] = {**entry, "options": options}
+    report = {
+        str(block.index): json.loads((job.folder / f"coverage-{block.index:03}.json").read_text())
+        for block in architecture.blocks
+        if block.experts
+    }
+    return {"tokens": count, "coverage": report, "linears": linears_out}
+
+
+def _pooled_prices(names: list[str], entries: dict[str, Any], count: int) -> dict[str, float]:
+    """Prices of one role's experts: gradients of an expert with few tokens lean on those of all.
+
+    A price is the sum of squared gradients; per unit of squared routing weight it is much the same for all
+    experts of a block, which is what an expert seen rarely falls back to (as if 32 average tokens had said
+    so).
+    """
+    gradient = sum(entries[n]["gradient"] for n in names)
+    weight = sum(entries[n]["weight"] for n in names)
+    tokens = sum(entries[n]["tokens"] for n in names)
+    if not weight:
+        return {n: 0.0 for n in names}
+    usual, pseudo = gradient / weight, 32 * weight / tokens
+    prices = {}
+    for n in names:
+        own = entries[n]["weight"]
+        seen = max(own, weight / tokens)  # an expert never seen counts as seen once
+        prices[n] = seen * (entries[n]["gradient"] + pseudo * usual) / (own + pseudo) / (2 * count)
+    return prices

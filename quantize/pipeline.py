@@ -1,0 +1,235 @@
+"""The quantization pass: block by block, each linear solved on inputs that earlier quantized linears produce.
+
+Inside a block the stages follow the data: query, key and value are solved on the block's input, the output
+projection on what their quantized weights make of it, and so on; an expert's down projection sees its
+quantized gate and up projections. Every finished linear is a file before the next one starts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dbrx_quant.calibration.experts import activation, tokens_of
+from dbrx_quant.calibration.hessian import Moments, Shrinkage, SplitMoments, hessian
+from dbrx_quant.calibration.states import new_states, open_states
+from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
+from dbrx_quant.quantize.curve import Prepared, prepare
+from dbrx_quant.quantize.ldlq import quantize_matrix
+from dbrx_quant.quantize.measure import EXPERT_TOKENS, batches, check_states, route, spans, token_rows
+from dbrx_quant.quantize.progress import Progress
+from dbrx_quant.quantize.recipe import parse_groups
+from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias, to_half
+from dbrx_quant.runtime.files import save_tensors
+from dbrx_quant.runtime.format import GroupMap, UnpackedLinear, dequantize_linear, pack_linear, padded_columns
+
+
+@dataclass(frozen=True)
+class QuantizeJob:
+    """Where a quantization works and with what.
+
+    Attributes:
+        model: the source.
+        tokens: [R, L] int64 token ids.
+        folder: for finished linears and the states between blocks.
+        measurement: from `measure`.
+        groups: linear → group map as text.
+        progress: told of every finished linear.
+    """
+
+    model: StreamedModel
+    tokens: Tensor
+    folder: Path
+    measurement: Mapping[str, Any]
+    groups: Mapping[str, str]
+    progress: Progress
+
+    def states(self, block: int) -> Path:
+        """Hidden states before a block, as the quantized blocks before it make them."""
+        return self.folder / f"states-{block:03}.npy"
+
+    def linear(self, name: str) -> Path:
+        """The packed tensors of one linear."""
+        return self.folder / "linears" / f"{name}.safetensors"
+
+    def shrinkage(self, name: str) -> Shrinkage:
+        """What the measurement chose on held-out tokens."""
+        entry = self.measurement["linears"][name]
+        return Shrinkage(entry["damping"], entry["prior"])
+
+
+def quantize_model(job: QuantizeJob) -> None:
+    """Solve every linear of the model that has no file yet."""
+    (job.folder / "linears").mkdir(parents=True, exist_ok=True)
+    blocks = job.model.architecture.blocks
+    with torch.no_grad():
+        if not any(job.states(i).exists() for i in range(len(blocks) + 1)):
+            shape = (*job.tokens.shape, job.model.architecture.hidden)
+            with new_states(job.states(0), shape) as states:
+                for part in batches(states):
+                    states[part] = job.model.embed(job.tokens[part])
+        for block in blocks:
+            if not any(job.states(i).exists() for i in range(block.index + 1, len(blocks) + 1)):
+                _quantize_block(job, block.index)
+                job.states(block.index).unlink()  # the next block's states are on disk by now
+            else:
+                for spec in block.linears():
+                    job.progress.step(spec.name)
+        _quantize_head(job)
+
+
+def _quantize_block(job: QuantizeJob, index: int) -> None:
+    live = job.model.block(index)
+    states = open_states(job.states(index))
+    for stage in live.spec.stages:
+        todo = [spec for spec in stage if not job.linear(spec.name).exists()]
+        if todo:
+            moments = _stage_moments(live, stage[0], states)
+            _solve(job, todo, moments, None, {s.name: job.model.dense(s) for s in todo})
+        live.install({spec.name: finished_weight(job, spec) for spec in stage})
+        for spec in stage:
+            job.progress.step(spec.name)
+    with new_states(job.states(index + 1), tuple(states.shape)) as output:
+        if live.spec.experts is None:
+            for part in batches(states):
+                output[part] = live(states[part])[0]
+        else:
+            _quantize_experts(job, live, live.spec.experts, states, output)
+        check_states(output, f"output of quantized block {index}")
+
+
+class _Reached(Exception):
+    """The stage whose inputs were wanted has them; the rest of the block need not run."""
+
+
+def _stage_moments(live: LiveBlock, spec: LinearSpec, states: Tensor) -> Moments:
+    """Moments of a stage's inputs over all rows, the stages before it already quantized."""
+    moments = Moments.zero(spec.shape[0])
+
+    def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        moments.add(inputs[0].reshape(-1, inputs[0].shape[-1]))
+        raise _Reached
+
+    handle = live.submodule(spec).register_forward_pre_hook(see)
+    try:
+        for part in batches(states):
+            try:
+                live(states[part])
+            except _Reached:
+                continue
+            raise RuntimeError(f"{spec.name}: the block never calls {spec.module}")
+    finally:
+        handle.remove()
+    return moments
+
+
+def _quantize_experts(
+    job: QuantizeJob, live: LiveBlock, experts: ExpertsSpec, states: Tensor, output: Tensor
+) -> None:
+    hidden = states.shape[-1]
+    x_path = job.folder / "experts-input.npy"
+    with new_states(x_path, (states.shape[0] * states.shape[1], hidden)) as x:
+        routing = route(live, states, output, x)
+        flat, act, rows = output.view(-1, hidden), activation(experts.activation), token_rows(states)
+        for expert, (gate, up, down) in enumerate(experts.linears):
+            tokens = tokens_of(routing, expert)
+            square = tokens.weight.square()
+            todo = [spec for spec in (gate, up) if not job.linear(spec.name).exists()]
+            if todo:
+                inputs = SplitMoments.zero(hidden, prior=True)
+                inputs.add(x[tokens.index], rows[tokens.index], square)
+                _prior(inputs).add(x[tokens.others])
+                dense = {spec.name: job.model.dense(spec) for spec in todo}
+                _solve(job, todo, inputs.joined(), inputs.prior, dense)
+            weights = (finished_weight(job, gate), finished_weight(job, up))
+            if not job.linear(down.name).exists():
+                inner = SplitMoments.zero(down.shape[0], prior=True)
+                for part in spans(len(tokens.index), EXPERT_TOKENS):
+                    at = tokens.index[part]
+                    inner.add(_inner(x[at], weights, act), rows[at], square[part])
+                for part in spans(len(tokens.others), EXPERT_TOKENS):
+                    _prior(inner).add(_inner(x[tokens.others[part]], weights, act))
+                dense = {down.name: job.model.dense(down)}
+                _solve(job, [down], inner.joined(), inner.prior, dense)
+            last = finished_weight(job, down)
+            for part in spans(len(tokens.index), EXPERT_TOKENS):
+                at = tokens.index[part]
+                flat[at] += tokens.weight[part, None] * (_inner(x[at], weights, act) @ last.T)
+            for spec in (gate, up, down):
+                job.progress.step(spec.name)
+    x_path.unlink()
+
+
+def _inner(x: Tensor, weights: tuple[Tensor, Tensor], act: Any) -> Tensor:
+    result: Tensor = act(x @ weights[0].T) * (x @ weights[1].T)
+    return result
+
+
+def _prior(moments: SplitMoments) -> Moments:
+    assert moments.prior is not None
+    return moments.prior
+
+
+def _quantize_head(job: QuantizeJob) -> None:
+    head = job.model.architecture.head
+    if not job.linear(head.name).exists():
+        states = open_states(job.states(len(job.model.architecture.blocks)))
+        moments = Moments.zero(head.shape[0])
+        for part in batches(states):
+            moments.add(job.model.final_norm(states[part]).view(-1, states.shape[-1]))
+        _solve(job, [head], moments, None, {head.name: job.model.dense(head)})
+    job.progress.step(head.name)
+
+
+def _solve(
+    job: QuantizeJob,
+    specs: list[LinearSpec],
+    moments: Moments,
+    prior: Moments | None,
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Quantize linears that share their inputs, and write each one's file."""
+    moments.check(specs[0].name)
+    prepared = prepare(hessian(moments, prior, job.shrinkage(specs[0].name)))
+    for spec in specs:
+        tensors, loss = solve_linear(weights[spec.name], prepared, parse_groups(job.groups[spec.name]))
+        bias = load_bias(job.model.checkpoint, spec)
+        if bias is not None:
+            padded = torch.zeros(padded_columns(spec.shape[1]), dtype=torch.float16)
+            padded[: spec.shape[1]] = to_half(bias, f"{spec.name}.bias")
+            tensors["bias"] = padded
+        named = {f"{spec.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        save_tensors(job.linear(spec.name), named, {"loss": repr(loss)})
+
+
+def solve_linear(weight: Tensor, prepared: Prepared, groups: GroupMap) -> tuple[dict[str, Tensor], float]:
+    """Quantize one linear and pack it.
+
+    Args:
+        weight: [N, K] float32.
+        prepared: its Hessian's order and factor.
+        groups: its group map.
+
+    Returns:
+        Its tensors as stored (N padded to a multiple of 32), and tr(E^T H E).
+    """
+    n = weight.shape[0]
+    missing = padded_columns(n) - n
+    ordered = torch.nn.functional.pad(weight.T[prepared.permutation], (0, missing))
+    solved = quantize_matrix(ordered, prepared.factor, groups)
+    packed = pack_linear(
+        UnpackedLinear(solved.codes, solved.scale_codes, solved.scale_max, groups, prepared.permutation)
+    )
+    return packed, solved.loss
+
+
+def finished_weight(job: QuantizeJob, spec: LinearSpec) -> Tensor:
+    """The float32 weight [N, K] of a linear as its finished file decodes."""
+    tensors = load_file(job.linear(spec.name))
+    prefix = f"{spec.name}."
+    weight = dequantize_linear({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    return weight[: spec.shape[1]].float()

@@ -1,0 +1,250 @@
+"""What a conversion will take, told before it starts: sizes, reachable bits, memory and time."""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.quantize.allocate import HEAD, HEAD_OVERHEAD_BITS
+from dbrx_quant.runtime.config import load_config
+from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.facts import Architecture, LinearSpec, check_dense_source
+from dbrx_quant.runtime.format import padded_columns, storage_bits, uniform_groups
+
+if TYPE_CHECKING:
+    from dbrx_quant.quantize.convert import ConvertOptions
+
+BASE_BYTES = 900_000_000  # Python, torch and transformers
+DEFAULT_TOKENS = (128, 2048)
+LOADED_FACTOR = 0.5  # of the speed of one big product, what a whole pass reaches
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target and what its checkpoint will weigh."""
+
+    bpw: float
+    total_bytes: int
+    reachable: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will take.
+
+    Attributes:
+        family: of the model.
+        weights: of the decoder's linears.
+        lowest_bpw: least bits per weight that its shapes allow.
+        highest_bpw: most.
+        targets: the targets and their sizes.
+        peak_bytes: estimate of the most memory at a time.
+        disk_bytes: estimate of the work folder at its largest, the output aside.
+        measure_seconds: estimate, from a short trial of this machine.
+        quantize_seconds: estimate for each target.
+    """
+
+    family: str
+    weights: int
+    lowest_bpw: float
+    highest_bpw: float
+    targets: tuple[Target, ...]
+    peak_bytes: int
+    disk_bytes: int
+    measure_seconds: float
+    quantize_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--dry-run --json` prints it."""
+        return asdict(self)
+
+
+def plan(options: "ConvertOptions") -> Plan:
+    """What converting with these options will take; reads headers only.
+
+    Raises:
+        CheckpointError: the source is incomplete or unknown.
+    """
+    architecture = _architecture(options.model)
+    low, high = shape_range(architecture)
+    rows, length = _token_shape(options)
+    tokens = rows * length
+    measure_flops, quantize_flops = _flops(architecture, tokens)
+    speed = machine_flops() * LOADED_FACTOR
+    states = 4 * tokens * architecture.hidden
+    targets = tuple(
+        Target(t, total_bytes(architecture, t, options.head_bits), low <= t <= high) for t in options.targets
+    )
+    return Plan(
+        architecture.family,
+        decoder_weights(architecture),
+        low,
+        high,
+        targets,
+        peak_bytes(architecture, tokens),
+        2 * states * (len(architecture.blocks) + 2) + max((t.total_bytes for t in targets), default=0),
+        measure_flops / speed,
+        quantize_flops / speed,
+    )
+
+
+def _architecture(folder: Path) -> Architecture:
+    architecture = describe(load_config(folder))
+    check_dense_source(architecture, architecture.open(folder))
+    return architecture
+
+
+def _token_shape(options: "ConvertOptions") -> tuple[int, int]:
+    if Path(options.calibration).suffix == ".safetensors":
+        from dbrx_quant.calibration.data import load_saved
+
+        shape = load_saved(Path(options.calibration), options.rows, options.length).input_ids.shape
+        return shape[0], shape[1]
+    return options.rows or DEFAULT_TOKENS[0], options.length or DEFAULT_TOKENS[1]
+
+
+def _decoder(architecture: Architecture) -> list[LinearSpec]:
+    return [spec for spec in architecture.linears() if spec.name != HEAD]
+
+
+def decoder_weights(architecture: Architecture) -> int:
+    """Number of weights of the decoder's linears."""
+    return sum(math.prod(spec.shape) for spec in _decoder(architecture))
+
+
+def shape_range(architecture: Architecture) -> tuple[float, float]:
+    """Least and most bits per weight that the model's shapes allow, overhead included."""
+
+    def bits(width: int, rows: int) -> int:
+        return sum(
+            storage_bits(uniform_groups(k, width, rows), (k, padded_columns(n)))
+            for k, n in (spec.shape for spec in _decoder(architecture))
+        )
+
+    weights = decoder_weights(architecture)
+    return bits(2, 128) / weights, bits(8, 32) / weights
+
+
+def fixed_bytes(architecture: Architecture, head_bits: int) -> int:
+    """Bytes of everything but the decoder's linears: the head, embedding, norms and routers."""
+    head = (head_bits + HEAD_OVERHEAD_BITS) * math.prod(architecture.head.shape) / 8
+    floats = sum(2 * math.prod(spec.shape) for spec in architecture.all_floats())
+    return int(head + floats)
+
+
+def total_bytes(architecture: Architecture, bpw: float, head_bits: int) -> int:
+    """Size of a checkpoint, headers aside."""
+    return int(bpw * decoder_weights(architecture) / 8) + fixed_bytes(architecture, head_bits)
+
+
+def bpw_for_size(options: "ConvertOptions", size: int) -> float:
+    """The bits per weight at which the checkpoint takes `size` bytes.
+
+    Raises:
+        ValueError: even the fewest bits take more.
+    """
+    return _bpw(_architecture(options.model), options.head_bits, size, f"{size / 1e9:.3g} GB")
+
+
+def bpw_for_vram(options: "ConvertOptions", vram: int, context: int) -> float:
+    """The bits per weight at which model and a half-precision cache of `context` tokens fit in `vram` bytes.
+
+    Five per cent are left for activations and fragmentation; the embedding, of which a token needs one row,
+    is counted as kept in main memory.
+
+    Raises:
+        ValueError: the cache alone, or the fewest bits, take more.
+    """
+    architecture = _architecture(options.model)
+    first = architecture.blocks[0]
+    cached = sum(spec.shape[1] for stage in first.stages for spec in stage if spec.role in ("k", "v"))
+    cache = 2 * cached * context * len(architecture.blocks)
+    embedding = 2 * architecture.vocabulary * architecture.hidden
+    size = int(0.95 * vram) - cache + embedding
+    return _bpw(
+        architecture,
+        options.head_bits,
+        size,
+        f"{vram / 1e9:.3g} GB with a cache of {cache / 1e9:.3g} GB for {context} tokens",
+    )
+
+
+def _bpw(architecture: Architecture, head_bits: int, size: int, what: str) -> float:
+    bpw = 8 * (size - fixed_bytes(architecture, head_bits)) / decoder_weights(architecture)
+    low, high = shape_range(architecture)
+    if bpw < low:
+        needed = total_bytes(architecture, low, head_bits)
+        raise ValueError(
+            f"{what} is too little: at {low:.3f} bits per weight, the fewest, the weights take "
+            f"{needed / 1e9:.3g} GB"
+        )
+    return math.floor(min(bpw, high) * 1e4) / 1e4
+
+
+def peak_bytes(architecture: Architecture, tokens: int) -> int:
+    """Estimate of the most memory that a conversion takes at a time.
+
+    One block's attention (or whole dense block) in float32, or one expert, with the moments and the factor of
+    the linear being solved; experts' inputs and their gradients for all tokens.
+    """
+    most = 0
+    for block in architecture.blocks[:1] + architecture.blocks[-1:]:
+        dense = 4 * sum(math.prod(s.shape) for stage in block.stages for s in stage)
+        moments = sum(8 * stage[0].shape[0] ** 2 for stage in block.stages)
+        most = max(most, 2 * dense + moments + max(_solving(s) for stage in block.stages for s in stage))
+        if block.experts:
+            expert = 4 * sum(math.prod(s.shape) for s in block.experts.linears[0])
+            held = sum(12 * s.shape[0] ** 2 for s in block.experts.linears[0][1:])
+            streams = 3 * 4 * tokens * architecture.hidden
+            solving = max(_solving(s) for s in block.experts.linears[0])
+            most = max(most, dense + expert + held + streams + solving)
+    return BASE_BYTES + max(most, _solving(architecture.head) + 4 * math.prod(architecture.head.shape))
+
+
+def _solving(spec: LinearSpec) -> int:
+    k, n = spec.shape
+    return 12 * k * k + 19 * k * n  # Hessian, its ordered copy and factor; weights, targets, results
+
+
+def check_memory(architecture: Architecture, tokens: Tensor, limit: int | None) -> None:
+    """Raise ValueError if a conversion is expected to take more memory than `limit` bytes."""
+    wanted = peak_bytes(architecture, tokens.numel())
+    if limit is not None and wanted > limit:
+        raise ValueError(
+            f"about {wanted / 1e9:.2f} GB of memory are needed at a time, --max-memory allows "
+            f"{limit / 1e9:.2f} GB; fewer calibration tokens need less"
+        )
+
+
+def machine_flops() -> float:
+    """Operations a second of a float32 product on this machine, from a trial of a fraction of a second."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    a @ b
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.3:
+        a @ b
+        products += 1
+    return 2 * 1024**3 * products / (time.perf_counter() - started)
+
+
+def _flops(architecture: Architecture, tokens: int) -> tuple[float, float]:
+    """Operations of measuring, and of quantizing once."""
+    measuring = quantizing = 0.0
+    for block in architecture.blocks:
+        share = block.experts.active / block.experts.count if block.experts else 1.0
+        for spec in block.linears():
+            k, n = spec.shape
+            seen = tokens * (share if spec.expert is not None else 1.0)
+            shared_input = {"q": 3, "k": 3, "v": 3, "gate": 2, "up": 2}.get(spec.role, 1)
+            forward, moments = 2 * seen * k * n, 2 * seen * k * k / shared_input
+            factor = k**3 / 3 / shared_input
+            measuring += 4 * forward + moments + 3 * factor + 512 * k * k
+            quantizing += 3 * forward + moments + factor + n * k * k
+    head_k, head_n = architecture.head.shape
+    measuring += 6 * tokens * head_k * head_n
+    quantizing += head_n * head_k * head_k
+    return measuring, quantizing

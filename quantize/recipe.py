@@ -1,0 +1,127 @@
+"""Bits for every run of rows: how a recipe is written down, and the best recipe at each price of a bit.
+
+Axes: K input channels in packed order, N output channels, U = K / 32 units of rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+
+from dbrx_quant.runtime.format import WIDTHS, Group, GroupMap
+
+UNIT = 32
+GROUP_ROWS = (32, 64, 128)
+
+Array = npt.NDArray[np.float64]
+
+
+def render_groups(groups: Sequence[Group]) -> str:
+    """A group map as text: `4:64x2 3:32` is two 4-bit groups of 64 rows, then a 3-bit group of 32."""
+    parts = []
+    for group, run in groupby(groups):
+        count = len(list(run))
+        parts.append(f"{group.bits}:{group.rows}" + (f"x{count}" if count > 1 else ""))
+    return " ".join(parts)
+
+
+def parse_groups(text: str) -> GroupMap:
+    """The group map that `render_groups` wrote.
+
+    Raises:
+        ValueError: the text is not of that form.
+    """
+    groups: list[Group] = []
+    for part in text.split():
+        try:
+            bits, rest = part.split(":")
+            rows, _, count = rest.partition("x")
+            groups += [Group(int(bits), int(rows))] * int(count or 1)
+        except ValueError:
+            raise ValueError(f"{part!r} is not of the form bits:rows or bits:rowsxcount") from None
+    return tuple(groups)
+
+
+def water_fill(tables: Mapping[int, Array], n: int, prices: Array) -> list[GroupMap]:
+    """For each price of a bit, the group map with the least error + price x bits.
+
+    Args:
+        tables: rows of a group → errors [len(WIDTHS), K / rows] of each aligned group at each width.
+        n: output channels as stored, N.
+        prices: [P] errors per bit.
+
+    A dynamic program over units of 32 rows and the width last used; widths may only fall, groups of more than
+    one unit start at multiples of their size. Exact under these rules and additive errors.
+    """
+    units = tables[UNIT].shape[1]
+    widths = len(WIDTHS)
+    cost = np.full((units + 1, widths, len(prices)), np.inf)
+    cost[0, 0] = 0.0
+    came_rows = np.zeros((units + 1, widths, len(prices)), np.int16)  # units of the group that ends here
+    came_width = np.zeros((units + 1, widths, len(prices)), np.int8)  # best last width before that group
+    code_bits = np.array(WIDTHS, float)[:, None] * UNIT * n
+    for unit in range(units):
+        best = np.minimum.accumulate(cost[unit], axis=0)
+        where = np.zeros((widths, len(prices)), np.int8)
+        for width in range(1, widths):
+            where[width] = np.where(cost[unit, width] < best[width - 1], width, where[width - 1])
+        for rows, table in tables.items():
+            span = rows // UNIT
+            if unit % span or unit + span > units:
+                continue
+            bits = code_bits * span + 4 * n + 48
+            reached = best + table[:, unit // span, None] + prices * bits
+            target = cost[unit + span]
+            better = reached < target
+            target[better] = reached[better]
+            came_rows[unit + span][better] = span
+            came_width[unit + span][better] = where[better]
+    maps = []
+    for p in range(len(prices)):
+        groups: list[Group] = []
+        unit, width = units, int(np.argmin(cost[units, :, p]))
+        while unit:
+            span = int(came_rows[unit, width, p])
+            groups.append(Group(WIDTHS[width], span * UNIT))
+            unit, width = unit - span, int(came_width[unit, width, p])
+        maps.append(tuple(reversed(groups)))
+    return maps
+
+
+def predicted_error(tables: Mapping[int, Array], groups: Sequence[Group]) -> float:
+    """The sum of the table's errors over a group map whose groups are aligned as `water_fill` makes them."""
+    start, total = 0, 0.0
+    for group in groups:
+        total += float(tables[group.rows][WIDTHS.index(group.bits), start // group.rows])
+        start += group.rows
+    return total
+
+
+def price_range(tables: Mapping[int, Array], n: int, count: int) -> Array:
+    """Prices from "every row at the fewest bits" down to "every row at the most", geometric, [count]."""
+    errors = tables[UNIT]
+    gains = [
+        (errors[i + 1] - errors[i]) / ((WIDTHS[i] - WIDTHS[i + 1]) * UNIT * n) for i in range(len(WIDTHS) - 1)
+    ]
+    positive = np.concatenate(gains)
+    positive = positive[positive > 0]
+    if not len(positive):
+        return np.array([1.0])
+    return np.geomspace(2 * positive.max(), positive.min() / 2, count)
+
+
+def lower_hull(points: Sequence[tuple[int, float]]) -> list[int]:
+    """Indices of the points (bits, error) on the lower convex hull, by rising bits and falling error."""
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], points[i][1]))
+    hull: list[int] = []
+    for i in order:
+        if hull and points[i][1] >= points[hull[-1]][1]:
+            continue
+        while len(hull) >= 2:
+            (b0, e0), (b1, e1), (b2, e2) = points[hull[-2]], points[hull[-1]], points[i]
+            if (e0 - e1) * (b2 - b1) > (e1 - e2) * (b1 - b0):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
