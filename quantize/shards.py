@@ -27,7 +27,7 @@ from torch import Tensor
 from dbrx_quant.runtime.checkpoint import Checkpoint, TensorInfo, read_header
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, FloatSpec, LinearSpec, to_half
-from dbrx_quant.runtime.files import DTYPE_NAMES, _write_atomic, remove_leftovers, write_json
+from dbrx_quant.runtime.files import DTYPE_NAMES, remove_leftovers, write_json, write_parts
 from dbrx_quant.runtime.format import padded_columns, validate_linear
 from dbrx_quant.runtime.verify import CHECKSUMS_NAME, CHECKSUMS_VERSION
 
@@ -133,7 +133,7 @@ def write_shards(
     for path, head, shard, size in zip(paths, headers, shards, sizes, strict=True):
         digest = hashlib.sha256()
         parts = chain((head,), _contents(shard, checkpoint))
-        _write_atomic(path, _watched(parts, digest.update, progress), size)
+        write_parts(path, _watched(parts, digest.update, progress), size)
         checksums[path.name] = {"sha256": digest.hexdigest(), "size": size}
     for file in present:
         if file not in paths:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dbrx_quant.quantize.tokenizer import TOKENIZER_FILES
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.files import _write_atomic
+from dbrx_quant.runtime.files import write_parts
 from dbrx_quant.runtime.verify import CHECKSUMS_NAME
 
 LARGEST_BYTES = 64 << 20
@@ -64,7 +64,7 @@ def copy_side_files(source: Path, out: Path) -> CopiedFiles:
             content = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-        _write_atomic(out / path.name, (content,))
+        write_parts(out / path.name, (content,))
         copied.append(path.name)
     return CopiedFiles(tuple(copied), skipped)
 

@@ -39,15 +39,19 @@ def load_config(folder: Path) -> Any:
     raw = read_config(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:  # mistyped fields
         raise CheckpointError(f"{Path(folder) / 'config.json'}: {error}") from None
     repair_rope(config, raw)
     return config
 
 
 def repair_rope(config: Any, raw: dict[str, Any]) -> None:
-    """Set DBRX's RoPE base from `attn_config` where nothing at the top level gives one."""
-    if config.model_type != "dbrx" or "rope_theta" in raw or "rope_parameters" in raw:
+    """Set DBRX's RoPE base from `attn_config`, unless the top level names one itself.
+
+    A `rope_parameters` at the top level does not count: transformers 5 writes its default of 10000 there when
+    it loads and saves a DBRX, while the base that the model was trained with stays in `attn_config`.
+    """
+    if config.model_type != "dbrx" or "rope_theta" in raw:
         return
     theta = (raw.get("attn_config") or {}).get("rope_theta")
     if theta:

@@ -2,4 +2,4 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint, tensor or side file breaks its format; the message names file, tensor, value and the way out."""
+    """A checkpoint or side file breaks its format; the message names file, tensor, value and the way out."""

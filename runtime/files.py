@@ -49,7 +49,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         OSError: the disk is full (the message names path and bytes wanted), or there is no such folder.
     """
-    _write_atomic(Path(path), (text.encode("utf-8"),))
+    write_parts(Path(path), (text.encode("utf-8"),))
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
@@ -124,7 +124,7 @@ def save_tensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     parts = (_bytes_of(tensors[name]) for name in names)
-    _write_atomic(Path(path), _chain(len(text).to_bytes(8, "little") + text, parts), 8 + len(text) + offset)
+    write_parts(Path(path), _chain(len(text).to_bytes(8, "little") + text, parts), 8 + len(text) + offset)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
@@ -176,7 +176,7 @@ def _chain(first: bytes, rest: Iterable[memoryview]) -> Iterable[bytes | memoryv
     yield from rest
 
 
-def _write_atomic(path: Path, parts: Iterable[bytes | memoryview], wanted: int | None = None) -> None:
+def write_parts(path: Path, parts: Iterable[bytes | memoryview], wanted: int | None = None) -> None:
     """Write `parts` one after another to `path`; `wanted` is their total size in bytes where it's known."""
     if wanted is None:
         parts = tuple(parts)

@@ -12,18 +12,22 @@ _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The transformers tokenizer of a model folder.
+    """The transformers tokenizer of a model folder, as its own `tokenizer.json` says where there is one.
+
+    transformers' AutoTokenizer would build some classes anew (GPT2Tokenizer, DBRX's, with GPT-2's way of
+    splitting text) and ignore what the file says.
 
     Raises:
         CheckpointError: the folder has no tokenizer that transformers can read without running foreign code.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder, so no tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: transformers cannot read a tokenizer here: {error}") from error
 
