@@ -213,7 +213,7 @@ def _measure_linears(
                 "gradient": total.total,
                 "octave": octave,
                 **asdict(shrinkage),
-                "feedback": curve.feedback,
+                "feedback": list(curve.feedback),
                 "energy": curve.energy,
                 "options": [list(option) for option in curve.options],
             },
