@@ -47,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
         ids.to(model.device),
         attention_mask=torch.ones_like(ids).to(model.device),
         max_new_tokens=arguments.max_new_tokens,
-        streamer=None if arguments.json else TextStreamer(tokenizer, skip_prompt=True),
+        streamer=None
+        if arguments.json
+        else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **(sampling or {"do_sample": False}),
     )
     seconds = time.monotonic() - started

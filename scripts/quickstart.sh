@@ -17,10 +17,9 @@ mkdir -p "$(dirname "$out")"
 dbrx-quant convert "$model" "$out" --bpw "$bpw" --calibration offline --rows 16 --length 256 --resume never
 dbrx-quant verify "$out" --quiet
 
-prompt='The function returns'
-echo
-echo "$prompt ..."
-dbrx-quant generate "$out" "$prompt" --max-new-tokens 60
+prompt='    def __init__(self'
+printf '\n%s' "$prompt"
+dbrx-quant generate "$out" "$prompt" --max-new-tokens 48 --quiet
 echo
 dbrx-quant eval "$out" --reference "$model" --text "$model/heldout.txt" --windows 16 --length 256 --quiet
 echo "scripts/quickstart.sh took $((SECONDS / 60)) min $((SECONDS % 60)) s; the result is in $out"
