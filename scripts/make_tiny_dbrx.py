@@ -432,8 +432,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     write_folder(chosen.out, model, tokenizer, held)
     figures = measure(chosen.out, held_streams, torch.cat(streams))
+    command = "python scripts/make_tiny_dbrx.py"
     recipe = {
-        "command": f"python scripts/make_tiny_dbrx.py OUT --steps {steps} --seed {chosen.seed}",
+        "command": f"{command} OUT --steps {steps} --seed {chosen.seed} --threads {chosen.threads}",
         "text": "pydoc topics, docstrings and sources of the standard library (PSF License Version 2)",
         "python": platform.python_version(),
         "torch": torch.__version__,
