@@ -99,11 +99,13 @@ def head_option(entry: Mapping[str, Any], head_bits: int) -> Option:
 
 def spend(curves: Sequence[Sequence[Option]], budget: int) -> list[int]:
     """The option of each curve, convex and by rising bits, with the least total error in `budget` bits."""
-    steps = [
-        (-(curve[i + 1][1] - curve[i][1]) / (curve[i + 1][0] - curve[i][0]), at, i + 1)
-        for at, curve in enumerate(curves)
-        for i in range(len(curve) - 1)
-    ]
+    steps = []
+    for at, curve in enumerate(curves):
+        gain = math.inf
+        for i in range(len(curve) - 1):
+            # Never more than the step before, lest rounding put a curve's steps out of order.
+            gain = min(gain, (curve[i][1] - curve[i + 1][1]) / (curve[i + 1][0] - curve[i][0]))
+            steps.append((gain, at, i + 1))
     steps.sort(key=lambda step: (-step[0], step[1], step[2]))
     chosen = [0] * len(curves)
     left = budget - sum(curve[0][0] for curve in curves)
