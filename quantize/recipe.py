@@ -98,8 +98,21 @@ def predicted_error(tables: Mapping[int, Array], groups: Sequence[Group]) -> flo
     return total
 
 
+def coarsest_groups(k: int, bits: int) -> GroupMap:
+    """K rows at one width with the least overhead that `water_fill` can choose; K a multiple of 32."""
+    groups: list[Group] = []
+    for rows in sorted(GROUP_ROWS, reverse=True):
+        count, k = divmod(k, rows)
+        groups += [Group(bits, rows)] * count
+    return tuple(groups)
+
+
 def price_range(tables: Mapping[int, Array], n: int, count: int) -> Array:
-    """Prices from "every row at the fewest bits" down to "every row at the most", geometric, [count]."""
+    """Prices from "every row at the fewest bits" down to "every row at the most", geometric, [count].
+
+    The first price leaves the least overhead as well: there the largest groups pay, however much finer ones
+    would gain.
+    """
     errors = tables[UNIT]
     gains = [
         (errors[i + 1] - errors[i]) / ((WIDTHS[i] - WIDTHS[i + 1]) * UNIT * n) for i in range(len(WIDTHS) - 1)
@@ -108,7 +121,12 @@ def price_range(tables: Mapping[int, Array], n: int, count: int) -> Array:
     positive = positive[positive > 0]
     if not len(positive):
         return np.array([1.0])
-    return np.geomspace(2 * positive.max(), positive.min() / 2, count)
+    highest = positive.max()
+    for rows, table in tables.items():
+        whole = errors.shape[1] * UNIT // rows  # groups; a shorter last one is never chosen
+        parts = errors[-1, : whole * rows // UNIT].reshape(whole, rows // UNIT).sum(1)
+        highest = max(highest, ((table[-1, :whole] - parts) / (4 * n + 48)).max())
+    return np.geomspace(2 * highest, positive.min() / 2, count)
 
 
 def lower_hull(points: Sequence[tuple[int, float]]) -> list[int]:
