@@ -1,0 +1,157 @@
+"""A work folder belongs to one conversion and one process at a time."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+
+from dbrx_quant.quantize.job import JOB_NAME, differences, open_job, source_facts
+from dbrx_quant.runtime.errors import CheckpointError
+
+FACTS = {
+    "model": {"config.json": "2-aa", "model.safetensors": "9-bb"},
+    "rows": None,
+    "seed": 0,
+    "targets": (3.0,),
+}
+
+
+def start(folder, facts=FACTS, resume="auto"):
+    with open_job(folder, facts, resume) as resumed:
+        return resumed
+
+
+def test_the_first_run_starts_and_the_second_resumes(tmp_path):
+    assert start(tmp_path / "new" / "work") is False
+    (tmp_path / "new" / "work" / "result").write_text("kept")
+    assert start(tmp_path / "new" / "work") is True
+    assert (tmp_path / "new" / "work" / "result").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"rows": 64}, "rows was None, now 64"),
+        (
+            {"model": {"config.json": "2-aa", "model.safetensors": "9-cc"}},
+            "model.model.safetensors was '9-bb', now '9-cc'",
+        ),
+        ({"model": {"config.json": "2-aa"}}, "model.model.safetensors was '9-bb', now None"),
+        ({"targets": (3.0, 4.0)}, r"targets was [3.0], now [3.0, 4.0]"),
+    ],
+)
+def test_a_changed_fact_is_refused_naming_the_difference(tmp_path, change, told):
+    start(tmp_path)
+    (tmp_path / "result").write_text("kept")
+    with pytest.raises(ValueError, match="holds work of another conversion") as refused:
+        start(tmp_path, FACTS | change)
+    assert told in str(refused.value)
+    assert "--resume never" in str(refused.value)
+    assert (tmp_path / "result").read_text() == "kept"
+
+
+def test_every_difference_is_named():
+    found = differences({"a": 1, "b": {"c": 2, "d": 3}, "e": [1]}, {"a": 2, "b": {"c": 2}, "e": [1], "f": 0})
+    assert found == ["a was 1, now 2", "b.d was 3, now None", "f was None, now 0"]
+
+
+def test_never_discards_earlier_work(tmp_path):
+    start(tmp_path)
+    (tmp_path / "result").write_text("old")
+    (tmp_path / "linears").mkdir()
+    (tmp_path / "linears" / "x").write_text("old")
+    assert start(tmp_path, FACTS | {"seed": 1}, "never") is False
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", JOB_NAME]
+    assert start(tmp_path, FACTS | {"seed": 1}) is True
+
+
+def test_never_starts_in_an_empty_folder_too(tmp_path):
+    assert start(tmp_path, FACTS, "never") is False
+
+
+def test_must_insists_on_earlier_work(tmp_path):
+    with pytest.raises(ValueError, match="no earlier work to resume"):
+        start(tmp_path / "work", FACTS, "must")
+    start(tmp_path / "work")
+    assert start(tmp_path / "work", FACTS, "must") is True
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "must"])
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path, resume):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and no work folder of ours"):
+        start(tmp_path, FACTS, resume)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"facts": {}}'])
+def test_a_damaged_job_file_is_refused_with_the_way_out(tmp_path, text):
+    start(tmp_path)
+    (tmp_path / JOB_NAME).write_text(text)
+    with pytest.raises(CheckpointError, match=r"job\.json: not a job file .*--resume never"):
+        start(tmp_path)
+    assert start(tmp_path, resume="never") is False
+
+
+def test_work_of_another_version_is_refused(tmp_path):
+    start(tmp_path)
+    job = json.loads((tmp_path / JOB_NAME).read_text())
+    (tmp_path / JOB_NAME).write_text(json.dumps(job | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match="format version 99"):
+        start(tmp_path)
+
+
+def hold(folder, held, done):
+    with open_job(folder, FACTS, "auto"):
+        held.set()
+        done.wait(60)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_second_process_is_refused_while_the_first_works(tmp_path, resume):
+    context = multiprocessing.get_context("spawn")
+    held, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path, held, done))
+    process.start()
+    try:
+        assert held.wait(60)
+        (tmp_path / "result").write_text("kept")
+        with pytest.raises(ValueError, match="another process is working in this folder"):
+            start(tmp_path, FACTS, resume)
+        assert (tmp_path / "result").exists()
+    finally:
+        done.set()
+        process.join(60)
+    assert start(tmp_path) is True
+
+
+def die(folder):
+    with open_job(folder, FACTS, "auto"):
+        os._exit(9)  # no clean-up, as after a kill
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=die, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    assert start(tmp_path) is True
+
+
+def test_a_source_is_known_by_its_config_and_all_its_shards(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for i in range(3):
+        (tmp_path / f"model-{i}.safetensors").write_bytes(bytes(100) + bytes([i]))
+    (tmp_path / "README.md").write_text("not part of it")
+    before = source_facts(tmp_path)
+    assert len(before) == 4
+    assert source_facts(tmp_path) == before
+    (tmp_path / "README.md").write_text("changed")
+    assert source_facts(tmp_path) == before
+    (tmp_path / "model-1.safetensors").write_bytes(bytes(99) + b"\1\1")
+    after = source_facts(tmp_path)
+    assert differences(before, after) == [
+        f"model-1.safetensors was {before['model-1.safetensors']!r}, now {after['model-1.safetensors']!r}"
+    ]
