@@ -58,6 +58,17 @@ def reachable_bpw(linears: Mapping[str, Any]) -> tuple[float, float]:
     return sum(o[0][0] for o in decoder) / weights, sum(o[-1][0] for o in decoder) / weights
 
 
+def check_targets(targets: Sequence[float], low: float, high: float) -> None:
+    """Raise ValueError, naming what is reachable, unless all targets lie from `low` to `high`."""
+    for target in targets:
+        if not low <= target <= high:
+            raise ValueError(
+                f"{target} bits per weight is out of reach: for this model the floor is "
+                f"{math.ceil(low * 1e4) / 1e4} (2 bits everywhere, scales and permutation included) "
+                f"and the most is {high:.2f}"
+            )
+
+
 def allocate(measurement: Mapping[str, Any], target_bpw: float, head_bits: int) -> Strategy:
     """Choose options for all linears.
 
@@ -71,13 +82,7 @@ def allocate(measurement: Mapping[str, Any], target_bpw: float, head_bits: int) 
     """
     linears = measurement["linears"]
     weights = weights_of(linears)
-    low, high = reachable_bpw(linears)
-    if not low <= target_bpw <= high:
-        raise ValueError(
-            f"{target_bpw} bits per weight is out of reach: for this model the floor is "
-            f"{math.ceil(low * 1e4) / 1e4} (2 bits everywhere, scales and permutation included) "
-            f"and the most is {high:.2f}"
-        )
+    check_targets((target_bpw,), *reachable_bpw(linears))
     names = [name for name in linears if name != HEAD]
     curves = [[(int(b), float(e), str(g)) for b, e, g in linears[name]["options"]] for name in names]
     choice = spend(curves, int(target_bpw * weights))

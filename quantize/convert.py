@@ -11,12 +11,12 @@ from typing import Any
 
 from dbrx_quant.calibration.data import TokenRows, load_saved, load_tokens, save_tokens
 from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize.allocate import Strategy, allocate
+from dbrx_quant.quantize.allocate import Strategy, allocate, check_targets
 from dbrx_quant.quantize.job import Resume, open_job, source_facts
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.patch_config import Summary, patched_config, write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
-from dbrx_quant.quantize.plan import check_memory
+from dbrx_quant.quantize.plan import check_memory, shape_range
 from dbrx_quant.quantize.progress import bar
 from dbrx_quant.quantize.shards import write_shards
 from dbrx_quant.quantize.side_files import copy_side_files
@@ -24,6 +24,7 @@ from dbrx_quant.quantize.tokenizer import write_tokenizer
 from dbrx_quant.runtime.config import read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.files import fingerprint, remove_leftovers, write_json
+from dbrx_quant.runtime.products import fast_products
 from dbrx_quant.runtime.verify import verify
 from dbrx_quant.runtime.vocabulary import special_ids
 
@@ -106,6 +107,7 @@ def target_name(target: float) -> str:
     return f"{target}bpw"
 
 
+@fast_products()
 def convert(options: ConvertOptions) -> list[Converted]:
     """Convert a model to each target; one measurement serves them all.
 
@@ -119,6 +121,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
         raise ValueError(f"device {options.device}: conversion runs on the CPU; give --device cpu")
     _check_side_files(options.model)
     model = StreamedModel(options.model)
+    check_targets(options.targets, *shape_range(model.architecture))
     with open_job(options.work, _facts(options), options.resume) as resumed:
         if resumed and not options.quiet:
             print(f"going on with the work in {options.work}", file=sys.stderr)
@@ -130,6 +133,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
         return [_one_target(options, model, tokens, measurement, s) for s in strategies]
 
 
+@fast_products()
 def measure_model(options: ConvertOptions, output: Path) -> Path:
     """Measure a model and write the measurement to `output`, which is returned."""
     model = StreamedModel(options.model)

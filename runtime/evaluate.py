@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.files import save_tensors
+from dbrx_quant.runtime.products import fast_products
 from dbrx_quant.runtime.text import load_tokenizer
 
 LogitsFunction = Callable[[Tensor], Tensor]  # ids [L] int64 → logits [L, V]
@@ -95,6 +96,7 @@ def windows(
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
 
+@fast_products()
 def evaluate(
     candidate: nn.Module | LogitsFunction,
     reference: nn.Module | LogitsFunction | ReferenceCache,
