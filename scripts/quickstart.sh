@@ -14,10 +14,10 @@ echo "set-up took $SECONDS s"
 
 export HF_HUB_OFFLINE=1 # nothing here comes from the Hub
 mkdir -p "$(dirname "$out")"
-dbrx-quant convert "$model" "$out" --bpw "$bpw" --calibration offline --rows 16 --length 256 --resume never
+dbrx-quant convert "$model" "$out" --bpw "$bpw" --calibration offline --rows 64 --length 256 --resume never
 dbrx-quant verify "$out" --quiet
 
-prompt='    def __init__(self'
+prompt='with open(filename'
 printf '\n%s' "$prompt"
 dbrx-quant generate "$out" "$prompt" --max-new-tokens 48 --quiet
 echo
