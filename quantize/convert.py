@@ -16,7 +16,7 @@ from dbrx_quant.quantize.job import Resume, open_job, source_facts
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.patch_config import Summary, patched_config, write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
-from dbrx_quant.quantize.plan import check_memory, shape_range
+from dbrx_quant.quantize.plan import check_channels, check_memory, shape_range
 from dbrx_quant.quantize.progress import bar
 from dbrx_quant.quantize.shards import write_shards
 from dbrx_quant.quantize.side_files import copy_side_files
@@ -121,6 +121,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
         raise ValueError(f"device {options.device}: conversion runs on the CPU; give --device cpu")
     _check_side_files(options.model)
     model = StreamedModel(options.model)
+    check_channels(model.architecture)
     check_targets(options.targets, *shape_range(model.architecture))
     with open_job(options.work, _facts(options), options.resume) as resumed:
         if resumed and not options.quiet:
@@ -137,6 +138,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
 def measure_model(options: ConvertOptions, output: Path) -> Path:
     """Measure a model and write the measurement to `output`, which is returned."""
     model = StreamedModel(options.model)
+    check_channels(model.architecture)
     with open_job(options.work, _facts(options), options.resume):
         _clean(options.work)
         tokens = _tokens(options)

@@ -109,7 +109,9 @@ def choose_shrinkage(weight: Tensor, moments: SplitMoments) -> Shrinkage:
     return best
 
 
-def draw(weight: Tensor, prepared: Prepared, column_weights: Tensor, energy: float) -> Curve:
+def draw(
+    weight: Tensor, prepared: Prepared, column_weights: Tensor, energy: float, bias: bool = False
+) -> Curve:
     """The curve of one linear.
 
     Args:
@@ -117,6 +119,7 @@ def draw(weight: Tensor, prepared: Prepared, column_weights: Tensor, energy: flo
         prepared: its Hessian's factor.
         column_weights: [N] float32, mean 1.
         energy: tr(W^T H W).
+        bias: whether a bias is stored along with it, and paid for.
     """
     n, k = weight.shape
     stored = padded_columns(n)
@@ -132,7 +135,7 @@ def draw(weight: Tensor, prepared: Prepared, column_weights: Tensor, energy: flo
         if rows <= k
     }
     maps = list(dict.fromkeys(water_fill(tables, stored, price_range(tables, stored, PRICES))))
-    points = [(storage_bits(groups, (k, stored)), predicted_error(tables, groups)) for groups in maps]
+    points = [(storage_bits(groups, (k, stored), bias), predicted_error(tables, groups)) for groups in maps]
     hull = lower_hull(points)
     options = tuple((*points[i], render_groups(maps[i])) for i in hull)
     return Curve(options, feedback, energy)

@@ -201,7 +201,7 @@ def _measure_linears(
     for spec in todo:
         total = gradients[spec.name]
         columns = total.column_weights()
-        curve = draw(weight_of(spec), prepared, columns, energies[spec.name])
+        curve = draw(weight_of(spec), prepared, columns, energies[spec.name], spec.bias)
         write_json(
             job.entry(spec.name),
             {

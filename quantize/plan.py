@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.quantize.allocate import HEAD, HEAD_OVERHEAD_BITS
+from dbrx_quant.quantize.recipe import UNIT, coarsest_groups
 from dbrx_quant.runtime.config import load_config
+from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.facts import Architecture, LinearSpec, check_dense_source
-from dbrx_quant.runtime.format import padded_columns, storage_bits, uniform_groups
+from dbrx_quant.runtime.format import SUFFIXES, WIDTHS, padded_columns, storage_bits, uniform_groups
 
 if TYPE_CHECKING:
     from dbrx_quant.quantize.convert import ConvertOptions
 
 BASE_BYTES = 900_000_000  # Python, torch and transformers
+HEADER_BYTES = 68  # of a tensor in a shard's header, its name aside
 DEFAULT_TOKENS = (128, 2048)
 LOADED_FACTOR = 0.5  # of the speed of one big product, what a whole pass reaches
 
@@ -94,6 +97,7 @@ def plan(options: "ConvertOptions") -> Plan:
 
 def _architecture(folder: Path) -> Architecture:
     architecture = describe(load_config(folder))
+    check_channels(architecture)
     check_dense_source(architecture, architecture.open(folder))
     return architecture
 
@@ -118,26 +122,37 @@ def decoder_weights(architecture: Architecture) -> int:
 
 def shape_range(architecture: Architecture) -> tuple[float, float]:
     """Least and most bits per weight that the model's shapes allow, overhead included."""
-
-    def bits(width: int, rows: int) -> int:
-        return sum(
-            storage_bits(uniform_groups(k, width, rows), (k, padded_columns(n)))
-            for k, n in (spec.shape for spec in _decoder(architecture))
-        )
-
+    fewest = most = 0
+    for spec in _decoder(architecture):
+        k, stored = spec.shape[0], (spec.shape[0], padded_columns(spec.shape[1]))
+        fewest += storage_bits(coarsest_groups(k, WIDTHS[-1]), stored, spec.bias)
+        most += storage_bits(uniform_groups(k, WIDTHS[0], UNIT), stored, spec.bias)
     weights = decoder_weights(architecture)
-    return bits(2, 128) / weights, bits(8, 32) / weights
+    return fewest / weights, most / weights
+
+
+def check_channels(architecture: Architecture) -> None:
+    """Raise CheckpointError naming the first linear whose input channels cannot be quantized."""
+    for spec in architecture.linears():
+        if spec.shape[0] % UNIT:
+            raise CheckpointError(
+                f"{spec.name}: {spec.shape[0]} input channels are no multiple of {UNIT}; the quantizer gives "
+                f"bits to {UNIT} of them at a time"
+            )
 
 
 def fixed_bytes(architecture: Architecture, head_bits: int) -> int:
-    """Bytes of everything but the decoder's linears: the head, embedding, norms and routers."""
+    """Bytes of all but the decoder's linears: head, embedding, norms, routers, and the shards' headers."""
     head = (head_bits + HEAD_OVERHEAD_BITS) * math.prod(architecture.head.shape) / 8
     floats = sum(2 * math.prod(spec.shape) for spec in architecture.all_floats())
-    return int(head + floats)
+    names = [f"{spec.name}.{suffix}" for spec in architecture.linears() for suffix in SUFFIXES]
+    names += [f"{spec.name}.bias" for spec in architecture.linears() if spec.bias]
+    names += [spec.name for spec in architecture.all_floats()]
+    return int(head + floats) + sum(HEADER_BYTES + len(name) for name in names)
 
 
 def total_bytes(architecture: Architecture, bpw: float, head_bits: int) -> int:
-    """Size of a checkpoint, headers aside."""
+    """Size of a checkpoint's shards."""
     return int(bpw * decoder_weights(architecture) / 8) + fixed_bytes(architecture, head_bits)
 
 

@@ -1,0 +1,135 @@
+"""What is told before a conversion is what it takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_models import random_tokens, save_model, save_random_tokens
+from test_families import CONFIGS
+
+from dbrx_quant.quantize.allocate import reachable_bpw
+from dbrx_quant.quantize.convert import ConvertOptions, convert, measure_model
+from dbrx_quant.quantize.plan import (
+    bpw_for_size,
+    bpw_for_vram,
+    check_memory,
+    peak_bytes,
+    plan,
+    shape_range,
+    total_bytes,
+)
+from dbrx_quant.runtime.config import load_config
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import describe
+
+TINY = Path(__file__).parent / "data" / "tiny-dbrx"
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return save_random_tokens(tmp_path_factory.mktemp("tokens") / "tokens.safetensors", 8, 32, vocabulary=256)
+
+
+def options(model, out, tokens, **changes):
+    return ConvertOptions(**{"model": model, "out": out, "calibration": str(tokens), "quiet": True} | changes)
+
+
+@pytest.fixture(scope="module")
+def tiny_converted(tmp_path_factory, tokens):
+    """The tiny DBRX at two targets, converted by a process of its own; its results as JSON."""
+    out = tmp_path_factory.mktemp("converted") / "out"
+    command = ["-m", "dbrx_quant.scripts.main", "convert", str(TINY), str(out), "--bpw", "2.5,4.25", "--json"]
+    command += ["--calibration", str(tokens), "--quiet"]
+    finished = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
+    return json.loads(finished.stdout)["results"]
+
+
+def test_the_predicted_size_is_that_of_the_shards_within_a_hundredth(tiny_converted, tokens):
+    planned = plan(options(TINY, Path("unused"), tokens, targets=(2.5, 4.25)))
+    assert [target.reachable for target in planned.targets] == [True, True]
+    for target, result in zip(planned.targets, tiny_converted, strict=True):
+        written = sum(file.stat().st_size for file in Path(result["folder"]).glob("*.safetensors"))
+        assert written == result["total_bytes"]
+        assert target.total_bytes == pytest.approx(written, rel=0.01)
+
+
+def test_the_predicted_peak_is_not_below_what_a_conversion_used(tiny_converted, tokens):
+    planned = plan(options(TINY, Path("unused"), tokens, targets=(2.5, 4.25)))
+    assert planned.peak_bytes >= max(result["peak_bytes"] for result in tiny_converted)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_floor_of_the_shapes_is_the_measured_floor(family, tmp_path, tokens):
+    """Also where K is no multiple of 128 (here 64, 96 and 32) and N is padded."""
+    folder = save_model(tmp_path / "model", family)
+    low, high = shape_range(describe(load_config(folder)))
+    file = measure_model(options(folder, tmp_path / "out", tokens), tmp_path / "measurement.json")
+    measured_low, measured_high = reachable_bpw(json.loads(file.read_text())["linears"])
+    assert measured_low == pytest.approx(low, rel=1e-9)
+    assert 0.95 * high <= measured_high <= high
+
+
+def test_the_bits_for_a_size_are_the_most_that_fit(tokens):
+    architecture = describe(load_config(TINY))
+    for bpw in (2.5, 3.0, 4.25, 7.0):
+        size = total_bytes(architecture, bpw, 6)
+        found = bpw_for_size(options(TINY, Path("unused"), tokens), size)
+        assert bpw - 2e-4 <= found <= bpw
+        assert total_bytes(architecture, found, 6) <= size
+
+
+def test_a_size_for_more_than_all_bits_gives_the_most(tokens):
+    found = bpw_for_size(options(TINY, Path("unused"), tokens), 10**9)
+    assert found == pytest.approx(shape_range(describe(load_config(TINY)))[1], abs=1e-4)
+
+
+def test_a_size_below_the_floor_is_refused_with_what_is_needed(tokens):
+    with pytest.raises(ValueError, match=r"too little: at 2\.\d+ bits per weight, the fewest, .* GB"):
+        bpw_for_size(options(TINY, Path("unused"), tokens), 10**6)
+
+
+def test_more_context_leaves_fewer_bits(tokens):
+    chosen = options(TINY, Path("unused"), tokens)
+    short, long = (bpw_for_vram(chosen, 3_000_000, context) for context in (16, 512))
+    cache = 2 * 2 * 128 * 2  # bytes a token: key and value, two blocks, 128 channels in half precision
+    weights = plan(chosen).weights
+    assert short - long == pytest.approx(8 * cache * (512 - 16) / weights, abs=2e-4)
+    with pytest.raises(ValueError, match="with a cache of"):
+        bpw_for_vram(chosen, 3_000_000, 100_000)
+
+
+def test_a_limit_of_memory_below_the_need_is_refused_with_both(tmp_path, tokens):
+    architecture = describe(load_config(TINY))
+    ids = random_tokens(8, 32)
+    need = peak_bytes(architecture, ids.numel())
+    check_memory(architecture, ids, None)
+    check_memory(architecture, ids, need)
+    with pytest.raises(
+        ValueError, match=rf"about {need / 1e9:.2f} GB .* --max-memory allows {(need - 1) / 1e9:.2f} GB"
+    ):
+        check_memory(architecture, ids, need - 1)
+    with pytest.raises(ValueError, match=r"--max-memory allows 0\.10 GB"):
+        convert(options(TINY, tmp_path / "out", tokens, targets=(3.0,), max_memory=10**8))
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_tokens_need_more_memory():
+    architecture = describe(load_config(TINY))
+    assert peak_bytes(architecture, 2 * 10**6) > peak_bytes(architecture, 10**6)
+
+
+def test_a_plan_knows_its_tokens_and_is_plain_json(tokens):
+    few = plan(options(TINY, Path("unused"), tokens, targets=(3.0, 9.0)))
+    many = plan(options(TINY, Path("unused"), "offline", rows=64, length=512))
+    assert few.measure_seconds < many.measure_seconds
+    assert few.disk_bytes < many.disk_bytes
+    assert [target.reachable for target in few.targets] == [True, False]
+    assert json.loads(json.dumps(few.to_json()))["family"] == "dbrx"
+
+
+def test_a_plan_of_an_unknown_model_is_refused(tmp_path, tokens):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(CheckpointError, match="GPT2LMHeadModel"):
+        plan(options(tmp_path, Path("unused"), tokens))
