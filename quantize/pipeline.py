@@ -25,7 +25,8 @@ from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.recipe import parse_groups
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias, to_half
 from dbrx_quant.runtime.files import save_tensors
-from dbrx_quant.runtime.format import GroupMap, UnpackedLinear, dequantize_linear, pack_linear, padded_columns
+from dbrx_quant.runtime.format import GroupMap, UnpackedLinear, pack_linear, padded_columns
+from dbrx_quant.runtime.ops import dequantize
 
 
 @dataclass(frozen=True)
@@ -231,5 +232,5 @@ def finished_weight(job: QuantizeJob, spec: LinearSpec) -> Tensor:
     """The float32 weight [N, K] of a linear as its finished file decodes."""
     tensors = load_file(job.linear(spec.name))
     prefix = f"{spec.name}."
-    weight = dequantize_linear({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-    return weight[: spec.shape[1]].float()
+    plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return dequantize(plain, spec.shape[1]).float().contiguous()
