@@ -157,14 +157,19 @@ def _architecture(config: Mapping[str, Any]) -> str:
 def _patch_dbrx(config: dict[str, Any]) -> None:
     attention = dict(config.get("attn_config") or {})
     ffn = dict(config.get("ffn_config") or {})
-    # The order in which the loader looks: what the model was calibrated with is what the output says.
+    # The order in which `load_config` looks: what the model was calibrated with is what the output says.
     parameters = config.get("rope_parameters") or {}
-    base = config.get("rope_theta") or parameters.get("rope_theta") or attention.get("rope_theta")
+    if config.get("rope_theta"):
+        base = parameters.get("rope_theta") or config["rope_theta"]
+    else:
+        base = attention.get("rope_theta") or parameters.get("rope_theta")
     if base is None:
         raise CheckpointError(
             "config.json: no rope_theta, neither at the top level nor in attn_config; DBRX's is 500000"
         )
     config["rope_theta"] = attention["rope_theta"] = base
+    if parameters:
+        config["rope_parameters"] = {**parameters, "rope_theta": base}
     config["attn_config"] = {key: attention[key] for key in _ATTENTION_KEYS if key in attention}
     config["ffn_config"] = {key: ffn[key] for key in _FFN_KEYS if key in ffn}
 
