@@ -127,6 +127,19 @@ def load_saved(
     return TokenRows(ids, {**description, "source": str(path), **_facts(ids)})
 
 
+def reopen_tokens(path: Path) -> TokenRows:
+    """What `save_tokens` wrote, with the description that it had then: not a source, but work to go on with.
+
+    Raises:
+        CheckpointError: as in `load_saved`.
+    """
+    from safetensors import safe_open
+
+    saved = load_saved(path)
+    with safe_open(path, "pt") as opened:
+        return TokenRows(saved.input_ids, _saved_description(path, opened.metadata() or {}))
+
+
 def _from_text(
     source: str | Path, tokenizer_folder: str | Path, rows: int, length: int, seed: int
 ) -> TokenRows:

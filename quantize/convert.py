@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.calibration.data import TokenRows, load_saved, load_tokens, save_tokens
+from dbrx_quant.calibration.data import TokenRows, load_tokens, reopen_tokens, save_tokens
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.allocate import Strategy, allocate, check_targets
 from dbrx_quant.quantize.job import Resume, open_job, source_facts
@@ -174,11 +174,10 @@ def _clean(folder: Path) -> None:
 
 def _tokens(options: ConvertOptions) -> TokenRows:
     path = options.work / "tokens.safetensors"
-    if path.exists():
-        return load_saved(path)
-    tokens = load_tokens(options.calibration, options.model, options.rows, options.length, options.seed)
-    save_tokens(path, tokens)
-    return tokens
+    if not path.exists():
+        tokens = load_tokens(options.calibration, options.model, options.rows, options.length, options.seed)
+        save_tokens(path, tokens)
+    return reopen_tokens(path)  # in the first run too, so that a resumed one describes them alike
 
 
 def _measurement(options: ConvertOptions, model: StreamedModel, tokens: TokenRows) -> dict[str, Any]:
