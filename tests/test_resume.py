@@ -213,3 +213,21 @@ def test_a_half_written_file_of_a_killed_process_is_removed(small, tmp_path):
     (result,) = convert(chosen)
     assert not any(rest.exists() for rest in rests)
     assert contents(result.folder) == contents(plain.folder)
+
+
+def test_ctrl_c_and_sigterm_are_one_line_each_and_the_work_goes_on(tmp_path, tokens):
+    out, work = tmp_path / "out", tmp_path / "out.work"
+    for number, code, parent, count in (
+        (signal.SIGINT, 130, work / "measure" / "linears", 30),
+        (signal.SIGTERM, 75, work / "2.6bpw-h6" / "linears", 30),
+    ):
+        process = start(out, tokens)
+        while not enough(parent, "*.*", count) and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == code
+        assert stderr == "dbrx-quant: interrupted; run the same command again to go on\n"
+        assert not [path for path in work.rglob(".*.part")]
+    finish(start(out, tokens))
+    assert all(verify(out / f"{target}bpw").ok for target in TARGETS.split(","))
