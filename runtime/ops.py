@@ -7,7 +7,8 @@ A linear is passed as its stored tensors (q_weight, q_scale, q_scale_max, q_grou
 `out_features` says how many columns are wanted. Activations may be fp32, bf16 or fp16; sums are in fp32,
 results in the activations' dtype.
 
-CPU tensors go to the native library (`backends/cpu.py`), all others to plain torch (`backends/reference.py`).
+CPU and CUDA tensors go to the native libraries (`backends/cpu.py`, `backends/cuda.py`), all others to plain
+torch (`backends/reference.py`).
 The operators have no gradient: they run with tensors that require one, and `backward()` through them raises.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime.backends import checks, cpu, reference
+from dbrx_quant.runtime.backends import checks, cpu, cuda, reference
 from dbrx_quant.runtime.format import SUFFIXES
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -77,7 +78,7 @@ def _no_gradient(ctx: Any, *gradients: Any) -> Any:
 _library: Any = torch.library.Library("dbrxq", "DEF")  # type: ignore[no-untyped-call]
 for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _key, _backend in (("CompositeExplicitAutograd", reference), ("CPU", cpu)):
+for _key, _backend in (("CompositeExplicitAutograd", reference), ("CPU", cpu), ("CUDA", cuda)):
     for _name, _kernel in _kernels(_backend).items():
         _library.impl(_name, _kernel, _key)
 for _name, _fake in (("dequantize", _fake_dequantize), ("linear", _fake_linear), ("experts", _fake_experts)):

@@ -115,6 +115,67 @@ DBRXQ_API int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, co
                                 const int64_t* group_rows, int64_t groups, float* errors, uint8_t* codes,
                                 uint8_t* scale_codes, uint16_t* scale_max, uint16_t* dequantized, double* loss);
 
+// ---------------------------------------------------------------------------------------------------------------
+// CUDA (libdbrxq_cuda.so, csrc/cuda; oracles: tests/oracles_ops.py). Pointers are to device memory unless a host
+// pointer is said; activations and workspaces are aligned to 16 bytes, the rest to its type. Calls only enqueue on
+// `stream` (a cudaStream_t): no allocation, no synchronization, grids from sizes alone, so they can be captured in a
+// graph. Weights are exact halves, products are summed in fp32, results depend on the numbers and sizes alone.
+// Statuses above 1000 are 1000 + a cudaError_t.
+
+enum { DBRXQ_FLOAT16 = 0, DBRXQ_BFLOAT16 = 1, DBRXQ_FLOAT32 = 2 };  // dtype of activations and results
+
+DBRXQ_API int dbrxq_cuda_abi_version(void);
+DBRXQ_API const char* dbrxq_cuda_status_text(int status);
+
+// One linear in device layout (cuda/tile_layout.h). A unit is 32 packed rows; U = ceil(K / 32), N' = N rounded up to
+// 128. The groups of the file must have been checked. `bias` is that of dbrxq_linear.
+typedef struct dbrxq_cuda_linear {
+  const void* words;        // uint32 [sum of units * their bits, N'], 16-byte aligned, made by dbrxq_cuda_repack
+  const void* scale_codes;  // uint32 [G, N'/8], the file's q_scale with any columns appended; 8-byte aligned
+  const void* scale_max;    // half   [G]
+  const void* unit_group;   // int32  [U]      group of each unit
+  const void* permutation;  // int32  [32 U]   input channel of each packed row, -1 beyond K
+  const void* bias;         // half   [N], or null
+  int64_t k;                // 1..65536, a multiple of 16 (of 32 unless the last group has 2 bits)
+  int64_t n;                // a multiple of 32
+  int64_t out_features;     // 1..n
+  int64_t units;            // U
+  int32_t first_unit[7];    // of the widths 8, 6, 5, 4, 3, 2; then U
+  int32_t reserved;
+} dbrxq_cuda_linear;
+
+// Fills linear->words (linear: host) from the file's q_weight [R, N].
+DBRXQ_API int dbrxq_cuda_repack(const dbrxq_cuda_linear* linear, const void* q_weight, void* stream);
+
+// weight [K, out_features] half, input channels in their original order, bit for bit (linear: host).
+DBRXQ_API int dbrxq_cuda_reconstruct(const dbrxq_cuda_linear* linear, void* weight, void* stream);
+
+// y [T, out_features] = x [T, K] . weight + bias, both of `dtype` (linear: host). `workspace` holds the bytes that
+// the first function says; nothing in it needs to be set or kept.
+DBRXQ_API int dbrxq_cuda_linear_workspace(const dbrxq_cuda_linear* linear, int64_t tokens, int dtype, int64_t* bytes);
+DBRXQ_API int dbrxq_cuda_linear_forward(const dbrxq_cuda_linear* linear, const void* x, int64_t tokens, int dtype,
+                                        void* y, void* workspace, void* stream);
+
+// The experts of a block: arrays of E linears in device memory, of equal sizes, without biases.
+typedef struct dbrxq_cuda_experts {
+  const dbrxq_cuda_linear* gate;  // hidden -> ffn
+  const dbrxq_cuda_linear* up;    // hidden -> ffn
+  const dbrxq_cuda_linear* down;  // ffn -> hidden
+  int64_t experts;                // 1..1024
+  int64_t hidden;
+  int64_t ffn;
+  int32_t activation;             // DBRXQ_SILU ..
+  int32_t reserved;
+} dbrxq_cuda_experts;
+
+// y [T, hidden] = sum over a of top_k_weights[t, a] * down_e(activation(gate_e(x_t)) * up_e(x_t)), e =
+// top_k_index[t, a], in the order of a (block: host; x and y of `dtype`). An index outside 0..E-1 adds nothing.
+DBRXQ_API int dbrxq_cuda_experts_workspace(const dbrxq_cuda_experts* block, int64_t tokens, int64_t active, int dtype,
+                                           int64_t* bytes);
+DBRXQ_API int dbrxq_cuda_experts_forward(const dbrxq_cuda_experts* block, const void* x, const int64_t* top_k_index,
+                                         const float* top_k_weights, int64_t tokens, int64_t active, int dtype,
+                                         void* y, void* workspace, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,184 @@
+// y = x W for up to 16 rows of x: the weights stream past once, at the memory's speed.
+//
+// A block owns a column tile (128 columns; gated: of gate and of up), a row tile, and a slice of the input channels. Its
+// warps divide that slice by equal words, each adding up all 128 columns of its part on the tensor cores (decode.cuh);
+// then a tree over the warps, in a fixed order, makes one sum. Grid: column tiles, row tiles, splits. The words of the
+// next units are on their way into registers, depth() units ahead: 2.5 to 4 KiB a warp, 12 warps
+// a multiprocessor.
+// Aligned: words to 16 bytes, x to 16. Oracle: tests/oracles_ops.py through tests/test_cuda_emulated.py.
+#include "kernels.cuh"
+
+namespace dbrxq {
+namespace {
+
+__host__ __device__ constexpr int depth(int bits) { return bits >= 5 ? 1 : 2; }
+
+// Where a lane reads: its places in a tile column.
+template <int TokenTiles>
+struct Source {
+  const Linear* linear;    // in shared memory
+  const uint4* words;      // of word row 0
+  int words_stride;        // uint4s from word row to word row, and four times the uint2s from group to group
+  const uint2* codes;      // of group 0
+  const uint4* x[TokenTiles];  // of unit 0: row g of each 8, or the last in use, whose sum nobody reads
+  int x_stride;            // uint4s from unit to unit
+};
+
+template <int Bits>
+struct Words {
+  uint4 at[Bits];
+};
+
+template <int Bits>
+__device__ __forceinline__ void fetch(Words<Bits>& words, const uint4* from, int stride) {
+#pragma unroll
+  for (int i = 0; i < Bits; ++i) words.at[i] = load_once(from + i * stride);
+}
+
+// What a unit needs beside its words. It comes from the L2 or, once a group, from memory: one unit ahead will do.
+template <int TokenTiles>
+struct Side {
+  uint4 x[TokenTiles];
+  uint2 codes;
+  uint32_t scale_max;
+  int group;
+};
+
+template <int TokenTiles>
+__device__ __forceinline__ void fetch(Side<TokenTiles>& side, const Source<TokenTiles>& from, int unit) {
+  side.group = static_cast<const int32_t*>(from.linear->unit_group)[unit];
+  side.codes = from.codes[static_cast<int64_t>(side.group) * (from.words_stride / 4)];
+  side.scale_max = static_cast<const uint16_t*>(from.linear->scale_max)[side.group];
+#pragma unroll
+  for (int n = 0; n < TokenTiles; ++n) side.x[n] = from.x[n][static_cast<int64_t>(unit) * from.x_stride];
+}
+
+// Units [begin, end), all of width Bits, the first at word row `word`.
+template <int Bits, int TokenTiles>
+__device__ __forceinline__ void stream_units(const Source<TokenTiles>& from, int begin, int end, int word, Sums<TokenTiles>& sums) {
+  constexpr int kDepth = depth(Bits);
+  Words<Bits> words[kDepth];
+  Side<TokenTiles> side;
+  const int unit_words = Bits * from.words_stride;
+  const uint4* next = from.words + static_cast<int64_t>(word) * from.words_stride;
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i, next += unit_words)
+    if (begin + i < end) fetch(words[i], next, from.words_stride);
+  fetch(side, from, begin);
+  Scales scales = {};
+  int group = -1;
+  for (int unit = begin; unit < end; unit += kDepth)
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i, next += unit_words) {
+      if (unit + i >= end) break;
+      const Side<TokenTiles> own = side;
+      if (unit + i + 1 < end) fetch(side, from, unit + i + 1);
+      if (own.group != group) {
+        group = own.group;
+        scales = decode_scales(own.codes, own.scale_max);
+      }
+      multiply_unit<Bits, TokenTiles>(words[i].at, scales, own.x, sums);
+      if (unit + i + kDepth < end) fetch(words[i], next, from.words_stride);
+    }
+}
+
+template <int Index, int TokenTiles>
+__device__ __forceinline__ void stream_width(const Source<TokenTiles>& from, const Linear& linear, const Slice& slice, int word,
+                                             Sums<TokenTiles>& sums) {
+  if constexpr (Index < tile::kWidthCount) {
+    constexpr int bits = tile::width(Index);
+    const int first = linear.first_unit[Index], last = linear.first_unit[Index + 1];
+    const int begin = slice.begin > first ? slice.begin : first, end = slice.end < last ? slice.end : last;
+    if (begin < end) stream_units<bits, TokenTiles>(from, begin, end, word + (begin - first) * bits, sums);
+    stream_width<Index + 1, TokenTiles>(from, linear, slice, word + (last - first) * bits, sums);
+  }
+}
+
+// TokenTiles: 8-row tiles of x.  Warps: of a block.  Matrices: 2 when gate and up are made together.
+template <int TokenTiles, int Warps, int Matrices>
+__global__ void __launch_bounds__(32 * Warps, TokenTiles == 1 ? 3 : 2) gemv_kernel(Matmul args) {
+  constexpr int kRows = 8 * TokenTiles, kSlices = Warps / Matrices;
+  constexpr int kWarpFloats = kRows * tile::kColumns;
+  struct Shared {
+    float sums[Warps / 2 * kWarpFloats];  // the tree's; then [Matrices, kRows, 128]
+    Linear linears[Matrices];
+    Slice slices[Warps];
+    int last;
+  };
+  static_assert(Matrices <= Warps / 2 && sizeof(Shared) <= 48 * 1024, "static shared memory");
+  DBRXQ_SHARED(Shared, shared);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int matrix = warp / kSlices, slice = warp % kSlices;
+  const int column_tile = blockIdx.x, row_tile = blockIdx.y, split = blockIdx.z;
+  int expert, rows;
+  if (!find_tile(args, row_tile, kRows, expert, rows)) return;
+  if (threadIdx.x < Matrices) shared.linears[threadIdx.x] = linear_of(args, expert, threadIdx.x);
+  __syncthreads();  // from here on in shared memory: registers are for the sums
+  if (lane == 0)
+    shared.slices[warp] =
+        slice_of(shared.linears[matrix].first_unit, split * kSlices + slice, args.splits * kSlices);
+  __syncthreads();
+  const Linear& linear = shared.linears[matrix];
+
+  const int64_t columns = padded_columns(linear.n);
+  Source<TokenTiles> from;
+  from.words_stride = static_cast<int>(columns / 4);
+  from.words = static_cast<const uint4*>(linear.words) + column_tile * 32 + lane;
+  from.codes = static_cast<const uint2*>(linear.scale_codes) + column_tile * 8 + lane / 4;
+  from.linear = &linear;
+  from.x_stride = static_cast<int>(args.row_capacity * 4);
+  const uint4* x = reinterpret_cast<const uint4*>(args.x) + matrix * linear.units * from.x_stride +
+                   static_cast<int64_t>(row_tile) * kRows * 4 + lane % 4;
+#pragma unroll
+  for (int n = 0; n < TokenTiles; ++n) {
+    const int row = 8 * n + lane / 4;
+    from.x[n] = x + (row < rows ? row : rows - 1) * 4;
+  }
+
+  Sums<TokenTiles> sums = {};
+  stream_width<0, TokenTiles>(from, linear, shared.slices[warp], 0, sums);
+
+  // The tree: the upper half of the slices hands its sums to the lower half, until slice 0 has all.
+  float* flat = &sums[0][0][0][0];
+  constexpr int kValues = kWarpFloats / 32;
+#pragma unroll
+  for (int half = kSlices / 2; half >= 1; half /= 2) {
+    float* box = shared.sums + (matrix * half + slice % half) * kWarpFloats + lane;
+    if (slice >= half && slice < 2 * half)
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) box[i * 32] = flat[i];
+    __syncthreads();
+    if (slice < half)
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) flat[i] += box[i * 32];
+    __syncthreads();
+  }
+  if (slice == 0) spread<TokenTiles>(sums, shared.sums + matrix * kWarpFloats);
+  __syncthreads();
+  const int group = row_tile * static_cast<int>(gridDim.x) + column_tile;
+  finish<Matrices, kRows, Matrices == 2>(args, shared.sums, shared.last, group, split, column_tile * tile::kColumns,
+                                         row_tile * kRows, rows);
+}
+
+template <int TokenTiles, int Warps>
+int start(const Matmul& args, bool gated, Grid grid, cudaStream_t stream) {
+  const dim3 blocks(grid.column_tiles, grid.row_tiles, grid.splits);
+  if (gated) return launch(gemv_kernel<TokenTiles, Warps, 2>, blocks, 32 * Warps, stream, args);
+  return launch(gemv_kernel<TokenTiles, Warps, 1>, blocks, 32 * Warps, stream, args);
+}
+
+}  // namespace
+
+int gemv(const Matmul& args, int tile_rows, bool gated, Grid grid, cudaStream_t stream) {
+  if (tile_rows == 8) return start<1, 4>(args, gated, grid, stream);
+  return start<2, 4>(args, gated, grid, stream);
+}
+
+int64_t gemv_partial_floats(int tile_rows, bool gated, Grid grid) {
+  if (grid.splits == 1) return 0;
+  return static_cast<int64_t>(grid.column_tiles) * grid.row_tiles * grid.splits * (gated ? 2 : 1) * tile_rows *
+         tile::kColumns;
+}
+
+}  // namespace dbrxq

@@ -1,0 +1,62 @@
+// A linear in device memory, as the kernels walk it.
+#pragma once
+#include "dbrxq.h"
+#include "device.cuh"
+#include "tile_layout.h"
+
+namespace dbrxq {
+
+using Linear = dbrxq_cuda_linear;
+
+__host__ __device__ inline int64_t padded_columns(int64_t n) {
+  return (n + tile::kColumns - 1) / tile::kColumns * tile::kColumns;
+}
+__host__ __device__ inline int64_t column_tiles(int64_t n) { return (n + tile::kColumns - 1) / tile::kColumns; }
+__host__ __device__ inline int unit_count(int64_t k) { return static_cast<int>((k + layout::kUnitRows - 1) / layout::kUnitRows); }
+
+// Width of a unit and the word row where it starts.
+struct Place {
+  int bits;
+  int word;
+};
+
+__device__ __forceinline__ Place locate(const int32_t (&first_unit)[7], int unit) {
+  int word = 0;
+#pragma unroll
+  for (int i = 0; i < tile::kWidthCount - 1; ++i) {
+    const int begin = first_unit[i], end = first_unit[i + 1];
+    if (unit < end) return {tile::width(i), word + (unit - begin) * tile::width(i)};
+    word += (end - begin) * tile::width(i);
+  }
+  return {2, word + (unit - first_unit[5]) * 2};
+}
+
+__device__ __forceinline__ int word_rows(const int32_t (&first_unit)[7]) {
+  int words = 0;
+#pragma unroll
+  for (int i = 0; i < tile::kWidthCount; ++i) words += (first_unit[i + 1] - first_unit[i]) * tile::width(i);
+  return words;
+}
+
+// The unit that holds word row `word`: slices of equal words are slices of equal time.
+__device__ __forceinline__ int unit_at_word(const int32_t (&first_unit)[7], int word) {
+#pragma unroll
+  for (int i = 0; i < tile::kWidthCount; ++i) {
+    const int words = (first_unit[i + 1] - first_unit[i]) * tile::width(i);
+    if (word < words) return first_unit[i] + word / tile::width(i);
+    word -= words;
+  }
+  return first_unit[6];
+}
+
+// Units [begin, end) of slice `index` of `count`.
+struct Slice {
+  int begin, end;
+};
+__device__ __forceinline__ Slice slice_of(const int32_t (&first_unit)[7], int index, int count) {
+  const int64_t words = word_rows(first_unit);
+  return {unit_at_word(first_unit, static_cast<int>(words * index / count)),
+          unit_at_word(first_unit, static_cast<int>(words * (index + 1) / count))};
+}
+
+}  // namespace dbrxq

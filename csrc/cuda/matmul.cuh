@@ -1,0 +1,119 @@
+// What the two matrix kernels share: their arguments, and how a block turns its sums into results.
+//
+// Axes: rows are *virtual* tokens. fp16 and bf16 activations take one row a token, fp32 ones two (prepare.cu): the sum
+// of a token is  row_scale * (sum of row 0 + 2^-11 * sum of row 1). A *row tile* is the rows of one block; with experts
+// it belongs to one of them (moe.cu), else row tiles count up through all rows.
+#pragma once
+#include "activation.cuh"
+#include "decode.cuh"
+#include "linear.cuh"
+
+namespace dbrxq {
+
+constexpr float kSecondPart = 1.0f / 2048;  // one half holds 11 bits: the second continues where the first stops
+
+struct Matmul {
+  Linear only;               // the linear, where there are no experts
+  const Linear* first;       // device [E]: gate, or the one matrix
+  const Linear* second;      // device [E]: up, for gated kernels
+  const int32_t* tile_expert;  // device [row tiles]: expert of each, -1 for none; null without experts
+  const int32_t* tile_rows;    // device [row tiles]: rows in use of each; null without experts
+  const uint16_t* x;           // device half [matrices, units, row_capacity, 32], packed order; 16-byte aligned
+  const float* row_scale;      // device [tokens in row order]
+  int64_t row_capacity;        // whole row tiles
+  int rows;                    // rows in use, without experts
+  int parts;                   // rows a token, 1 or 2
+  int splits;                  // blocks that share the input channels of one result
+  int activation;
+  int dtype;                   // of y
+  float* partial;              // device [groups, splits, panels, group rows, 128], used when splits > 1
+  int32_t* tickets;            // device [groups], zero before the launch
+  void* y;                     // device [tokens in row order, width]
+  int64_t width;               // columns of y
+};
+
+// The expert (0 without experts) and the rows in use of a row tile; false for one without work.
+__device__ __forceinline__ bool find_tile(const Matmul& args, int row_tile, int tile_rows, int& expert, int& rows) {
+  expert = args.tile_expert ? args.tile_expert[row_tile] : 0;
+  if (expert < 0) return false;
+  const int left = args.tile_expert ? args.tile_rows[row_tile] : args.rows - row_tile * tile_rows;
+  rows = left < tile_rows ? left : tile_rows;
+  return true;
+}
+
+// Matrix 0 or 1 of an expert.
+__device__ __forceinline__ Linear linear_of(const Matmul& args, int expert, int matrix) {
+  if (!args.tile_expert) return args.only;
+  return (matrix ? args.second : args.first)[expert];
+}
+
+__device__ __forceinline__ void store(void* y, int64_t index, int dtype, float value) {
+  if (dtype == DBRXQ_FLOAT32) {
+    static_cast<float*>(y)[index] = value;
+  } else if (dtype == DBRXQ_FLOAT16) {
+    static_cast<uint16_t*>(y)[index] = to_half(value);
+  } else {
+    static_cast<uint16_t*>(y)[index] = to_bfloat16(value);
+  }
+}
+
+// Sums of one warp into a panel [rows, 128] in shared memory.
+template <int TokenTiles>
+__device__ __forceinline__ void spread(const Sums<TokenTiles>& sums, float* panel) {
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+#pragma unroll
+  for (int s = 0; s < tile::kSubtiles; ++s)
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int n = 0; n < TokenTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          panel[(8 * n + 2 * q + i % 2) * tile::kColumns + tile::kLaneColumns * g + tile::kSubtileColumns * s + 2 * t +
+                i / 2] = sums[s][t][n][i];
+}
+
+// Finishes Panels panels of Rows rows, which all threads of the block have written to `sums` before a barrier.
+// With splits, the last block of the group to come adds all parts in the order of the splits: the same bits whoever is
+// last. Gated: panel 0 is the gate, panel 1 the up-projection of the same columns; else they lie side by side.
+//   group:   number of the result, the same in all its splits
+//   column:  first column of panel 0;  row: first row;  rows: how many are in use
+//   last:    a shared flag
+template <int Panels, int Rows, bool Gated>
+__device__ void finish(const Matmul& args, float* sums, int& last, int group, int split, int column, int row, int rows) {
+  constexpr int size = Panels * Rows * tile::kColumns;
+  const int threads = blockDim.x;
+  if (args.splits > 1) {
+    float* parts = args.partial + static_cast<int64_t>(group) * args.splits * size;
+    for (int i = threadIdx.x; i < size; i += threads) parts[static_cast<int64_t>(split) * size + i] = sums[i];
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(args.tickets + group, 1) == args.splits - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    for (int i = threadIdx.x; i < size; i += threads) {
+      float sum = 0.0f;
+      for (int p = 0; p < args.splits; ++p) sum += load_shared_result(parts + static_cast<int64_t>(p) * size + i);
+      sums[i] = sum;
+    }
+    __syncthreads();
+  }
+  const int tokens = rows / args.parts;
+  const auto total = [&](int panel, int token, int c) {
+    const float* at = sums + (panel * Rows + token * args.parts) * tile::kColumns + c;
+    const float sum = args.parts == 2 ? *at + kSecondPart * at[tile::kColumns] : *at;
+    return sum * args.row_scale[row / args.parts + token];
+  };
+  constexpr int wide = Gated ? tile::kColumns : Panels * tile::kColumns;
+  for (int i = threadIdx.x; i < tokens * wide; i += threads) {
+    const int token = i / wide, c = i % wide;
+    if (column + c >= args.width) continue;
+    float value = total(Gated ? 0 : c / tile::kColumns, token, c % tile::kColumns);
+    if (Gated) value = activate(value, args.activation) * total(1, token, c);
+    if (args.only.bias && !args.tile_expert) value += from_half(static_cast<const uint16_t*>(args.only.bias)[column + c]);
+    store(args.y, (row / args.parts + token) * args.width + column + c, args.dtype, value);
+  }
+}
+
+}  // namespace dbrxq

@@ -1,0 +1,48 @@
+"""Builds csrc/cuda with csrc/emulator for the host, once a state of the sources, under build/emulator."""
+
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+BUILD = CSRC.parent / "build" / "emulator"
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+)
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+INCLUDES = tuple(f"-I{CSRC / folder}" for folder in (".", "include", "common", "cuda"))
+
+
+def build(sanitized=False):
+    """The path of the emulated library; None without a C++ compiler."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        return None
+    flags = (*FLAGS, *(SANITIZE if sanitized else ()))
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "emulator").glob("*.cu"))]
+    sources.append(CSRC / "emulator" / "emulator.cpp")
+    headers = [p for f in ("cuda", "emulator", "common", "include") for p in sorted((CSRC / f).glob("*.*h"))]
+    state = hashlib.sha256(" ".join(flags).encode())
+    for path in (*sources, *headers):
+        state.update(path.read_bytes())
+    folder = BUILD / state.hexdigest()[:16]
+    library = folder / "libdbrxq_emulated.so"
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = []
+    for source in sources:
+        objects.append(folder / f"{source.name}.o")
+        command = [compiler, *flags, *INCLUDES, "-x", "c++", "-c", source, "-o", objects[-1]]
+        subprocess.run(command, check=True)
+    partial = folder / f"{library.name}.partial"
+    subprocess.run([compiler, *flags, "-shared", *objects, "-o", partial], check=True)
+    partial.rename(library)
+    return library
