@@ -16,7 +16,7 @@ check 'ruff format' ruff format --check .
 check 'ruff check' ruff check .
 check mypy mypy
 check pyright pyright
-check pytest python -m pytest "$@"
+check pytest pytest "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}" >&2
