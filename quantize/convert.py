@@ -119,6 +119,8 @@ def convert(options: ConvertOptions) -> list[Converted]:
         raise ValueError("no target given")
     if options.device != "cpu":
         raise ValueError(f"device {options.device}: conversion runs on the CPU; give --device cpu")
+    if options.out.resolve() == options.model.resolve():
+        raise ValueError(f"{options.out}: the output folder must differ from the model's")
     _check_side_files(options.model)
     model = StreamedModel(options.model)
     check_channels(model.architecture)
@@ -236,10 +238,9 @@ def _one_target(
     out = options.output(strategy.target_bpw)
     work = options.work / f"{target_name(strategy.target_bpw)}-h{options.head_bits}"
     work.mkdir(exist_ok=True)
-    done = work / "done.json"
-    if not (done.exists() and (out / "config.json").exists()):
+    done, written = work / "done.json", strategy.to_json()
+    if not (done.exists() and _holds(out, written)):
         strategy_path = work / "strategy.json"
-        written = strategy.to_json()
         if strategy_path.exists() and json.loads(strategy_path.read_text(encoding="utf-8")) != written:
             raise ValueError(f"{strategy_path}: made by another version; start anew with --resume never")
         write_json(strategy_path, written)
@@ -253,9 +254,9 @@ def _one_target(
         if not report.ok:
             raise CheckpointError(f"{out}: the result does not verify: {'; '.join(report.faults[:3])}")
         write_json(done, {"bpw": report.facts["bpw"]})
-        shutil.rmtree(work / "linears")
-        for leftover in work.glob("*.npy"):
+        for leftover in work.glob("*.npy"):  # first, since states say that the linears before them are there
             leftover.unlink()
+        shutil.rmtree(work / "linears")
     shards = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return Converted(
         out,
@@ -268,6 +269,16 @@ def _one_target(
     )
 
 
+def _holds(out: Path, strategy: dict[str, Any]) -> bool:
+    """Whether a folder has the finished result of a strategy, and no other's that came into it later."""
+    try:
+        found = json.loads((out / "strategy.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    same = isinstance(found, dict) and {k: v for k, v in found.items() if k != "notes"} == strategy
+    return same and (out / "config.json").exists()
+
+
 def _write_output(
     options: ConvertOptions,
     model: StreamedModel,
@@ -277,6 +288,7 @@ def _write_output(
     out: Path,
 ) -> None:
     notes: list[str] = list(tokens.description.get("notices", []))
+    (out / "strategy.json").unlink(missing_ok=True)  # of an earlier result, which is about to be replaced
     write_shards(
         out,
         model.architecture,

@@ -117,6 +117,27 @@ def test_converting_again_finds_everything_done(tiny):
     assert {result.folder: shards(result.folder) for result in results} == before
 
 
+def test_a_folder_that_holds_another_result_by_now_is_converted_again(tokens, tmp_path):
+    model = save_model(tmp_path / "model", "llama")
+    first = None
+    for target, head_bits in ((4.0, 6), (3.5, 6), (4.0, 6), (4.0, 3), (4.0, 6)):
+        (result,) = convert(options(model, tmp_path / "out", tokens, target, head_bits=head_bits))
+        assert result.bpw == pytest.approx(stored(result.folder).bpw, rel=1e-12)
+        assert (stored(result.folder).head_bpw < 4) == (head_bits == 3)
+        first = first or shards(result.folder)
+    assert shards(result.folder) == first
+
+
+@pytest.mark.parametrize("place", ["model", "model/inner/.."])
+def test_a_result_in_the_place_of_its_source_is_refused_before_any_work(place, tokens, tmp_path):
+    model = save_model(tmp_path / "model", "llama")
+    (model / "inner").mkdir()
+    with pytest.raises(ValueError, match="must differ"):
+        convert(options(model, tmp_path / place, tokens, 4.0, work_dir=tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
+    assert "q_weight" not in str(shards(model))
+
+
 def test_an_earlier_measurement_gives_the_same_bytes_as_measuring_anew(tiny, tmp_path):
     _, results = tiny
     earlier = results[1].folder / "measurement.json"

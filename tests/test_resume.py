@@ -54,7 +54,7 @@ def kill_when(process, condition, delay):
     while not condition():
         if process.poll() is not None:
             return False
-        time.sleep(0.001)
+        time.sleep(0.004)
     time.sleep(delay)
     process.kill()
     process.communicate()
@@ -223,7 +223,7 @@ def test_ctrl_c_and_sigterm_are_one_line_each_and_the_work_goes_on(tmp_path, tok
     ):
         process = start(out, tokens)
         while not enough(parent, "*.*", count) and process.poll() is None:
-            time.sleep(0.001)
+            time.sleep(0.004)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=300)
         assert process.returncode == code
