@@ -1,1 +1,16 @@
 """Measurement, bit allocation, the quantizer and the writer of checkpoints."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dbrx_quant.quantize.conversion import Converted, ConvertOptions, convert
+
+__all__ = ["ConvertOptions", "Converted", "convert"]
+
+
+def __getattr__(name: str) -> Any:  # late, so that importing the package stays cheap
+    if name in __all__:
+        from dbrx_quant.quantize import conversion
+
+        return getattr(conversion, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from dbrx_quant.runtime.families.facts import Architecture, LinearSpec, check_de
 from dbrx_quant.runtime.format import SUFFIXES, WIDTHS, padded_columns, storage_bits, uniform_groups
 
 if TYPE_CHECKING:
-    from dbrx_quant.quantize.convert import ConvertOptions
+    from dbrx_quant.quantize.conversion import ConvertOptions
 
 BASE_BYTES = 900_000_000  # Python, torch and transformers
 HEADER_BYTES = 68  # of a tensor in a shard's header, its name aside

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write the file."""
-    from dbrx_quant.quantize.convert import ConvertOptions, measure_model
+    from dbrx_quant.quantize.conversion import ConvertOptions, measure_model
     from dbrx_quant.runtime.loader import find_folder
 
     options = ConvertOptions(

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from test_families import CONFIGS
 from tiny_output import make_output, make_source
 
-from dbrx_quant.quantize import convert as converting
+from dbrx_quant.quantize import conversion as converting
 from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.inspect import inspect_folder

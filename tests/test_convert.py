@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from small_models import CONFIGS, VOCABULARY, random_tokens, save_model, save_random_tokens, whole_model
 
-from dbrx_quant.quantize.convert import ConvertOptions, convert, measure_model
+from dbrx_quant.quantize.conversion import ConvertOptions, convert, measure_model
 from dbrx_quant.quantize.patch_config import Summary, patched_config
 from dbrx_quant.runtime.bits import linear_bits, stored_bits
 from dbrx_quant.runtime.config import load_config

@@ -48,7 +48,7 @@ def test_every_layer_has_modules():
 @pytest.mark.parametrize(
     ("layer", "line"),
     [
-        ("runtime", "from dbrx_quant.quantize.convert import convert"),
+        ("runtime", "from dbrx_quant.quantize.conversion import convert"),
         ("runtime", "import dbrx_quant.calibration.data"),
         ("calibration", "from dbrx_quant import quantize"),
         ("quantize", "def f():\n    from dbrx_quant.scripts.main import main"),

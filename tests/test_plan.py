@@ -10,7 +10,7 @@ from small_models import random_tokens, save_model, save_random_tokens
 from test_families import CONFIGS
 
 from dbrx_quant.quantize.allocate import reachable_bpw
-from dbrx_quant.quantize.convert import ConvertOptions, convert, measure_model
+from dbrx_quant.quantize.conversion import ConvertOptions, convert, measure_model
 from dbrx_quant.quantize.plan import (
     bpw_for_size,
     bpw_for_vram,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from small_models import save_model, save_random_tokens
 
-from dbrx_quant.quantize.convert import ConvertOptions, convert
+from dbrx_quant.quantize.conversion import ConvertOptions, convert
 from dbrx_quant.runtime import files
 from dbrx_quant.runtime.verify import verify
 
