@@ -5,7 +5,7 @@ projection on what their quantized weights make of it, and so on; an expert's do
 quantized gate and up projections. Every finished linear is a file before the next one starts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,17 @@ from dbrx_quant.quantize.ldlq import quantize_matrix
 from dbrx_quant.quantize.measure import EXPERT_TOKENS, batches, check_states, route, spans, token_rows
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.recipe import parse_groups
+from dbrx_quant.runtime import _native
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias, to_half
 from dbrx_quant.runtime.files import save_tensors
-from dbrx_quant.runtime.format import GroupMap, UnpackedLinear, pack_linear, padded_columns
+from dbrx_quant.runtime.format import (
+    Group,
+    GroupMap,
+    UnpackedLinear,
+    pack_linear,
+    padded_columns,
+    write_groups,
+)
 from dbrx_quant.runtime.ops import dequantize
 
 
@@ -222,10 +230,14 @@ def solve_linear(weight: Tensor, prepared: Prepared, groups: GroupMap) -> tuple[
     missing = padded_columns(n) - n
     ordered = torch.nn.functional.pad(weight.T[prepared.permutation], (0, missing))
     solved = quantize_matrix(ordered, prepared.factor, groups)
-    packed = pack_linear(
-        UnpackedLinear(solved.codes, solved.scale_codes, solved.scale_max, groups, prepared.permutation)
+    unpacked = UnpackedLinear(
+        solved.codes, solved.scale_codes, solved.scale_max, groups, prepared.permutation
     )
-    return packed, solved.loss
+    return pack_linear(unpacked, _pack_codes), solved.loss
+
+
+def _pack_codes(codes: Tensor, groups: Sequence[Group]) -> Tensor:
+    return _native.pack_codes(codes, write_groups(groups), sum(group.word_rows for group in groups))
 
 
 def finished_weight(job: QuantizeJob, spec: LinearSpec) -> Tensor:

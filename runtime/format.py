@@ -17,7 +17,7 @@ with each of the three products rounded to the nearest half, subnormals kept: fo
 Everything here is plain torch and numpy and is the reference that the native kernels are held against.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -232,8 +232,14 @@ def read_groups(q_groups: Tensor, word_rows: int, k: int) -> GroupMap:
     return tuple(groups)
 
 
-def pack_linear(unpacked: UnpackedLinear) -> dict[str, Tensor]:
+def pack_linear(
+    unpacked: UnpackedLinear, pack: Callable[[Tensor, Sequence[Group]], Tensor] = pack_codes
+) -> dict[str, Tensor]:
     """The tensors of a linear as stored, keyed by suffix; inverse of `unpack_linear`.
+
+    Args:
+        unpacked: the linear.
+        pack: packs the codes; a faster one than this module's may be given.
 
     Raises:
         ValueError: groups, codes or permutation are not legal.
@@ -245,7 +251,7 @@ def pack_linear(unpacked: UnpackedLinear) -> dict[str, Tensor]:
     if not torch.equal(unpacked.permutation.sort().values, torch.arange(k)):
         raise ValueError("the permutation does not name every input channel once")
     tensors = {
-        "q_weight": pack_codes(unpacked.codes, unpacked.groups),
+        "q_weight": pack(unpacked.codes, unpacked.groups),
         "q_scale": pack_scale_codes(unpacked.scale_codes),
         "q_scale_max": unpacked.scale_max.to(torch.float16),
         "q_groups": write_groups(unpacked.groups),
