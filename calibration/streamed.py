@@ -22,6 +22,7 @@ from dbrx_quant.runtime.families.facts import (
     BlockSpec,
     LinearSpec,
     check_dense_source,
+    find_source,
     load_bias,
     load_linear,
     module_linears,
@@ -138,7 +139,8 @@ class StreamedModel:
 
     def dense(self, spec: LinearSpec) -> Tensor:
         """The float32 weight [N, K] of a linear, as the source has it."""
-        weight = load_linear(self.checkpoint, spec).float()
+        weight = load_linear(self.checkpoint, spec).to(torch.float32, copy=True)
+        self.checkpoint.release(find_source(self.checkpoint, spec).tensor)
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(f"{self.folder}: {spec.name}: the weight holds NaN or infinity")
         return weight

@@ -202,6 +202,16 @@ class Checkpoint:
             tensors["bias"] = self.load(f"{name}.bias")
         return tensors
 
+    def release(self, name: str) -> None:
+        """Let go of the memory that reading a tensor has filled; its file's pages are read again when needed.
+
+        For whoever streams: without it, what was read once counts as this process's memory until the system
+        wants it back. Changes made to tensors of that file since they were loaded are lost.
+        """
+        mapped = self._maps.get(self.info(name).file)
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             with file.open("rb") as stream:

@@ -38,6 +38,14 @@ def test_loading_maps_the_file_instead_of_copying(folder):
     assert Checkpoint(folder).load("a")[0] == 0, "and writing does not reach the disk"
 
 
+def test_released_tensors_read_the_same(folder):
+    checkpoint = Checkpoint(folder)
+    tensor = checkpoint.load("b")
+    before = tensor.clone()
+    checkpoint.release("b")
+    assert torch.equal(tensor, before)
+
+
 def test_names_are_normalised(folder):
     assert "model.a" in Checkpoint(folder, lambda name: f"model.{name}")
 
