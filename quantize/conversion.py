@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.allocate import Strategy, allocate, check_targets
 from dbrx_quant.quantize.job import Resume, open_job, source_facts
 from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.patch_config import Summary, patched_config, write_configs
+from dbrx_quant.quantize.patch_config import Summary, generation_config, patched_config, write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.plan import check_channels, check_memory, shape_range
 from dbrx_quant.quantize.progress import bar
@@ -25,8 +26,9 @@ from dbrx_quant.runtime.config import read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.files import fingerprint, remove_leftovers, write_json
 from dbrx_quant.runtime.products import fast_products
+from dbrx_quant.runtime.tokenizer_check import check_tokenizer
 from dbrx_quant.runtime.verify import verify
-from dbrx_quant.runtime.vocabulary import special_ids
+from dbrx_quant.runtime.vocabulary import read_object, special_ids
 
 MEASUREMENT_VERSION = 1
 
@@ -121,8 +123,8 @@ def convert(options: ConvertOptions) -> list[Converted]:
         raise ValueError(f"device {options.device}: conversion runs on the CPU; give --device cpu")
     if options.out.resolve() == options.model.resolve():
         raise ValueError(f"{options.out}: the output folder must differ from the model's")
-    _check_side_files(options.model)
     model = StreamedModel(options.model)
+    _check_side_files(options.model, model.architecture.vocabulary)
     check_channels(model.architecture)
     check_targets(options.targets, *shape_range(model.architecture))
     with open_job(options.work, _facts(options), options.resume) as resumed:
@@ -149,10 +151,22 @@ def measure_model(options: ConvertOptions, output: Path) -> Path:
     return output
 
 
-def _check_side_files(folder: Path) -> None:
-    """Find faults of the source's config and tokenizer before the work instead of after it."""
-    nothing = Summary(None, 0.0, 0, 0, 0, "", special_ids(folder))
-    patched_config(read_config(folder), nothing)
+def _check_side_files(folder: Path, vocabulary: int) -> None:
+    """Find faults of the source's config and tokenizer before the work instead of after it.
+
+    What will be written at the end is written to a temporary folder and checked.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        trial = Path(name)
+        write_tokenizer(folder, trial, vocabulary)
+        ids = special_ids(trial, folder)
+        summary = Summary(None, 0.0, 0, 0, 0, "", ids)
+        write_json(trial / "config.json", patched_config(read_config(folder), summary))
+        generation = generation_config(read_object(folder / "generation_config.json"), ids)
+        write_json(trial / "generation_config.json", generation)
+        problems = check_tokenizer(trial, vocabulary)
+    if problems:
+        raise CheckpointError(f"{folder}: {'; '.join(map(str, problems[:3]))}")
 
 
 def _facts(options: ConvertOptions) -> dict[str, Any]:
