@@ -238,10 +238,10 @@ def check_memory(architecture: Architecture, tokens: Tensor, limit: int | None) 
 def machine_flops() -> float:
     """Operations a second of a float32 product on this machine, from a trial of a fraction of a second."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    a @ b
+    _ = a @ b
     started, products = time.perf_counter(), 0
     while time.perf_counter() - started < 0.3:
-        a @ b
+        _ = a @ b
         products += 1
     return 2 * 1024**3 * products / (time.perf_counter() - started)
 

@@ -8,6 +8,8 @@ is why `load_model` is the front door.
 This module is imported while transformers imports its quantizers (see `registration`): at its top level it
 may import nothing of transformers that needs them.
 """
+# Hooks whose defaults return None are typed so by transformers, though it uses what they return.
+# pyright: reportIncompatibleMethodOverride=false
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +55,7 @@ class Exl2Config(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, **keys: Any) -> None:
         self.__dict__.update(keys)
-        self.quant_method = METHOD
+        self.__dict__["quant_method"] = METHOD  # transformers types it as an enumeration of its own methods
 
 
 @register_quantizer(METHOD)

@@ -356,7 +356,7 @@ def measure(folder: Path, held: list[Tensor], training: Tensor) -> dict[str, Any
     model = load(folder, torch.float32)
     figures: dict[str, Any] = {"perplexity": {}, "unigram_perplexity": {}}
     parts = [stream[:49152] for stream in held]
-    mixed = torch.cat(parts)
+    mixed, shares = torch.cat(parts), torch.empty(0)
     for name, tokens in (*zip(KINDS, parts, strict=True), ("all", mixed)):
         score, shares = perplexity(model, tokens)
         unigram = unigram_perplexity(training, tokens)

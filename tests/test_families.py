@@ -34,6 +34,7 @@ CONFIGS = {
         max_seq_len=64,
         vocab_size=128,
         attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},  # transformers looks here alone
         ffn_config={"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     ),
     "llama": lambda: LlamaConfig(**SMALL),

@@ -28,6 +28,7 @@ def test_a_failure_leaves_no_file(tmp_path):
 
 def test_a_full_disk_is_said_before_anything_is_computed(tmp_path):
     wanted = (1 << 40,)  # 4 TiB
-    with pytest.raises(OSError, match="disk full: 4398046511104 bytes"), new_states(tmp_path / "s.npy", wanted):
+    full = pytest.raises(OSError, match="disk full: 4398046511104 bytes")
+    with full, new_states(tmp_path / "s.npy", wanted):
         pass
     assert not list(tmp_path.iterdir())
