@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_NAME = "libdbrxq_cpu.so"
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
@@ -55,6 +55,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dbrxq_experts_forward": (
         c_int,
         [c_void_p] * 3 + [c_int64] * 4 + [POINTER(Linear)] * 3 + [c_int, c_void_p],
+    ),
+    "dbrxq_packed_bytes": (c_int, [POINTER(Linear), POINTER(c_int64)]),
+    "dbrxq_pack": (c_int, [POINTER(Linear), c_void_p]),
+    "dbrxq_packed_linear": (c_int, [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p]),
+    "dbrxq_packed_experts": (
+        c_int,
+        [c_void_p, c_int64, c_int] + [c_void_p] * 3 + [c_int64] * 3 + [c_int, c_void_p],
     ),
 }
 

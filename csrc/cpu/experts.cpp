@@ -7,7 +7,6 @@
 //
 // Tasks split columns, never sums, so the result does not depend on the number of threads.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -17,25 +16,10 @@
 #include "isa.h"
 #include "linear.h"
 #include "parallel.h"
+#include "routing.h"
 
 namespace dbrxq {
 namespace {
-
-// Tokens of one pass: bounds the intermediate states to kPassTokens * A rows.
-constexpr int64_t kPassTokens = 512;
-
-float activate(int activation, float v) {
-  switch (activation) {
-    case DBRXQ_SILU:
-      return v / (1.0f + std::exp(-v));
-    case DBRXQ_GELU:
-      return 0.5f * v * (1.0f + std::erf(v * 0.70710678118654752f));
-    case DBRXQ_GELU_TANH:
-      return 0.5f * v * (1.0f + std::tanh(0.79788456080286536f * (v + 0.044715f * v * v * v)));
-    default:
-      return v > 0.0f ? v : 0.0f;
-  }
-}
 
 // An expert that has tokens: its linears and its slots, a run of the rows sorted by expert.
 struct Batch {
@@ -151,40 +135,14 @@ void down(const Call& call, const Task& task, const float* hidden, float* output
                 sizeof(float) * static_cast<size_t>(wanted - task.first));
 }
 
-void combine(const Call& call, const int64_t* slot_of, const float* outputs) {
-  parallel_for(call.tokens, [&](int64_t t) {
-    float* y = call.y + t * call.hidden;
-    std::fill(y, y + call.hidden, 0.0f);
-    for (int64_t a = t * call.active; a < (t + 1) * call.active; ++a) {
-      if (slot_of[a] < 0) continue;
-      const float* from = outputs + slot_of[a] * call.hidden;
-      const float p = call.weights[a];
-      for (int64_t c = 0; c < call.hidden; ++c) y[c] += p * from[c];
-    }
-  });
-}
-
 int run_pass(const Call& call) {
-  // Sort (token, a) pairs by expert, in token order within one.
-  const int64_t pairs = call.tokens * call.active;
-  std::vector<int64_t> begin(static_cast<size_t>(call.experts + 1), 0), slot_of(static_cast<size_t>(pairs), -1);
-  for (int64_t i = 0; i < pairs; ++i)
-    if (call.index[i] < call.experts) ++begin[static_cast<size_t>(call.index[i] + 1)];
-  for (size_t e = 1; e < begin.size(); ++e) begin[e] += begin[e - 1];
-  const int64_t slots = begin.back();
-  std::vector<int64_t> next(begin), token_of(static_cast<size_t>(slots));
-  for (int64_t i = 0; i < pairs; ++i) {
-    if (call.index[i] >= call.experts) continue;
-    const int64_t slot = next[static_cast<size_t>(call.index[i])]++;
-    token_of[static_cast<size_t>(slot)] = i / call.active;
-    slot_of[static_cast<size_t>(i)] = slot;
-  }
-
+  const Routing routing = route(call.index, call.tokens, call.active, call.experts);
   std::vector<Batch> batches;
   int64_t x_floats = 0, h_floats = 0;
   bool same_order = true;
   for (int64_t e = 0; e < call.experts; ++e) {
-    const int64_t first = begin[static_cast<size_t>(e)], count = begin[static_cast<size_t>(e + 1)] - first;
+    const int64_t first = routing.begin[static_cast<size_t>(e)];
+    const int64_t count = routing.begin[static_cast<size_t>(e + 1)] - first;
     if (count == 0) continue;
     batches.emplace_back();
     Batch& batch = batches.back();
@@ -199,8 +157,8 @@ int run_pass(const Call& call) {
     same_order = same_order && batch.same_order;
   }
 
-  Buffer<float> for_gate(x_floats), for_up(same_order ? 0 : x_floats), hidden(h_floats), outputs(slots * call.hidden);
-  pack_inputs(call, batches, token_of.data(), for_gate.get(), for_up.get());
+  Buffer<float> for_gate(x_floats), for_up(same_order ? 0 : x_floats), hidden(h_floats), outputs(routing.slots() * call.hidden);
+  pack_inputs(call, batches, routing.token_of.data(), for_gate.get(), for_up.get());
   const auto first = list_tasks(batches, [](const Batch& batch) { return batch.down.k; });
   parallel_tasks(static_cast<int64_t>(first.size()), [&](int64_t i) {
     gate_and_up(call, first[static_cast<size_t>(i)], for_gate.get(), for_up.get(), hidden.get());
@@ -209,7 +167,9 @@ int run_pass(const Call& call) {
   parallel_tasks(static_cast<int64_t>(second.size()), [&](int64_t i) {
     down(call, second[static_cast<size_t>(i)], hidden.get(), outputs.get());
   });
-  combine(call, slot_of.data(), outputs.get());
+  parallel_for(call.tokens, [&](int64_t t) {
+    combine_token(routing, call.weights, t, call.active, call.hidden, outputs.get(), call.y + t * call.hidden);
+  });
   return DBRXQ_OK;
 }
 

@@ -6,30 +6,47 @@
 
 #include "dbrxq.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace dbrxq {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
+// What DBRXQ_ISA can name, worst first.
+enum Level { kScalar, kAvx2, kAvxVnni, kAvx512, kLevels };
+constexpr const char* kNames[kLevels] = {"scalar", "avx2", "avxvnni", "avx512"};
 constexpr int kUnusable = -1;
 
-bool cpu_has(Isa isa) {
 #if defined(__x86_64__)
-  switch (isa) {
-    case Isa::scalar:
-      return true;
-    case Isa::avx2:
+// AVX-VNNI, which __builtin_cpu_supports does not know in every compiler: leaf 7, subleaf 1, EAX bit 4.
+bool has_avxvnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1u);
+}
+#endif
+
+bool cpu_has(int level) {
+#if defined(__x86_64__)
+  switch (level) {
+    case kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    case Isa::avx512:
-      return cpu_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    case kAvxVnni:
+      return cpu_has(kAvx2) && has_avxvnni();
+    case kAvx512:
+      return cpu_has(kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vnni");
+    default:
+      return true;
   }
 #endif
-  return isa == Isa::scalar;
+  return level == kScalar;
 }
 
 int find(const char* name) {
-  for (int i = 0; i < 3; ++i)
-    if (std::strcmp(name, kNames[i]) == 0) return cpu_has(static_cast<Isa>(i)) ? i : kUnusable;
+  for (int i = 0; i < kLevels; ++i)
+    if (std::strcmp(name, kNames[i]) == 0) return cpu_has(i) ? i : kUnusable;
   return kUnusable;
 }
 
@@ -37,9 +54,9 @@ std::atomic<int>& current() {
   static std::atomic<int> value{[] {
     const char* wanted = std::getenv("DBRXQ_ISA");
     if (wanted && *wanted) return find(wanted);
-    for (int i = 2; i > 0; --i)
-      if (cpu_has(static_cast<Isa>(i))) return i;
-    return 0;
+    int best = kLevels - 1;
+    while (!cpu_has(best)) --best;
+    return best;
   }()};
   return value;
 }
@@ -47,12 +64,23 @@ std::atomic<int>& current() {
 }  // namespace
 
 bool isa_usable() { return current().load() != kUnusable; }
-Isa isa() { return static_cast<Isa>(current().load()); }
+Isa isa() {
+  switch (current().load()) {
+    case kAvx512:
+      return Isa::avx512;
+    case kAvx2:
+    case kAvxVnni:
+      return Isa::avx2;
+    default:
+      return Isa::scalar;
+  }
+}
+bool isa_has_vnni() { return current().load() >= kAvxVnni; }
 
 }  // namespace dbrxq
 
 const char* dbrxq_isa(void) {
-  return dbrxq::isa_usable() ? dbrxq::kNames[static_cast<int>(dbrxq::isa())] : "unusable";
+  return dbrxq::isa_usable() ? dbrxq::kNames[dbrxq::current().load()] : "unusable";
 }
 
 int dbrxq_set_isa(const char* name) {
@@ -77,9 +105,13 @@ const char* dbrxq_status_text(int status) {
     case DBRXQ_BAD_ACTIVATION:
       return "no such activation";
     case DBRXQ_BAD_ISA:
-      return "no such instruction set, or this CPU lacks it (scalar, avx2, avx512; see DBRXQ_ISA)";
+      return "no such instruction set, or this CPU lacks it (scalar, avx2, avxvnni, avx512; see DBRXQ_ISA)";
     case DBRXQ_NO_MEMORY:
       return "out of memory";
+    case DBRXQ_NOT_FINITE:
+      return "a scale is infinite, NaN or so large that weights may be infinite";
+    case DBRXQ_BAD_PACKED:
+      return "not a repacked linear";
     default:
       return "unknown status";
   }

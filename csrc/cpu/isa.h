@@ -9,4 +9,7 @@ enum class Isa { scalar, avx2, avx512 };
 bool isa_usable();
 Isa isa();
 
+// Whether byte dot products may be used: always with avx512, and with avx2 where "avxvnni" is in use.
+bool isa_has_vnni();
+
 }  // namespace dbrxq

@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -12,8 +13,31 @@
 namespace dbrxq {
 namespace {
 
-// A worker sleeps until the generation changes, takes tasks from the shared counter until there are none left,
-// and reports itself idle. The caller works too, so `count - 1` threads are started.
+// How long a thread looks for work (or for the end of it) before it sleeps: decoding one token calls the pool every
+// few tens of microseconds, and waking a thread takes as long as some of these calls.
+constexpr std::chrono::microseconds kSpin{50};
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Whether `condition` came true while looking at it for kSpin.
+template <class Condition>
+bool spin(Condition condition) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (condition()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return condition();
+}
+
+// A worker waits until the generation changes, takes tasks from the shared counter until there are none left, and
+// reports itself idle. The caller works too, so `count - 1` threads are started.
 class Pool {
  public:
   explicit Pool(int count) {
@@ -23,7 +47,7 @@ class Pool {
   ~Pool() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      stopping_ = true;
+      stopping_.store(true);
     }
     wake_.notify_all();
     for (auto& worker : workers_) worker.join();
@@ -32,18 +56,21 @@ class Pool {
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
   void run(int64_t tasks, const std::function<void(int64_t)>& body) {
+    bool sleepers;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       body_ = &body;
       tasks_ = tasks;
       next_.store(0);
-      busy_ = static_cast<int>(workers_.size());
-      ++generation_;
+      busy_.store(static_cast<int>(workers_.size()));
+      generation_.fetch_add(1);  // publishes all of the above to workers that spin
+      sleepers = sleeping_ > 0;
     }
-    wake_.notify_all();
+    if (sleepers) wake_.notify_all();
     take();
+    if (spin([this] { return busy_.load() == 0; })) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    done_.wait(lock, [this] { return busy_.load() == 0; });
   }
 
  private:
@@ -53,17 +80,20 @@ class Pool {
 
   void loop() {
     uint64_t seen = 0;
+    const auto ready = [&] { return stopping_.load() || generation_.load() != seen; };
     for (;;) {
-      {
+      if (!spin(ready)) {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return stopping_ || generation_ != seen; });
-        if (stopping_) return;
-        seen = generation_;
+        ++sleeping_;
+        wake_.wait(lock, ready);
+        --sleeping_;
       }
+      if (stopping_.load()) return;
+      seen = generation_.load();
       take();
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (--busy_ == 0) done_.notify_one();
+      if (busy_.fetch_sub(1) == 1) {
+        std::lock_guard<std::mutex> lock(mutex_);  // so that the caller is either not yet or already waiting
+        done_.notify_one();
       }
     }
   }
@@ -72,11 +102,12 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::atomic<int64_t> next_{0};
+  std::atomic<int> busy_{0};
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<bool> stopping_{false};
   const std::function<void(int64_t)>* body_ = nullptr;
   int64_t tasks_ = 0;
-  int busy_ = 0;
-  uint64_t generation_ = 0;
-  bool stopping_ = false;
+  int sleeping_ = 0;
 };
 
 std::mutex caller_mutex;  // one parallel_for at a time: callers from several Python threads take turns
@@ -88,7 +119,7 @@ std::atomic<int> wanted{0};
 int threads() {
   const int set = wanted.load();
   if (set > 0) return set;
-  const unsigned found = std::thread::hardware_concurrency();
+  static const unsigned found = std::thread::hardware_concurrency();
   return found ? static_cast<int>(found) : 1;
 }
 

@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 // Version of this interface; the Python side refuses a library that reports another one.
-#define DBRXQ_ABI_VERSION 1
+#define DBRXQ_ABI_VERSION 2
 DBRXQ_API int dbrxq_abi_version(void);
 
 // Threads that the kernels may use, all callers together; by default all hardware threads.
@@ -31,10 +31,13 @@ enum {
   DBRXQ_BAD_ACTIVATION = 5,   // no such activation
   DBRXQ_BAD_ISA = 6,          // no such instruction set, or this CPU lacks it
   DBRXQ_NO_MEMORY = 7,
+  DBRXQ_NOT_FINITE = 8,       // dbrxq_pack: some scale is not finite, or large enough for infinite weights
+  DBRXQ_BAD_PACKED = 9,       // a block that dbrxq_pack did not make
 };
 DBRXQ_API const char* dbrxq_status_text(int status);
 
-// Instruction set that the kernels use: "scalar", "avx2" or "avx512". The best that the CPU has, unless the
+// Instruction set that the kernels use: "scalar", "avx2", "avxvnni" (avx2 with byte dot products) or "avx512" (F, BW,
+// VL, DQ and VNNI). The best that the CPU has, unless the
 // environment variable DBRXQ_ISA names another (an unusable one there fails every kernel call with DBRXQ_BAD_ISA).
 // dbrxq_set_isa switches the whole process; not while another thread computes.
 DBRXQ_API const char* dbrxq_isa(void);
@@ -85,6 +88,27 @@ DBRXQ_API int dbrxq_experts_forward(const float* x, const int64_t* top_k_index, 
                                     int activation, float* y);
 
 // ---------------------------------------------------------------------------------------------------------------
+// Repacked linears and experts (pack.cpp, integer.cpp, integer_experts.cpp): the same linears in a layout made for
+// speed (cpu/packed.h), multiplied by activations rounded to integers. A repacked linear is one block of memory without
+// pointers, aligned to 64 bytes.
+// activation_bits is 16, or 8: then activations are single bytes where they meet codes of up to 3 bits, and two bytes
+// elsewhere. Sums within 128 rows are exact, results depend neither on the threads nor (but for the last bit of a
+// float product) on the instruction set. Weights are code times exact scale, without the format's rounding to half.
+
+// Bytes of the block of a linear; and the block. DBRXQ_NOT_FINITE leaves a block that is none.
+DBRXQ_API int dbrxq_packed_bytes(const dbrxq_linear* linear, int64_t* bytes);
+DBRXQ_API int dbrxq_pack(const dbrxq_linear* linear, void* packed);
+
+// y [T, sum of out_features] = x [T, K] times `count` linears of the same K, side by side.
+DBRXQ_API int dbrxq_packed_linear(const void* const* packed, int64_t count, int activation_bits, const float* x,
+                                  int64_t tokens, float* y);
+
+// As dbrxq_experts_forward. packed: gate of the E experts, then up of all, then down of all.
+DBRXQ_API int dbrxq_packed_experts(const void* const* packed, int64_t experts, int activation_bits, const float* x,
+                                   const int64_t* top_k_index, const float* top_k_weights, int64_t tokens,
+                                   int64_t hidden, int64_t active, int activation, float* y);
+
+// ---------------------------------------------------------------------------------------------------------------
 // Solver (solver.cpp; oracles: backend="torch" of quantize/grid.py and quantize/ldlq.py, which give the same bits).
 // Axes: K input channels in packed order, N output channels (any number), G groups. Row-major float matrices.
 // Inputs must be finite. Results depend neither on the instruction set nor on the number of threads.
@@ -132,8 +156,7 @@ DBRXQ_API const char* dbrxq_cuda_status_text(int status);
 typedef struct dbrxq_cuda_linear {
   const void* words;        // uint32 [sum of units * their bits, N'], 16-byte aligned, made by dbrxq_cuda_repack
   const void* scale_codes;  // uint32 [G, N'/8], the file's q_scale with any columns appended; 8-byte aligned
-  const void* scale_max;    // half   [G]
-  const void* unit_group;   // int32  [U]      group of each unit
+  const void* unit_scale;   // uint32 [U]      group of each unit in the low half, that group's scale_max (half) in the high
   const void* permutation;  // int32  [32 U]   input channel of each packed row, -1 beyond K
   const void* bias;         // half   [N], or null
   int64_t k;                // 1..65536, a multiple of 16 (of 32 unless the last group has 2 bits)

@@ -1,0 +1,40 @@
+// What a repacked linear on its own and the linears of experts share.
+#pragma once
+#include <cstdint>
+
+#include "packed.h"
+
+namespace dbrxq {
+
+// The quantized activations of `tokens` tokens: tiles of `width`, the last one of the next power of two.
+struct Quantized {
+  int64_t tokens = 0, width = 1;
+  int32_t* memory = nullptr;  // [words]
+
+  explicit Quantized(int64_t tokens = 0) : tokens(tokens), width(integer_kernels().tile_tokens) {}
+  int64_t tiles() const { return (tokens + width - 1) / width; }
+  int64_t first(int64_t tile) const { return tile * width; }
+  int64_t size(int64_t tile) const {
+    int64_t size = 1;
+    while (size < width && size < tokens - first(tile)) size *= 2;
+    return size;
+  }
+  int64_t padded() const { return tokens ? first(tiles() - 1) + size(tiles() - 1) : 0; }  // tokens of all tiles
+  int64_t words(const PackedHeader& header) const { return tile_words(header, 1) * padded(); }
+  ActivationTile open(const PackedHeader& header, int64_t tile) const {
+    return open_tile(header, size(tile), memory + tile_words(header, 1) * first(tile));
+  }
+};
+
+// Fills one tile; rows [kLargestTile] are the activations of its tokens, null for none.
+void quantize_tile(const PackedView& view, int activation_bits, const Quantized& q, int64_t tile,
+                   const float* const* rows);
+
+// Bands of one task, when `bands` bands are handed out together.
+int64_t band_run(int64_t tokens, int64_t bands);
+
+// sums [bands first..last-1][q.padded()][32], without bias.
+void multiply_bands(const PackedView& view, int activation_bits, const Quantized& q, int64_t first, int64_t last,
+                    float* sums);
+
+}  // namespace dbrxq
