@@ -28,8 +28,7 @@ class CudaLinear(Structure):
     _fields_ = (
         ("words", c_void_p),
         ("scale_codes", c_void_p),
-        ("scale_max", c_void_p),
-        ("unit_group", c_void_p),
+        ("unit_scale", c_void_p),
         ("permutation", c_void_p),
         ("bias", c_void_p),
         ("k", c_int64),
@@ -134,6 +133,16 @@ def library() -> ctypes.CDLL:
                     _failure = str(error)
                     raise
     return _library
+
+
+def use(path: Path) -> None:
+    """Take the library at `path` instead of the installed one: for benchmarks and tests.
+
+    Raises:
+        RuntimeError: `load` refuses it.
+    """
+    global _library
+    _library = load(path)
 
 
 def why_unavailable() -> str | None:

@@ -93,7 +93,8 @@ int plan_linear(const Linear& linear, int64_t tokens, int dtype, Arena& arena, L
   const int row_tiles = static_cast<int>((rows + plan.tile_rows - 1) / plan.tile_rows);
   Matmul& product = plan.product;
   product.only = linear;
-  product.row_capacity = static_cast<int64_t>(row_tiles) * plan.tile_rows;
+  const int64_t capacity = static_cast<int64_t>(row_tiles) * plan.tile_rows;
+  product.x_stride = static_cast<int>(capacity * 4);
   product.rows = static_cast<int>(rows);
   product.parts = parts;
   product.dtype = dtype;
@@ -104,9 +105,9 @@ int plan_linear(const Linear& linear, int64_t tokens, int dtype, Arena& arena, L
   prepare.units = units;
   prepare.parts = parts;
   prepare.only = linear;
-  prepare.row_capacity = product.row_capacity;
+  prepare.row_capacity = capacity;
   prepare.tokens = static_cast<int>(tokens);
-  prepare.packed = arena.take<uint16_t>(product.row_capacity * units * layout::kUnitRows);
+  prepare.packed = arena.take<uint16_t>(capacity * units * layout::kUnitRows);
   prepare.row_scale = arena.take<float>(tokens);
   plan.grid = plan_product(product, arena, linear.n, units, row_tiles, plan.tile_rows, false, processors,
                            prepare.ticket_count);
@@ -183,7 +184,7 @@ int plan_experts(const Experts& block, int64_t tokens, int64_t active, int dtype
     product.tile_rows = route.tile_rows;
     product.x = prepare.packed;
     product.row_scale = prepare.row_scale;
-    product.row_capacity = capacity;
+    product.x_stride = static_cast<int>(capacity * 4);
     product.parts = parts;
     product.activation = block.activation;
     product.dtype = DBRXQ_FLOAT32;

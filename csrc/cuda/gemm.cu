@@ -37,8 +37,7 @@ __device__ __forceinline__ void multiply_stage(const uint4* words, const Scales&
 // The scales of a lane's columns under way.
 struct PackedScales {
   uint2 codes;
-  uint32_t scale_max;
-  int group;
+  uint32_t scale;  // group and scale_max, as in unit_scale
 };
 
 template <int Matrices>
@@ -88,16 +87,15 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Matmul args) {
 #pragma unroll
     for (int m = 0; m < Matrices; ++m) {
       const uint4* from = reinterpret_cast<const uint4*>(args.x) +
-                          ((static_cast<int64_t>(m) * units + unit) * args.row_capacity + row_tile * kGemmRows) *
-                              kUnitVectors;
+                          (static_cast<int64_t>(m) * units + unit) * args.x_stride + row_tile * kGemmRows * kUnitVectors;
       for (int i = threadIdx.x; i < rows * kUnitVectors; i += kThreads) copy_async(&stage.x[m][i], from + i);
     }
   };
   const auto fetch_scales = [&](int unit) {
-    const int group = static_cast<const int32_t*>(own.unit_group)[unit];
-    const uint2* codes = static_cast<const uint2*>(own.scale_codes) + group * (columns / 16) + tile_of(panel) * 8 +
-                         lane / 4;
-    return PackedScales{*codes, static_cast<const uint16_t*>(own.scale_max)[group], group};
+    const uint32_t scale = static_cast<const uint32_t*>(own.unit_scale)[unit];
+    const uint2* codes = static_cast<const uint2*>(own.scale_codes) + (scale & 0xffffu) * (columns / 16) +
+                         tile_of(panel) * 8 + lane / 4;
+    return PackedScales{*codes, scale};
   };
 
 #pragma unroll
@@ -109,16 +107,16 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Matmul args) {
   Scales scales = {};
   PackedScales ahead = {};
   if (works && begin < end) ahead = fetch_scales(begin);
-  int group = -1;
+  uint32_t scale = ~0u;  // of no group: they are fewer than 65535
   for (int unit = begin, slot = 0; unit < end; ++unit, slot = slot + 1 == kStages ? 0 : slot + 1) {
     copies_done<kStages - 2>();
     __syncthreads();  // this unit has arrived for all, and nobody reads the stage that is filled next
     if (unit + kStages - 1 < end) fetch(shared.stages[(slot + kStages - 1) % kStages], unit + kStages - 1);
     close_copy_group();
     if (!works) continue;
-    if (ahead.group != group) {
-      group = ahead.group;
-      scales = decode_scales(ahead.codes, ahead.scale_max);
+    if (ahead.scale != scale) {
+      scale = ahead.scale;
+      scales = decode_scales(ahead.codes, scale >> 16);
     }
     if (unit + 1 < end) ahead = fetch_scales(unit + 1);
     const Stage<Matrices>& stage = shared.stages[slot];

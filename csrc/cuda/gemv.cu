@@ -19,7 +19,7 @@ struct Source {
   const Linear* linear;    // in shared memory
   const uint4* words;      // of word row 0
   int words_stride;        // uint4s from word row to word row, and four times the uint2s from group to group
-  const uint2* codes;      // of group 0
+  int codes;               // of group 0, in uint2s from the linear's scale_codes
   const uint4* x[TokenTiles];  // of unit 0: row g of each 8, or the last in use, whose sum nobody reads
   int x_stride;            // uint4s from unit to unit
 };
@@ -40,15 +40,14 @@ template <int TokenTiles>
 struct Side {
   uint4 x[TokenTiles];
   uint2 codes;
-  uint32_t scale_max;
-  int group;
+  uint32_t scale;  // group and scale_max, as in unit_scale
 };
 
 template <int TokenTiles>
 __device__ __forceinline__ void fetch(Side<TokenTiles>& side, const Source<TokenTiles>& from, int unit) {
-  side.group = static_cast<const int32_t*>(from.linear->unit_group)[unit];
-  side.codes = from.codes[static_cast<int64_t>(side.group) * (from.words_stride / 4)];
-  side.scale_max = static_cast<const uint16_t*>(from.linear->scale_max)[side.group];
+  side.scale = static_cast<const uint32_t*>(from.linear->unit_scale)[unit];
+  side.codes = static_cast<const uint2*>(from.linear->scale_codes)[static_cast<int>(side.scale & 0xffffu) *
+                                                                       (from.words_stride / 4) + from.codes];
 #pragma unroll
   for (int n = 0; n < TokenTiles; ++n) side.x[n] = from.x[n][static_cast<int64_t>(unit) * from.x_stride];
 }
@@ -66,31 +65,41 @@ __device__ __forceinline__ void stream_units(const Source<TokenTiles>& from, int
     if (begin + i < end) fetch(words[i], next, from.words_stride);
   fetch(side, from, begin);
   Scales scales = {};
-  int group = -1;
+  uint32_t scale = ~0u;  // of no group: they are fewer than 65535
   for (int unit = begin; unit < end; unit += kDepth)
 #pragma unroll
     for (int i = 0; i < kDepth; ++i, next += unit_words) {
       if (unit + i >= end) break;
       const Side<TokenTiles> own = side;
       if (unit + i + 1 < end) fetch(side, from, unit + i + 1);
-      if (own.group != group) {
-        group = own.group;
-        scales = decode_scales(own.codes, own.scale_max);
+      if (own.scale != scale) {
+        scale = own.scale;
+        scales = decode_scales(own.codes, scale >> 16);
       }
       multiply_unit<Bits, TokenTiles>(words[i].at, scales, own.x, sums);
       if (unit + i + kDepth < end) fetch(words[i], next, from.words_stride);
     }
 }
 
+// A warp's share of the units of one width, and the word row of the first.
+struct Part {
+  int begin, end, word;
+};
+
+// The share of width `index` in the units of a slice.
+__device__ __forceinline__ Part part_of(const int32_t (&first_unit)[7], const Slice& slice, int index) {
+  const int first = first_unit[index], last = first_unit[index + 1];
+  const int begin = slice.begin > first ? slice.begin : first, end = slice.end < last ? slice.end : last;
+  return {begin, end, begin < end ? locate(first_unit, begin).word : 0};
+}
+
 template <int Index, int TokenTiles>
-__device__ __forceinline__ void stream_width(const Source<TokenTiles>& from, const Linear& linear, const Slice& slice, int word,
-                                             Sums<TokenTiles>& sums) {
+__device__ __forceinline__ void stream_widths(const Source<TokenTiles>& from, const Part (&parts)[tile::kWidthCount],
+                                              Sums<TokenTiles>& sums) {
   if constexpr (Index < tile::kWidthCount) {
-    constexpr int bits = tile::width(Index);
-    const int first = linear.first_unit[Index], last = linear.first_unit[Index + 1];
-    const int begin = slice.begin > first ? slice.begin : first, end = slice.end < last ? slice.end : last;
-    if (begin < end) stream_units<bits, TokenTiles>(from, begin, end, word + (begin - first) * bits, sums);
-    stream_width<Index + 1, TokenTiles>(from, linear, slice, word + (last - first) * bits, sums);
+    const Part part = parts[Index];
+    if (part.begin < part.end) stream_units<tile::width(Index)>(from, part.begin, part.end, part.word, sums);
+    stream_widths<Index + 1>(from, parts, sums);
   }
 }
 
@@ -102,8 +111,8 @@ __global__ void __launch_bounds__(32 * Warps, TokenTiles == 1 ? 3 : 2) gemv_kern
   struct Shared {
     float sums[Warps / 2 * kWarpFloats];  // the tree's; then [Matrices, kRows, 128]
     Linear linears[Matrices];
-    Slice slices[Warps];
-    int last;
+    Part parts[Warps][tile::kWidthCount];
+    int rows, last;
   };
   static_assert(Matrices <= Warps / 2 && sizeof(Shared) <= 48 * 1024, "static shared memory");
   DBRXQ_SHARED(Shared, shared);
@@ -113,22 +122,23 @@ __global__ void __launch_bounds__(32 * Warps, TokenTiles == 1 ? 3 : 2) gemv_kern
   const int column_tile = blockIdx.x, row_tile = blockIdx.y, split = blockIdx.z;
   int expert, rows;
   if (!find_tile(args, row_tile, kRows, expert, rows)) return;
+  if (threadIdx.x == 0) shared.rows = rows;
   if (threadIdx.x < Matrices) shared.linears[threadIdx.x] = linear_of(args, expert, threadIdx.x);
   __syncthreads();  // from here on in shared memory: registers are for the sums
-  if (lane == 0)
-    shared.slices[warp] =
-        slice_of(shared.linears[matrix].first_unit, split * kSlices + slice, args.splits * kSlices);
-  __syncthreads();
   const Linear& linear = shared.linears[matrix];
+  if (lane < tile::kWidthCount)
+    shared.parts[warp][lane] =
+        part_of(linear.first_unit, slice_of(linear.first_unit, split * kSlices + slice, args.splits * kSlices), lane);
+  __syncthreads();
 
   const int64_t columns = padded_columns(linear.n);
   Source<TokenTiles> from;
   from.words_stride = static_cast<int>(columns / 4);
   from.words = static_cast<const uint4*>(linear.words) + column_tile * 32 + lane;
-  from.codes = static_cast<const uint2*>(linear.scale_codes) + column_tile * 8 + lane / 4;
+  from.codes = column_tile * 8 + lane / 4;
   from.linear = &linear;
-  from.x_stride = static_cast<int>(args.row_capacity * 4);
-  const uint4* x = reinterpret_cast<const uint4*>(args.x) + matrix * linear.units * from.x_stride +
+  from.x_stride = args.x_stride;
+  const uint4* x = reinterpret_cast<const uint4*>(args.x) + matrix * linear.units * args.x_stride +
                    static_cast<int64_t>(row_tile) * kRows * 4 + lane % 4;
 #pragma unroll
   for (int n = 0; n < TokenTiles; ++n) {
@@ -137,7 +147,7 @@ __global__ void __launch_bounds__(32 * Warps, TokenTiles == 1 ? 3 : 2) gemv_kern
   }
 
   Sums<TokenTiles> sums = {};
-  stream_width<0, TokenTiles>(from, linear, shared.slices[warp], 0, sums);
+  stream_widths<0>(from, shared.parts[warp], sums);
 
   // The tree: the upper half of the slices hands its sums to the lower half, until slice 0 has all.
   float* flat = &sums[0][0][0][0];
@@ -158,7 +168,7 @@ __global__ void __launch_bounds__(32 * Warps, TokenTiles == 1 ? 3 : 2) gemv_kern
   __syncthreads();
   const int group = row_tile * static_cast<int>(gridDim.x) + column_tile;
   finish<Matrices, kRows, Matrices == 2>(args, shared.sums, shared.last, group, split, column_tile * tile::kColumns,
-                                         row_tile * kRows, rows);
+                                         row_tile * kRows, shared.rows);
 }
 
 template <int TokenTiles, int Warps>

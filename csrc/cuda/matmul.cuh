@@ -20,7 +20,7 @@ struct Matmul {
   const int32_t* tile_rows;    // device [row tiles]: rows in use of each; null without experts
   const uint16_t* x;           // device half [matrices, units, row_capacity, 32], packed order; 16-byte aligned
   const float* row_scale;      // device [tokens in row order]
-  int64_t row_capacity;        // whole row tiles
+  int x_stride;                // 16-byte vectors from unit to unit: 4 row_capacity; whole row tiles
   int rows;                    // rows in use, without experts
   int parts;                   // rows a token, 1 or 2
   int splits;                  // blocks that share the input channels of one result

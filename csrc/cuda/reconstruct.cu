@@ -45,10 +45,10 @@ __global__ void __launch_bounds__(32) reconstruct_kernel(Reconstruct args) {
   const int unit = blockIdx.y, column_tile = blockIdx.x, lane = threadIdx.x;
   const int64_t columns = padded_columns(linear.n);
   const Place place = locate(linear.first_unit, unit);
-  const int group = static_cast<const int32_t*>(linear.unit_group)[unit];
+  const uint32_t scale = static_cast<const uint32_t*>(linear.unit_scale)[unit];
   const uint2 codes =
-      static_cast<const uint2*>(linear.scale_codes)[group * (columns / 16) + column_tile * 8 + lane / 4];
-  const Scales scales = decode_scales(codes, static_cast<const uint16_t*>(linear.scale_max)[group]);
+      static_cast<const uint2*>(linear.scale_codes)[(scale & 0xffffu) * (columns / 16) + column_tile * 8 + lane / 4];
+  const Scales scales = decode_scales(codes, scale >> 16);
   const uint4* from = static_cast<const uint4*>(linear.words) + place.word * (columns / 4) + column_tile * 32 + lane;
   switch (place.bits) {
     case 8: decode_tile<8>(from, columns / 4, scales, shared.panel); break;

@@ -1,8 +1,8 @@
 """Every op through the native CUDA library; falls back to `reference`, with one warning, where it is missing.
 
 A linear is repacked into the device layout the first time it is used (`device_linear`), which reads its
-group table on the host; afterwards an op only enqueues kernels on the current stream, and can be captured in a
-CUDA graph once it has run outside. The stored tensors stay as they are: the repacked words are a copy of
+group table on the host; afterwards an op only enqueues kernels on the current stream, and can be captured in
+a CUDA graph once it has run outside. The stored tensors stay as they are: the repacked words are a copy of
 q_weight's size that lives as long as q_weight does, unless it is modified.
 
 Axes: T tokens, K input channels, N output channels as stored, G groups, U units of 32 rows, E experts,
@@ -41,16 +41,14 @@ class DeviceLinear:
         struct: what the library reads, without a bias and with all stored columns.
         words: int32 [sum of units * bits, N rounded up to 128].
         scale_codes: int32 [G, words.shape[1] / 8].
-        scale_max: fp16 [G].
-        unit_group: int32 [U].
+        unit_scale: int32 [U], a unit's group in the low 16 bits, the bits of its scale_max in the high ones.
         permutation: int32 [32 U], -1 beyond K.
     """
 
     struct: _cuda.CudaLinear
     words: Tensor
     scale_codes: Tensor
-    scale_max: Tensor
-    unit_group: Tensor
+    unit_scale: Tensor
     permutation: Tensor
 
     def described(self, out_features: int, bias: Tensor | None = None) -> _cuda.CudaLinear:
@@ -137,11 +135,11 @@ def _repack(
     scale_codes = _aligned(torch.nn.functional.pad(q_scale, (0, (columns - n) // 8)), 8)
     words = torch.empty(word_rows, columns, dtype=torch.int32, device=device)
     unit_group = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(units)).int().to(device)
+    unit_scale = q_scale_max.view(torch.int16).int()[unit_group] << 16 | unit_group
     struct = _cuda.CudaLinear(
         words.data_ptr(),
         scale_codes.data_ptr(),
-        q_scale_max.data_ptr(),
-        unit_group.data_ptr(),
+        unit_scale.data_ptr(),
         permutation.data_ptr(),
         None,
         k,
@@ -153,7 +151,7 @@ def _repack(
     with _current(device):
         status = _cuda.library().dbrxq_cuda_repack(ctypes.byref(struct), q_weight.data_ptr(), _stream(device))
     _cuda.check(status, "repack")
-    return DeviceLinear(struct, words, scale_codes, q_scale_max, unit_group, permutation)
+    return DeviceLinear(struct, words, scale_codes, unit_scale, permutation)
 
 
 def device_linear(
