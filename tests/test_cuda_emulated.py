@@ -31,6 +31,7 @@ SHAPES = {
     "a 2-bit tail of 16 rows": ([(4, 32), (2, 80)], 64),
     "a tail alone": ([(2, 16)], 32),
     "more than a block's columns": ([(5, 128), (3, 416), (2, 48)], 288),
+    "rows for several splits": ([(6, 32), (4, 480), (3, 512), (2, 528)], 64),
 }
 TOKENS = (1, 3, 8, 9, 16, 17, 65)  # both sides of every switch between kernels and tiles
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -197,9 +198,9 @@ def test_a_token_has_the_same_bits_in_any_batch_of_its_kernel():
 
 
 def test_schedules_and_repetitions_change_no_bit(emulated):
-    tensors = oracle.random_tensors([(6, 64), (4, 256), (2, 208)], 160, bias=True)
+    tensors = oracle.random_tensors([(6, 64), (4, 512), (2, 528)], 160, bias=True)
     for tokens in (2, 12, 40):
-        x = torch.randn(tokens, 528)
+        x = torch.randn(tokens, 1104).half()
         results = []
         for seed in range(6):
             emulated.dbrxq_emulator_seed(ctypes.c_uint64(seed))
@@ -284,10 +285,23 @@ def test_experts_of_other_sizes_and_a_2_bit_tail():
             )
         )
     ]
-    for tokens in (1, 20):
+    for tokens in (1, 12, 40):
         x, weights, index = torch.randn(tokens, 80), torch.rand(tokens, 1), torch.zeros(tokens, 1).long()
         exact = oracle.experts(x, index, weights, linears, "silu")
         assert torch.allclose(run_experts(x, index, weights, linears).double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_experts_whose_input_channels_are_split_over_blocks(emulated, tokens):
+    linears = random_experts(2, hidden=576, ffn=544)
+    x, weights, index = torch.randn(tokens, 576), torch.rand(tokens, 1), torch.randint(0, 2, (tokens, 1))
+    exact = oracle.experts(x, index, weights, linears, "silu")
+    results = []
+    for seed in range(3):
+        emulated.dbrxq_emulator_seed(ctypes.c_uint64(seed))
+        results.append(run_experts(x, index, weights, linears))
+    assert torch.allclose(results[0].double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+    assert all(torch.equal(other, results[0]) for other in results[1:])
 
 
 @pytest.mark.slow
