@@ -279,7 +279,7 @@ def _one_target(
         strategy.kl,
         shards,
         time.monotonic() - started,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory(),
     )
 
 
@@ -291,6 +291,19 @@ def _holds(out: Path, strategy: dict[str, Any]) -> bool:
         return False
     same = isinstance(found, dict) and {k: v for k, v in found.items() if k != "notes"} == strategy
     return same and (out / "config.json").exists()
+
+
+def peak_memory() -> int:
+    """Most bytes of memory that this process has had.
+
+    Not `ru_maxrss`: a child process inherits that figure from its parent.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _write_output(

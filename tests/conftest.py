@@ -1,8 +1,13 @@
 """Fixtures that several test files share."""
 
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and its child processes with it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOLDEN = sorted((SHARED / "golden").glob("*.safetensors"))

@@ -1,8 +1,8 @@
 """A work folder belongs to one conversion and one process at a time."""
 
 import json
-import multiprocessing
-import os
+import subprocess
+import sys
 
 import pytest
 
@@ -103,40 +103,34 @@ def test_work_of_another_version_is_refused(tmp_path):
         start(tmp_path)
 
 
-def hold(folder, held, done):
-    with open_job(folder, FACTS, "auto"):
-        held.set()
-        done.wait(60)
+def holder(folder, then):
+    """A process that takes hold of a work folder, says so, and then does as told."""
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom dbrx_quant.quantize.job import open_job\n"
+        f"with open_job(Path(sys.argv[1]), {FACTS!r}, 'auto'):\n    print('held', flush=True)\n    {then}\n"
+    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=pipe, stdout=pipe, text=True, cwd=folder
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_second_process_is_refused_while_the_first_works(tmp_path, resume):
-    context = multiprocessing.get_context("spawn")
-    held, done = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path, held, done))
-    process.start()
-    try:
-        assert held.wait(60)
+    with holder(tmp_path, "sys.stdin.read()") as process:
         (tmp_path / "result").write_text("kept")
         with pytest.raises(ValueError, match="another process is working in this folder"):
             start(tmp_path, FACTS, resume)
         assert (tmp_path / "result").exists()
-    finally:
-        done.set()
-        process.join(60)
+        process.stdin.close()
     assert start(tmp_path) is True
 
 
-def die(folder):
-    with open_job(folder, FACTS, "auto"):
-        os._exit(9)  # no clean-up, as after a kill
-
-
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=die, args=(tmp_path,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 9
+    with holder(tmp_path, "os._exit(9)  # no clean-up, as after a kill") as process:
+        assert process.wait(60) == 9
     assert start(tmp_path) is True
 
 

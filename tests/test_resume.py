@@ -115,17 +115,20 @@ class Interrupted(BaseException):
     """Stands for a death of the process: nothing may catch it."""
 
 
-def count_renames(patch, die_at=None, before=True):
-    """Count the renames that make files whole; die at one of them, just before or just after it."""
+def count_renames(patch, folder, die_at=None, before=True):
+    """Count the renames in a folder that make files whole; die at one, just before or just after it."""
     renames, original = [], os.replace
 
     def replace(source, target):
+        if folder not in Path(target).parents:
+            return original(source, target)
         renames.append(Path(target).name)
         if len(renames) == die_at and before:
             raise Interrupted
         original(source, target)
         if len(renames) == die_at:
             raise Interrupted
+        return None
 
     patch.setattr(os, "replace", replace)
     return renames
@@ -135,13 +138,13 @@ def test_interruptions_around_renames_end_with_the_same_bytes(small, tmp_path):
     """One conversion that dies again and again, a few new files later each time."""
     tokens = save_random_tokens(tmp_path / "tokens.safetensors", 4, 16)
     with pytest.MonkeyPatch.context() as patch:
-        renames = count_renames(patch)
+        renames = count_renames(patch, tmp_path)
         convert(options(small, tmp_path / "plain", tokens, 4.0))
     assert len(renames) > 60
     choose, deaths = random.Random(7), 0
     while True:
         with pytest.MonkeyPatch.context() as patch:
-            count_renames(patch, choose.randrange(3, 20), choose.random() < 0.5)
+            count_renames(patch, tmp_path, choose.randrange(3, 20), choose.random() < 0.5)
             try:
                 convert(options(small, tmp_path / "out", tokens, 4.0))
             except Interrupted:
@@ -200,7 +203,7 @@ def test_a_half_written_file_of_a_killed_process_is_removed(small, tmp_path):
     chosen = options(small, tmp_path / "out", tokens, 4.0)
     (plain,) = convert(options(small, tmp_path / "plain", tokens, 4.0))
     with pytest.MonkeyPatch.context() as patch:
-        count_renames(patch, 30)
+        count_renames(patch, tmp_path, 30)
         with pytest.raises(Interrupted):
             convert(chosen)
     rests = [
