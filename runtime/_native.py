@@ -9,7 +9,7 @@ import importlib.resources
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dbrxq_packed_bytes": (c_int, [POINTER(Linear), POINTER(c_int64)]),
     "dbrxq_pack": (c_int, [POINTER(Linear), c_void_p]),
     "dbrxq_packed_linear": (c_int, [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p]),
+    "dbrxq_read_memory": (c_int, [c_void_p, c_int64, POINTER(c_uint64)]),
     "dbrxq_packed_experts": (
         c_int,
         [c_void_p, c_int64, c_int] + [c_void_p] * 3 + [c_int64] * 3 + [c_int, c_void_p],
@@ -142,7 +143,7 @@ def why_unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set that the kernels run on: `scalar`, `avx2` or `avx512`.
+    """The instruction set that the kernels run on: `scalar`, `avx2`, `avxvnni` or `avx512`.
 
     It is `unusable` when DBRXQ_ISA names one that is unknown or that this CPU lacks; then every kernel fails.
     """

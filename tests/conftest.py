@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dbrx_quant.runtime.activations import use_activations
+
 # A shell that starts the suite in the background has it ignore Ctrl-C, and its child processes with it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,3 +29,10 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("../shared is absent")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def exact_activations():
+    """Tests compare to the last digits; those of the integer kernels switch them on themselves."""
+    with use_activations("float"):
+        yield

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import oracles_ops as oracle
 from dbrx_quant.runtime import _native, ops
 
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avxvnni", "avx512")
 WIDTHS = (8, 6, 5, 4, 3, 2)
 
 

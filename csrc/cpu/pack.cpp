@@ -154,6 +154,18 @@ void advise_huge_pages(char* packed, int64_t bytes) {
 #endif
 }
 
+// Tells that the stored words will hardly be read again, so that the system takes their pages back first. Keeps them.
+void advise_cold(const LinearView& view) {
+#if defined(__linux__) && defined(MADV_COLD)
+  constexpr uintptr_t page = 4096;
+  const GroupSpan& last = view.groups.back();
+  const auto start = reinterpret_cast<uintptr_t>(view.words);
+  const uintptr_t first = (start + page - 1) / page * page;
+  const uintptr_t end = (start + static_cast<uintptr_t>((last.word + last.rows * last.bits / 32) * view.n * 4)) / page * page;
+  if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_COLD);
+#endif
+}
+
 int pack(const dbrxq_linear& linear, char* packed) {
   LinearView view;
   std::vector<Segment> segments;
@@ -186,6 +198,7 @@ int pack(const dbrxq_linear& linear, char* packed) {
               reinterpret_cast<uint8_t*>(packed + header.steps_at) + band * header.groups * 16);
   });
   std::memcpy(packed, &header, sizeof header);
+  advise_cold(view);
   return DBRXQ_OK;
 }
 

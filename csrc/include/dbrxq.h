@@ -103,6 +103,9 @@ DBRXQ_API int dbrxq_pack(const dbrxq_linear* linear, void* packed);
 DBRXQ_API int dbrxq_packed_linear(const void* const* packed, int64_t count, int activation_bits, const float* x,
                                   int64_t tokens, float* y);
 
+// Reads `bytes` bytes (whole pairs of cache lines) with all threads, for benchmarks; the sum of their 64-bit words.
+DBRXQ_API int dbrxq_read_memory(const void* data, int64_t bytes, uint64_t* sum);
+
 // As dbrxq_experts_forward. packed: gate of the E experts, then up of all, then down of all.
 DBRXQ_API int dbrxq_packed_experts(const void* const* packed, int64_t experts, int activation_bits, const float* x,
                                    const int64_t* top_k_index, const float* top_k_weights, int64_t tokens,

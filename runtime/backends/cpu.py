@@ -1,6 +1,8 @@
 """Every op through the native CPU library; falls back to `reference`, with one warning, where it is missing.
 
 `ops.py` has checked shapes and dtypes; here pointers are collected, numbers converted to fp32 and back.
+`runtime/activations.py` chooses between the kernels: integers over repacked linears, or floats over the
+stored ones.
 """
 
 import ctypes
@@ -13,10 +15,13 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.runtime import _native
+from dbrx_quant.runtime.activations import activations
 from dbrx_quant.runtime.backends import checks, reference
+from dbrx_quant.runtime.backends.repacked import Repacked, repacked
 
 _logger = logging.getLogger(__name__)
 
+_ACTIVATION_BITS = {"int8": 8, "int16": 16}
 _EXPERTS_CACHE_LIMIT = 512  # blocks whose pointer tables are kept
 _experts_cache: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
@@ -95,11 +100,23 @@ def linear(
     """The product [..., out_features] of x [..., K] and the weight, plus bias, in x's dtype."""
     if not _native_ready():
         return reference.linear(x, q_weight, q_scale, q_scale_max, q_groups, q_invperm, bias, out_features)
-    struct = describe_linear(q_weight, q_scale, q_scale_max, q_groups, q_invperm, bias, out_features)
+    stored = (q_weight, q_scale, q_scale_max, q_groups, q_invperm)
     inputs = _floats(x)
     y = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32)
+    tokens = y.numel() // out_features
+    mode = activations()
+    if mode != "float":
+        tensors = stored if bias is None else (*stored, bias)
+        fast = repacked(tensors, (out_features,), lambda: [describe_linear(*stored, bias, out_features)])
+        if fast is not None:
+            status = _native.library().dbrxq_packed_linear(
+                fast.pointers, 1, _ACTIVATION_BITS[mode], inputs.data_ptr(), tokens, y.data_ptr()
+            )
+            _native.check(status, "linear")
+            return y.to(x.dtype)
+    struct = describe_linear(*stored, bias, out_features)
     status = _native.library().dbrxq_linear_forward(
-        ctypes.byref(struct), inputs.data_ptr(), y.numel() // out_features, y.data_ptr()
+        ctypes.byref(struct), inputs.data_ptr(), tokens, y.data_ptr()
     )
     _native.check(status, "linear")
     return y.to(x.dtype)
@@ -137,6 +154,17 @@ def _expert_tables(
     return tables
 
 
+def _repacked_experts(
+    gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor], x: Tensor
+) -> Repacked | None:
+    """The repacked linears of all experts: every gate, then every up, then every down."""
+
+    def describe() -> list[_native.Linear]:
+        return [struct for table in _expert_tables(gate, up, down, x) for struct in table]
+
+    return repacked((*gate, *up, *down), (x.shape[1],), describe)
+
+
 def experts(
     x: Tensor,
     top_k_index: Tensor,
@@ -151,10 +179,28 @@ def experts(
         checks.expert_linears(x, gate, up, down)
         return reference.experts(x, top_k_index, top_k_weights, gate, up, down, activation)
     tokens, hidden = x.shape
-    tables = _expert_tables(gate, up, down, x)
     inputs, weights = _floats(x), _floats(top_k_weights)
     index = top_k_index.to(torch.int64).contiguous()
     y = torch.empty(tokens, hidden, dtype=torch.float32)
+    mode = activations()
+    fast = None if mode == "float" else _repacked_experts(gate, up, down, x)
+    if fast is not None:
+        status = _native.library().dbrxq_packed_experts(
+            fast.pointers,
+            len(gate) // 5,
+            _ACTIVATION_BITS[mode],
+            inputs.data_ptr(),
+            index.data_ptr(),
+            weights.data_ptr(),
+            tokens,
+            hidden,
+            index.shape[1],
+            _native.ACTIVATIONS[activation],
+            y.data_ptr(),
+        )
+        _native.check(status, "experts")
+        return y.to(x.dtype)
+    tables = _expert_tables(gate, up, down, x)
     status = _native.library().dbrxq_experts_forward(
         inputs.data_ptr(),
         index.data_ptr(),
