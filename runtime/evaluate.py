@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbrx_quant.runtime.activations import use_activations
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.files import save_tensors
 from dbrx_quant.runtime.products import fast_products
@@ -97,6 +98,7 @@ def windows(
 
 
 @fast_products()
+@use_activations("float")  # judge the weights, not the kernels that run them
 def evaluate(
     candidate: nn.Module | LogitsFunction,
     reference: nn.Module | LogitsFunction | ReferenceCache,
