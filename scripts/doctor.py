@@ -41,7 +41,7 @@ def examine() -> dict[str, Any]:
         "threads": {"cpus": len(os.sched_getaffinity(0)), "torch": torch.get_num_threads()},
         "memory": _memory(),
         "disk": {"folder": str(Path.cwd()), "free": shutil.disk_usage(Path.cwd()).free},
-        "cuda": {"nvcc": _nvcc(), "torch": torch.version.cuda, "gpus": _gpus()},
+        "cuda": {"nvcc": _nvcc(), "torch": torch.version.cuda, "gpus": _gpus(), "library": _cuda_library()},
     }
 
 
@@ -56,12 +56,13 @@ def _version(name: str) -> str | None:
 
 def _native() -> dict[str, Any]:
     from dbrx_quant.runtime import _native
+    from dbrx_quant.runtime.activations import activations
 
     reason = _native.why_unavailable()
     isa = _native.isa() if reason is None else None
     if isa == "unusable":
         reason = f"DBRXQ_ISA={os.environ.get('DBRXQ_ISA')} is not an instruction set of this machine"
-    return {"usable": reason is None, "isa": isa, "reason": reason}
+    return {"usable": reason is None, "isa": isa, "activations": activations(), "reason": reason}
 
 
 def _memory() -> dict[str, int | None]:
@@ -83,6 +84,13 @@ def _nvcc() -> str | None:
         return None
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=False)
     return next((line.strip() for line in done.stdout.splitlines() if "release" in line), compiler)
+
+
+def _cuda_library() -> str:
+    """Whether the CUDA kernels were built and can be loaded, or why not."""
+    from dbrx_quant.runtime import _cuda
+
+    return _cuda.why_unavailable() or "usable"
 
 
 def _gpus() -> list[dict[str, Any]]:
