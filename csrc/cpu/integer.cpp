@@ -28,10 +28,10 @@ constexpr int64_t kCachedBands = 4;  // whose codes stay in the second-level cac
 
 }  // namespace
 
-int64_t band_run(int64_t tokens, int64_t bands) {
+int64_t band_run(int64_t tokens, int64_t left) {
   if (tokens > integer_kernels().tile_tokens) return kCachedBands;
-  // Few tokens: long stretches of memory, yet a few runs for every thread to even the load out.
-  return std::clamp<int64_t>(bands / (8 * threads()), 1, 16);
+  // Few tokens: long stretches of memory at first, short ones at the end to even the load out.
+  return std::clamp<int64_t>(left / (4 * threads()), 1, 32);
 }
 
 void quantize_tile(const PackedView& view, int activation_bits, const Quantized& q, int64_t tile,
@@ -100,10 +100,13 @@ void forward_block(std::vector<Part>& parts, int activation_bits, const float* x
   std::vector<Task> tasks;
   int64_t all = 0;
   for (const Part& part : parts) all += part.view.bands();
-  const int64_t run = band_run(tokens, all);
   for (const Part& part : parts) {
     const int64_t wanted = (part.view.header->out_features + bands::kColumns - 1) / bands::kColumns;
-    for (int64_t first = 0; first < wanted; first += run) tasks.push_back({&part, first, std::min(first + run, wanted)});
+    for (int64_t first = 0, last; first < wanted; first = last) {
+      last = std::min(first + band_run(tokens, all), wanted);
+      tasks.push_back({&part, first, last});
+      all -= last - first;
+    }
   }
   parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[static_cast<size_t>(i)];

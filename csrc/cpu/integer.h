@@ -30,8 +30,8 @@ struct Quantized {
 void quantize_tile(const PackedView& view, int activation_bits, const Quantized& q, int64_t tile,
                    const float* const* rows);
 
-// Bands of one task, when `bands` bands are handed out together.
-int64_t band_run(int64_t tokens, int64_t bands);
+// Bands of the next task, when `left` bands of linears that are handed out together have no task yet.
+int64_t band_run(int64_t tokens, int64_t left);
 
 // sums [bands first..last-1][q.padded()][32], without bias.
 void multiply_bands(const PackedView& view, int activation_bits, const Quantized& q, int64_t first, int64_t last,

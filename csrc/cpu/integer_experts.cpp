@@ -79,9 +79,12 @@ std::vector<Task> list_tasks(const std::vector<Batch>& batches, Bands bands) {
   int64_t all = 0;
   for (const Batch& batch : batches) all += bands(batch);
   for (const Batch& batch : batches) {
-    const int64_t total = bands(batch), run = band_run(batch.count, all);
-    for (int64_t first = 0; first < total; first += run)
-      tasks.push_back({&batch, first, std::min(first + run, total)});
+    const int64_t total = bands(batch);
+    for (int64_t first = 0, last; first < total; first = last) {
+      last = std::min(first + band_run(batch.count, all), total);
+      tasks.push_back({&batch, first, last});
+      all -= last - first;
+    }
   }
   return tasks;
 }

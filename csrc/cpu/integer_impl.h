@@ -241,8 +241,7 @@ void quantize(const PackedView& view, int activation_bits, const float* const* r
               const ActivationTile& tile) {
   alignas(64) float x[kLongest];
   alignas(64) int32_t values[kLongest];
-  int8_t* high = reinterpret_cast<int8_t*>(tile.high);
-  int8_t* low = reinterpret_cast<int8_t*>(tile.low);
+  alignas(64) int8_t upper[kLongest], lower[kLongest];
   for (int64_t s = 0; s < view.header->segments; ++s) {
     const Segment& segment = view.segments[s];
     const int count = segment.units * layout::kUnitRows;
@@ -267,14 +266,15 @@ void quantize(const PackedView& view, int activation_bits, const float* const* r
       }
       tile.scales[s * m + t] = finite ? maximum / top : bits_to_float(0x7fc00000u);
       tile.offsets[s * m + t] = -layout::zero_point(segment.bits) * total;
-      const int64_t first = static_cast<int64_t>(segment.unit) * bands::kQuads;
+      for (int i = 0; i < count; ++i) {
+        const int32_t value = values[i], part = two ? (value + 64) >> 7 : value;
+        upper[i] = static_cast<int8_t>(part);
+        lower[i] = static_cast<int8_t>(two ? value - 128 * part : 0);
+      }
+      const int64_t first = static_cast<int64_t>(segment.unit) * bands::kQuads * m + t;
       for (int quad = 0; quad < count / 4; ++quad) {
-        const int64_t at = ((first + quad) * m + t) * 4;
-        for (int j = 0; j < 4; ++j) {
-          const int32_t value = values[4 * quad + j], upper = two ? (value + 64) >> 7 : value;
-          high[at + j] = static_cast<int8_t>(upper);
-          low[at + j] = static_cast<int8_t>(two ? value - 128 * upper : 0);
-        }
+        memcpy(tile.high + first + quad * m, upper + 4 * quad, 4);
+        memcpy(tile.low + first + quad * m, lower + 4 * quad, 4);
       }
     }
   }

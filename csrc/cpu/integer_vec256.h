@@ -7,7 +7,7 @@ namespace {
 struct Vec {
   static constexpr int lanes = 8, tokens = 2;
   static constexpr bool any_byte = false;
-  static constexpr int ahead = 4096;
+  static constexpr int ahead = 8192;
   using F = __m256;
   using I = __m256i;
   static I zero() { return _mm256_setzero_si256(); }
