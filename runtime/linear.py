@@ -16,7 +16,10 @@ _HALVES = ("q_scale_max", "bias")
 
 
 class QuantLinear(nn.Module):
-    """y = x W + bias with W kept packed; W is dequantized exactly, sums are in fp32, y has x's dtype.
+    """y = x W + bias with W kept packed; sums are in fp32, y has x's dtype.
+
+    On the CPU `runtime/activations.py` says how exactly: by default a repacked copy of W, made at the first
+    call, meets activations rounded to integers.
 
     Built from sizes alone, so that it can live on the meta device until a loader assigns its buffers:
     q_weight int32 [R, N], q_scale int32 [G, N/8], q_scale_max fp16 [G], q_groups int16 [2 G],
@@ -84,14 +87,15 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs [..., out_features] of x [..., in_features]."""
+        stored = self._buffers  # not by attribute: six look-ups through the module cost as much as the kernel
         y: Tensor = linear_op(
             x,
-            self.q_weight,
-            self.q_scale,
-            self.q_scale_max,
-            self.q_groups,
-            self.q_invperm,
-            self.bias,
+            stored["q_weight"],
+            stored["q_scale"],
+            stored["q_scale_max"],
+            stored["q_groups"],
+            stored["q_invperm"],
+            stored["bias"],
             self.out_features,
         )
         return y

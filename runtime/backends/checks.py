@@ -76,12 +76,17 @@ def stored_linear(
 
 def linear_call(x: Tensor, tensors: Sequence[Tensor | None], out_features: int) -> None:
     """Check the arguments of `linear`."""
-    _require_floats("linear: x", x)
-    if x.dim() < 1:
-        raise ValueError("linear: x is a scalar, expected [..., K]")
     stored_linear("linear", tensors, out_features, x.device)
     q_invperm = tensors[4]
     assert q_invperm is not None
+    linear_input(x, q_invperm)
+
+
+def linear_input(x: Tensor, q_invperm: Tensor) -> None:
+    """Check the input of `linear` against a linear that is checked already."""
+    _require_floats("linear: x", x)
+    if x.dim() < 1:
+        raise ValueError("linear: x is a scalar, expected [..., K]")
     k, found = q_invperm.shape[0], x.shape[-1]
     require(found == k, lambda: f"linear: x has {found} channels, the weight {k}")
 

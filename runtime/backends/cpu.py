@@ -1,6 +1,7 @@
 """Every op through the native CPU library; falls back to `reference`, with one warning, where it is missing.
 
-`ops.py` has checked shapes and dtypes; here pointers are collected, numbers converted to fp32 and back.
+`ops.py` has checked shapes and dtypes (`linear` checks for itself); here pointers are collected and numbers
+converted to fp32 and back.
 `runtime/activations.py` chooses between the kernels: integers over repacked linears, or floats over the
 stored ones.
 """
@@ -40,7 +41,8 @@ def _native_ready() -> bool:
 
 
 def _floats(x: Tensor) -> Tensor:
-    return x.to(torch.float32).contiguous()
+    x = x if x.dtype is torch.float32 else x.to(torch.float32)
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def describe_linear(
@@ -97,29 +99,37 @@ def linear(
     bias: Tensor | None,
     out_features: int,
 ) -> Tensor:
-    """The product [..., out_features] of x [..., K] and the weight, plus bias, in x's dtype."""
-    if not _native_ready():
-        return reference.linear(x, q_weight, q_scale, q_scale_max, q_groups, q_invperm, bias, out_features)
+    """The product [..., out_features] of x [..., K] and the weight, plus bias, in x's dtype; checks them."""
     stored = (q_weight, q_scale, q_scale_max, q_groups, q_invperm)
+    mode = activations()
+
+    def describe() -> list[_native.Linear]:  # the first time only: repacked linears have been checked
+        checks.stored_linear("linear", (*stored, bias), out_features, x.device)
+        return [describe_linear(*stored, bias, out_features)]
+
+    fast = None
+    if mode != "float" and _native_ready():
+        fast = repacked(stored if bias is None else (*stored, bias), (out_features,), describe)
+    if fast is None:
+        checks.linear_call(x, (*stored, bias), out_features)
+        if not _native_ready():
+            return reference.linear(x, *stored, bias, out_features)
+    else:
+        checks.linear_input(x, q_invperm)
     inputs = _floats(x)
     y = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32)
     tokens = y.numel() // out_features
-    mode = activations()
-    if mode != "float":
-        tensors = stored if bias is None else (*stored, bias)
-        fast = repacked(tensors, (out_features,), lambda: [describe_linear(*stored, bias, out_features)])
-        if fast is not None:
-            status = _native.library().dbrxq_packed_linear(
-                fast.pointers, 1, _ACTIVATION_BITS[mode], inputs.data_ptr(), tokens, y.data_ptr()
-            )
-            _native.check(status, "linear")
-            return y.to(x.dtype)
-    struct = describe_linear(*stored, bias, out_features)
-    status = _native.library().dbrxq_linear_forward(
-        ctypes.byref(struct), inputs.data_ptr(), tokens, y.data_ptr()
-    )
+    if fast is not None:
+        status = _native.library().dbrxq_packed_linear(
+            fast.pointers, 1, _ACTIVATION_BITS[mode], inputs.data_ptr(), tokens, y.data_ptr()
+        )
+    else:
+        struct = describe_linear(*stored, bias, out_features)
+        status = _native.library().dbrxq_linear_forward(
+            ctypes.byref(struct), inputs.data_ptr(), tokens, y.data_ptr()
+        )
     _native.check(status, "linear")
-    return y.to(x.dtype)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 def _table(tensors: Sequence[Tensor], widths: Sequence[int]) -> Any:
