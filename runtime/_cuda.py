@@ -5,7 +5,6 @@ below lists them in the order of that header. It loads on machines without a GPU
 """
 
 import ctypes
-import importlib.resources
 import threading
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from dbrx_quant.runtime._native import ABI_VERSION
+from dbrx_quant.runtime._shared_library import find_library, load_library
 
 LIBRARY_NAME = "libdbrxq_cuda.so"
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -81,38 +81,14 @@ _library: ctypes.CDLL | None = None
 _failure: str | None = None
 
 
-def _find() -> Path:
-    root = importlib.resources.files("dbrx_quant.runtime")  # several folders in an editable install
-    candidate = root.joinpath(LIBRARY_NAME)
-    if candidate.is_file():
-        return Path(str(candidate))
-    raise RuntimeError(
-        f"{LIBRARY_NAME} is not beside dbrx_quant.runtime ({root}); install again with a CUDA compiler (nvcc)"
-    )
-
-
 def load(path: Path) -> ctypes.CDLL:
     """The library at `path`, typed.
 
     Raises:
         RuntimeError: it does not load, is another library, or has another ABI version.
     """
-    try:
-        handle = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise RuntimeError(f"{path} does not load: {error}") from error
-    try:
-        found = int(handle.dbrxq_cuda_abi_version())
-    except AttributeError as error:
-        raise RuntimeError(f"{path} is not dbrx-quant's CUDA library: {error}") from error
-    if found != ABI_VERSION:
-        raise RuntimeError(
-            f"{path} has ABI version {found}, this package needs {ABI_VERSION}; install the package again"
-        )
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(handle, name)
-        function.restype, function.argtypes = result, arguments
-    return handle
+    what = "dbrx-quant's CUDA library"
+    return load_library(path, what, "dbrxq_cuda_abi_version", ABI_VERSION, _SIGNATURES)
 
 
 def library() -> ctypes.CDLL:
@@ -128,7 +104,7 @@ def library() -> ctypes.CDLL:
                 raise RuntimeError(_failure)
             if _library is None:
                 try:
-                    _library = load(_find())
+                    _library = load(find_library(LIBRARY_NAME, "a CUDA compiler (nvcc)"))
                 except RuntimeError as error:
                     _failure = str(error)
                     raise

@@ -5,7 +5,6 @@ The library follows `torch.get_num_threads()`: `library()` passes the number on 
 """
 
 import ctypes
-import importlib.resources
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dbrx_quant.runtime._shared_library import find_library, load_library
 
 ABI_VERSION = 2
 LIBRARY_NAME = "libdbrxq_cpu.so"
@@ -74,33 +75,11 @@ _threads_fixed = False
 
 
 def _find() -> Path:
-    root = importlib.resources.files("dbrx_quant.runtime")  # several folders in an editable install
-    candidate = root.joinpath(LIBRARY_NAME)
-    if candidate.is_file():
-        return Path(str(candidate))
-    raise RuntimeError(
-        f"{LIBRARY_NAME} is not beside dbrx_quant.runtime ({root}); install again with a C++ compiler"
-    )
+    return find_library(LIBRARY_NAME, "a C++ compiler")
 
 
 def _load() -> ctypes.CDLL:
-    path = _find()
-    try:
-        handle = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise RuntimeError(f"{path} does not load: {error}") from error
-    try:
-        found = int(handle.dbrxq_abi_version())
-    except AttributeError as error:
-        raise RuntimeError(f"{path} is not a dbrx-quant library: {error}") from error
-    if found != ABI_VERSION:
-        raise RuntimeError(
-            f"{path} has ABI version {found}, this package needs {ABI_VERSION}; install the package again"
-        )
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(handle, name)
-        function.restype, function.argtypes = result, arguments
-    return handle
+    return load_library(_find(), "a dbrx-quant library", "dbrxq_abi_version", ABI_VERSION, _SIGNATURES)
 
 
 def library() -> ctypes.CDLL:
