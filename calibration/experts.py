@@ -47,12 +47,17 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return lambda x: function(x)
 
 
+def expert_inner(x: Tensor, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """act(gate x) * up x, the input of an expert's down projection, for tokens [T, D] and weights [N, K]."""
+    return act(x @ gate.T) * (x @ up.T)
+
+
 def expert_output(
     x: Tensor, weights: tuple[Tensor, Tensor, Tensor], act: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """down(act(gate x) * up x) for tokens [T, D] and weights [N, K] of gate, up and down."""
     gate, up, down = weights
-    return (act(x @ gate.T) * (x @ up.T)) @ down.T
+    return expert_inner(x, gate, up, act) @ down.T
 
 
 def coverage(routing: Routing, experts: int) -> list[dict[str, float]]:

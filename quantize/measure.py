@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.experts import activation, coverage, expert_output, tokens_of
+from dbrx_quant.calibration.experts import activation, coverage, expert_inner, expert_output, tokens_of
 from dbrx_quant.calibration.fisher import GradientSum, head_gradients
 from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments, hessian
 from dbrx_quant.calibration.states import new_states, open_states
@@ -340,7 +340,7 @@ def _backward_experts(
             assert inner.prior is not None
             other = x[tokens.others[part]]
             inputs.prior.add(other)
-            inner.prior.add(act(other @ gate.T) * (other @ up.T))
+            inner.prior.add(expert_inner(other, gate, up, act))
         _measure_linears(job, list(linears[:2]), inputs, sums, dense, chosen)
         _measure_linears(job, list(linears[2:]), inner, sums, dense, chosen)
         job.progress.step(f"block {live.spec.index}, expert {expert}")

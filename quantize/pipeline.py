@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dbrx_quant.calibration.experts import activation, tokens_of
+from dbrx_quant.calibration.experts import activation, expert_inner, expert_output, tokens_of
 from dbrx_quant.calibration.hessian import Moments, Shrinkage, SplitMoments, hessian
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
@@ -159,23 +159,18 @@ def _quantize_experts(
                 inner = SplitMoments.zero(down.shape[0], prior=True)
                 for part in spans(len(tokens.index), EXPERT_TOKENS):
                     at = tokens.index[part]
-                    inner.add(_inner(x[at], weights, act), rows[at], square[part])
+                    inner.add(expert_inner(x[at], *weights, act), rows[at], square[part])
                 for part in spans(len(tokens.others), EXPERT_TOKENS):
-                    _prior(inner).add(_inner(x[tokens.others[part]], weights, act))
+                    _prior(inner).add(expert_inner(x[tokens.others[part]], *weights, act))
                 dense = {down.name: job.model.dense(down)}
                 _solve(job, [down], inner.joined(), inner.prior, dense)
             last = finished_weight(job, down)
             for part in spans(len(tokens.index), EXPERT_TOKENS):
                 at = tokens.index[part]
-                flat[at] += tokens.weight[part, None] * (_inner(x[at], weights, act) @ last.T)
+                flat[at] += tokens.weight[part, None] * expert_output(x[at], (*weights, last), act)
             for spec in (gate, up, down):
                 job.progress.step(spec.name)
     x_path.unlink()
-
-
-def _inner(x: Tensor, weights: tuple[Tensor, Tensor], act: Any) -> Tensor:
-    result: Tensor = act(x @ weights[0].T) * (x @ weights[1].T)
-    return result
 
 
 def _prior(moments: SplitMoments) -> Moments:
