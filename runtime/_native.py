@@ -8,7 +8,7 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from dbrx_quant.runtime._shared_library import find_library, load_library
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY_NAME = "libdbrxq_cpu.so"
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
@@ -38,6 +38,48 @@ class Linear(Structure):
         ("word_rows", c_int64),
         ("groups", c_int64),
         ("out_features", c_int64),
+    )
+
+
+class DecoderLayer(Structure):
+    """`dbrxq_decoder_layer`: pointers to the weights of one layer."""
+
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("qkv", c_void_p * 3),
+        ("output", c_void_p),
+        ("mlp", c_void_p * 3),
+        ("router", c_void_p),
+        ("experts", c_void_p),
+        ("expert_count", c_int64),
+        ("active", c_int64),
+        ("expert_norm", c_float),
+        ("reserved", c_int32),
+    )
+
+
+class Decoder(Structure):
+    """`dbrxq_decoder`: the layers of a model, and what they share."""
+
+    _fields_ = (
+        ("layers", POINTER(DecoderLayer)),
+        ("final_norm", c_void_p),
+        ("layer_count", c_int64),
+        ("hidden", c_int64),
+        ("heads", c_int64),
+        ("key_heads", c_int64),
+        ("head_dim", c_int64),
+        ("scale", c_float),
+        ("clip", c_float),
+        ("eps", c_float),
+        ("layer_norm", c_int32),
+        ("activation", c_int32),
+        ("dtype", c_int32),
+        ("activation_bits", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -65,6 +107,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int,
         [c_void_p, c_int64, c_int] + [c_void_p] * 3 + [c_int64] * 3 + [c_int, c_void_p],
     ),
+    "dbrxq_decode": (c_int, [POINTER(Decoder), c_void_p] + [c_int64] * 3 + [c_void_p] * 4),
 }
 
 _lock = threading.Lock()

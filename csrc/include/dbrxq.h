@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 // Version of this interface; the Python side refuses a library that reports another one.
-#define DBRXQ_ABI_VERSION 2
+#define DBRXQ_ABI_VERSION 3
 DBRXQ_API int dbrxq_abi_version(void);
 
 // Threads that the kernels may use, all callers together; by default all hardware threads.
@@ -110,6 +110,61 @@ DBRXQ_API int dbrxq_read_memory(const void* data, int64_t bytes, uint64_t* sum);
 DBRXQ_API int dbrxq_packed_experts(const void* const* packed, int64_t experts, int activation_bits, const float* x,
                                    const int64_t* top_k_index, const float* top_k_weights, int64_t tokens,
                                    int64_t hidden, int64_t active, int activation, float* y);
+
+// ---------------------------------------------------------------------------------------------------------------
+// Decoder (decoder.cpp; oracle: the layers of transformers): all layers of a model for a few new tokens of each of B
+// sequences of equal length, in one call, between the embedding and the head. Activations and sums are fp32 throughout.
+// Axes: B sequences, T new tokens of each, D hidden, H query heads, J key heads, E experts.
+
+// One layer:  x += output(attention(qkv(norm(x)))),  x += mlp(norm(x)). Weights that are not repacked linears are of the
+// decoder's dtype.
+typedef struct dbrxq_decoder_layer {
+  const void* attention_norm;  // [D]
+  const void* mlp_norm;        // [D]
+  const void* query_norm;      // [head_dim], of each head, before the rotation; or null
+  const void* key_norm;        // likewise
+  const void* qkv[3];          // repacked: D -> H * head_dim, and twice D -> J * head_dim
+  const void* output;          // repacked: H * head_dim -> D
+  const void* mlp[3];          // repacked gate, up and down; null where there are experts
+  const void* router;          // [E, D]
+  const void* const* experts;  // as dbrxq_packed_experts takes them; null where there are none
+  int64_t expert_count;        // E
+  int64_t active;              // experts of a token
+  float expert_norm;           // the weights of a token's experts are divided by their p-norm of this p; 0: they are not
+  int32_t reserved;
+} dbrxq_decoder_layer;
+
+typedef struct dbrxq_decoder {
+  const dbrxq_decoder_layer* layers;
+  const void* final_norm;  // [D]
+  int64_t layer_count;
+  int64_t hidden;
+  int64_t heads;
+  int64_t key_heads;  // a divisor of heads
+  int64_t head_dim;   // a multiple of 16, up to 1024
+  float scale;        // of the attention scores
+  float clip;         // queries, keys and values are cut to -clip..clip first; infinity for none
+  float eps;          // of all norms
+  int32_t layer_norm; // LayerNorm instead of RMSNorm
+  int32_t activation; // DBRXQ_SILU ..
+  int32_t dtype;      // DBRXQ_FLOAT16 ..: of norms, routers, keys and values
+  int32_t activation_bits;  // of linears, 8 or 16
+  int32_t reserved;
+} dbrxq_decoder;
+
+// Keys and values of one layer, each [B, J, capacity, head_dim] of the decoder's dtype.
+typedef struct dbrxq_decoder_cache {
+  void* keys;
+  void* values;
+  int64_t capacity;  // at least past + T
+} dbrxq_decoder_cache;
+
+// y [B, T, D], normed at the end, from x [B, T, D], the new tokens' embeddings. The cache, one a layer, holds `past`
+// positions of every sequence and gets T more; cosines and sines [T, head_dim] are those of the new positions, each
+// half of them alike. Results do not depend on the number of threads.
+DBRXQ_API int dbrxq_decode(const dbrxq_decoder* decoder, const dbrxq_decoder_cache* cache, int64_t sequences,
+                           int64_t tokens, int64_t past, const float* cosines, const float* sines, const float* x,
+                           float* y);
 
 // ---------------------------------------------------------------------------------------------------------------
 // Solver (solver.cpp; oracles: backend="torch" of quantize/grid.py and quantize/ldlq.py, which give the same bits).
