@@ -82,7 +82,7 @@ class QuantExperts(nn.Module):
         assert isinstance(found, QuantLinear)
         return found
 
-    def _stored(self, key: str) -> list[Tensor]:
+    def stored(self, key: str) -> list[Tensor]:
         """The five tensors of `key` of every expert, expert after expert."""
         tensors: list[Tensor] = []
         for expert in self._modules.values():
@@ -104,7 +104,7 @@ class QuantExperts(nn.Module):
             top_k_index: [T, A] int64; the value E means "no expert" and adds nothing.
             top_k_weights: [T, A].
         """
-        gate, up, down = (self._stored(key) for key in self.keys)
+        gate, up, down = (self.stored(key) for key in self.keys)
         states = hidden_states.reshape(-1, hidden_states.shape[-1])
         y: Tensor = experts_op(states, top_k_index, top_k_weights, gate, up, down, self.activation)
         return y.view(hidden_states.shape)

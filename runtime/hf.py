@@ -114,6 +114,8 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return [self._keys]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from dbrx_quant.runtime.native_step import install_native_step
+
         missed = sorted(set(self._keys.saving.values()) - self._keys.renamed)
         if missed:
             raise CheckpointError(
@@ -121,6 +123,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "first, and would run with random weights; use dbrx_quant.runtime.load_model"
             )
         model.requires_grad_(False)  # else torch.compile traces a backward pass, which there isn't
+        install_native_step(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -100,6 +100,10 @@ class QuantLinear(nn.Module):
         )
         return y
 
+    def stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The five tensors of the weight."""
+        return self.q_weight, self.q_scale, self.q_scale_max, self.q_groups, self.q_invperm
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, keyed by suffix."""
         return dict(self.named_buffers(recurse=False))

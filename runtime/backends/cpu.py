@@ -22,7 +22,7 @@ from dbrx_quant.runtime.backends.repacked import Repacked, repacked
 
 _logger = logging.getLogger(__name__)
 
-_ACTIVATION_BITS = {"int8": 8, "int16": 16}
+ACTIVATION_BITS = {"int8": 8, "int16": 16}
 _EXPERTS_CACHE_LIMIT = 512  # blocks whose pointer tables are kept
 _experts_cache: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
@@ -89,6 +89,18 @@ def dequantize(
     return weight
 
 
+def repacked_linear(
+    stored: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], bias: Tensor | None, out_features: int
+) -> Repacked | None:
+    """The repacked form of a linear, whose tensors are checked when it is made."""
+
+    def describe() -> list[_native.Linear]:
+        checks.stored_linear("linear", (*stored, bias), out_features, torch.device("cpu"))
+        return [describe_linear(*stored, bias, out_features)]
+
+    return repacked(stored if bias is None else (*stored, bias), (out_features,), describe)
+
+
 def linear(
     x: Tensor,
     q_weight: Tensor,
@@ -102,14 +114,9 @@ def linear(
     """The product [..., out_features] of x [..., K] and the weight, plus bias, in x's dtype; checks them."""
     stored = (q_weight, q_scale, q_scale_max, q_groups, q_invperm)
     mode = activations()
-
-    def describe() -> list[_native.Linear]:  # the first time only: repacked linears have been checked
-        checks.stored_linear("linear", (*stored, bias), out_features, x.device)
-        return [describe_linear(*stored, bias, out_features)]
-
     fast = None
     if mode != "float" and _native_ready():
-        fast = repacked(stored if bias is None else (*stored, bias), (out_features,), describe)
+        fast = repacked_linear(stored, bias, out_features)
     if fast is None:
         checks.linear_call(x, (*stored, bias), out_features)
         if not _native_ready():
@@ -121,7 +128,7 @@ def linear(
     tokens = y.numel() // out_features
     if fast is not None:
         status = _native.library().dbrxq_packed_linear(
-            fast.pointers, 1, _ACTIVATION_BITS[mode], inputs.data_ptr(), tokens, y.data_ptr()
+            fast.pointers, 1, ACTIVATION_BITS[mode], inputs.data_ptr(), tokens, y.data_ptr()
         )
     else:
         struct = describe_linear(*stored, bias, out_features)
@@ -164,7 +171,7 @@ def _expert_tables(
     return tables
 
 
-def _repacked_experts(
+def repacked_experts(
     gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor], x: Tensor
 ) -> Repacked | None:
     """The repacked linears of all experts: every gate, then every up, then every down."""
@@ -193,12 +200,12 @@ def experts(
     index = top_k_index.to(torch.int64).contiguous()
     y = torch.empty(tokens, hidden, dtype=torch.float32)
     mode = activations()
-    fast = None if mode == "float" else _repacked_experts(gate, up, down, x)
+    fast = None if mode == "float" else repacked_experts(gate, up, down, x)
     if fast is not None:
         status = _native.library().dbrxq_packed_experts(
             fast.pointers,
             len(gate) // 5,
-            _ACTIVATION_BITS[mode],
+            ACTIVATION_BITS[mode],
             inputs.data_ptr(),
             index.data_ptr(),
             weights.data_ptr(),

@@ -1,0 +1,55 @@
+"""Whether a model is still what it was: its modules, its tensors and their contents, its hooks."""
+
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_
+
+from torch import Tensor, nn
+
+_version = attrgetter("_version")
+
+
+class Snapshot:
+    """What a model consists of, so that a later look tells whether anything was replaced, changed or hooked.
+
+    The look costs 0.1 ms for 200 linears, so it loops in C, and leaves out tables that were empty: the
+    classes that run natively read no entry that wasn't there.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        tables = [t for m in modules for t in (m._modules, m._parameters, m._buffers) if t]
+        self._contents = [table.values() for table in tables]
+        self._objects = list(chain.from_iterable(self._contents))
+        self._tensors = [thing for thing in self._objects if isinstance(thing, Tensor)]
+        self._hooks = [t for m in modules for t in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
+        self._attributes = [module.__dict__ for module in modules if module is not model]
+        self._versions = self._count()
+
+    def _count(self) -> int:
+        try:
+            return sum(map(_version, self._tensors))
+        except RuntimeError:  # tensors made in inference mode count no versions
+            return 0
+
+    def holds(self) -> bool:
+        """Whether modules and tensors are still those that were there, unchanged."""
+        return (
+            sum(map(len, self._contents)) == len(self._objects)
+            and all(map(is_, chain.from_iterable(self._contents), self._objects))
+            and self._count() == self._versions
+        )
+
+    def is_watched(self) -> bool:
+        """Whether a module has a hook, or a forward of its own, that would miss a step."""
+        if any(map(contains, self._attributes, repeat("forward"))):
+            return True
+        if not any(self._hooks):
+            return False
+        # transformers leaves its hooks that record outputs where they are; idle unless a call asks for them
+        hooks = chain.from_iterable(table.values() for table in self._hooks)
+        return any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks)
+
+    def all_on_cpu(self) -> bool:
+        """Whether every tensor is on the CPU."""
+        return all(tensor.device.type == "cpu" for tensor in self._tensors)
