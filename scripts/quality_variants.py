@@ -1,0 +1,301 @@
+"""What the quality benchmark varies: every study is a list of variants, each with one thing changed.
+
+A variant is data: the allocation that chooses its group maps, fields of `QuantizeJob`, and names of the
+package that are replaced while it is measured or quantized. To add one, write it into STUDIES.
+"""
+
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dbrx_quant.calibration.hessian import Moments, Shrinkage, SplitMoments
+from dbrx_quant.quantize.allocate import HEAD, Option, Strategy, allocate, head_option, spend, weights_of
+from dbrx_quant.quantize.curve import choose_shrinkage
+from dbrx_quant.quantize.grid import inverse_scale, round_half, scale_table, search_group
+from dbrx_quant.quantize.ldlq import Factor, SolvedLinear
+from dbrx_quant.quantize.recipe import GROUP_ROWS, lower_hull
+from dbrx_quant.runtime.format import WIDTHS, GroupMap, uniform_groups
+
+Measurement = Mapping[str, Any]
+Allocation = Callable[
+    [Measurement, float, int], Strategy
+]  # measurement, target in bits per weight, head bits
+Scales = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]  # targets, bits, pivots → maximum, codes [N]
+
+LENGTH = 256  # tokens of a row made from --calibration-text
+MEASURE, CURVE, PIPELINE = (f"dbrx_quant.quantize.{name}" for name in ("measure", "curve", "pipeline"))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a measurement is made with; variants of one setting share it.
+
+    Attributes:
+        name: of its file.
+        patches: full name → what stands there instead, while measuring and while quantizing.
+        tokens: how many of --calibration-text; None: the file of --calibration.
+    """
+
+    name: str = "standard"
+    patches: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to quantize.
+
+    Attributes:
+        name: as in the tables; equal names are the same variant.
+        setting: of its measurement.
+        allocation: chooses the group maps.
+        patches: full name → what stands there instead, while quantizing only.
+        job: fields of QuantizeJob.
+    """
+
+    name: str
+    setting: Setting = field(default_factory=Setting)
+    allocation: Allocation = allocate
+    patches: Mapping[str, Any] = field(default_factory=dict)
+    job: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Scales
+
+
+def exllamav2_scales(x: Tensor, bits: int, pivots: Tensor) -> tuple[Tensor, Tensor]:
+    """exllamav2's rule: one clip factor for the whole group, chosen by the unweighted sum of |error|^3.5.
+
+    Args:
+        x: [rows, N] float32, targets of one group.
+        bits: width of the codes.
+        pivots: [rows], which this rule does not look at.
+
+    Returns:
+        scale_max (float16 scalar) and scale_codes [N] uint8.
+
+    A column's scale is its largest magnitude, set half a step inside the codes' range and rounded to the
+    nearest of the sixteen scales below the largest column's; the factor then moves all of them together.
+    """
+    half_range = 1 << (bits - 1)
+    base = (x.abs().amax(0) + 1e-12) / (half_range - 0.5)  # [N]
+    largest = base.max()
+    steps = (16 * (base / largest).sqrt()).round().clamp(1, 16)
+    scale = (steps / 16).square() * largest
+    factors = torch.linspace(0.7, 1.2, 97)
+    errors = []
+    for factor in factors:
+        candidate = scale * factor
+        miss = (x / candidate).round().clamp(-half_range, half_range - 1).mul_(candidate).sub_(x).abs_()
+        errors.append((miss.sqrt() * miss * miss * miss).sum())
+    best = factors[torch.stack(errors).argmin()]
+    return (largest * best).half(), (steps - 1).to(torch.uint8)
+
+
+def column_scales(x: Tensor, bits: int, pivots: Tensor) -> tuple[Tensor, Tensor]:
+    """Our search (`grid.search_group`), without what follows it in `quantize_matrix`."""
+    return search_group(x, bits, pivots)[:2]
+
+
+def one_sweep(scales: Scales) -> Callable[..., SolvedLinear]:
+    """A `quantize_matrix` that takes the scales of a rule and rounds each row once, to the nearest code."""
+
+    def solve(weight: Tensor, factor: Factor, groups: GroupMap, *_: Any, **__: Any) -> SolvedLinear:
+        weight = weight.float()
+        k, n = weight.shape
+        upper, pivots = factor.unit_upper, factor.pivots
+        errors, values = torch.zeros(k, n), torch.empty(k, n)
+        codes, loss = torch.empty(k, n, dtype=torch.uint8), torch.zeros(n, dtype=torch.float64)
+        maxima, scale_codes, end = [], [], 0
+        for group in groups:
+            start, end, half_range = end, end + group.rows, 1 << (group.bits - 1)
+            targets = weight[start:end] + upper[:start, start:end].T @ errors[:start]
+            maximum, chosen = scales(targets, group.bits, pivots[start:end].contiguous())
+            scale = scale_table(maximum).float()[chosen.long()]
+            inverse = inverse_scale(scale)
+            for row, target in zip(range(start, end), targets, strict=True):
+                code = (target * inverse).round().clamp(-half_range, half_range - 1)
+                values[row], codes[row] = round_half(code * scale), (code + half_range).to(torch.uint8)
+                errors[row] = weight[row] - values[row]
+                loss += (pivots[row] * (target - values[row]).square()).double()
+                targets[row - start + 1 :] += upper[row, row + 1 : end, None] * errors[row]
+            maxima.append(maximum)
+            scale_codes.append(chosen)
+        return SolvedLinear(codes, torch.stack(scale_codes), torch.stack(maxima), values.half(), loss)
+
+    return solve
+
+
+# Allocation
+
+
+def block_of(name: str) -> int:
+    """The block that a linear belongs to: the first number in its name."""
+    found = re.search(r"\.(\d+)\.", name)
+    if found is None:
+        raise ValueError(f"{name}: no number of a block in the name")
+    return int(found[1])
+
+
+def shared_by(key: Callable[[str, Mapping[str, Any]], Hashable]) -> Allocation:
+    """An allocation in which all linears of equal key(name, entry) get the same bits per weight.
+
+    Each takes its own best option of at most that many; groups of linears share the budget as single ones do
+    in `allocate`, by their summed curves. What is left over then raises one group after the other.
+    """
+
+    def strategy(measurement: Measurement, target: float, head_bits: int) -> Strategy:
+        linears, weights = measurement["linears"], weights_of(measurement["linears"])
+        groups: dict[Hashable, list[str]] = {}
+        for name, entry in linears.items():
+            if name != HEAD:
+                groups.setdefault(key(name, entry), []).append(name)
+        ladders = [_ladder([linears[name] for name in names]) for names in groups.values()]
+        curves: list[list[Option]] = []
+        for bits, errors, _ in ladders:
+            points = list(zip(bits.tolist(), errors.tolist(), strict=True))
+            curves.append([(*points[level], str(level)) for level in lower_hull(points)])
+        budget = int(target * weights)
+        levels = [int(curve[i][2]) for curve, i in zip(curves, spend(curves, budget), strict=True)]
+        left = budget - sum(int(bits[level]) for (bits, _, _), level in zip(ladders, levels, strict=True))
+        choices: dict[str, Option] = {}
+        for names, (bits, errors, options), level in zip(groups.values(), ladders, levels, strict=True):
+            fitting = (bits <= bits[level] + left) & (errors < errors[level])
+            raised = int(fitting.nonzero()[0][-1]) if fitting.any() else level
+            left -= int(bits[raised] - bits[level])
+            for name, option in zip(names, options[:, raised].tolist(), strict=True):
+                choices[name] = _option(linears[name]["options"][option])
+        return _strategy(measurement, target, head_bits, choices)
+
+    return strategy
+
+
+def _ladder(entries: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Linears that share their bits per weight, at every level that changes one of them.
+
+    Returns:
+        [levels] total bits, rising; [levels] total error; [linears, levels] the option of each.
+    """
+    widths = [np.array([o[0] for o in e["options"]]) / np.prod(e["shape"]) for e in entries]
+    levels = np.unique(np.concatenate(widths))
+    options = np.stack([np.searchsorted(w, levels, "right").clip(1) - 1 for w in widths])
+    bits, errors = np.zeros(len(levels), np.int64), np.zeros(len(levels))
+    for entry, chosen in zip(entries, options, strict=True):
+        bits += np.array([o[0] for o in entry["options"]], np.int64)[chosen]
+        errors += np.array([o[1] for o in entry["options"]])[chosen]
+    return bits, errors, options
+
+
+def relative_errors(measurement: Measurement, target: float, head_bits: int) -> Strategy:
+    """The least sum of errors relative to each linear's own output, whatever they cost the model."""
+    linears = measurement["linears"]
+    relative = {}
+    for name, entry in linears.items():
+        energy = entry["energy"] or 1.0
+        options = [[bits, error / energy, groups] for bits, error, groups in entry["options"]]
+        relative[name] = {**entry, "options": options}
+    chosen = allocate({"linears": relative}, target, head_bits).choices
+    choices = {}
+    for name, (_, _, groups) in chosen.items():
+        choices[name] = next(_option(o) for o in linears[name]["options"] if o[2] == groups)
+    return _strategy(measurement, target, head_bits, choices)
+
+
+def _option(stored: Sequence[Any]) -> Option:
+    bits, error, groups = stored
+    return int(bits), float(error), str(groups)
+
+
+def _strategy(
+    measurement: Measurement, target: float, head_bits: int, choices: Mapping[str, Option]
+) -> Strategy:
+    linears = measurement["linears"]
+    decoder = {name: option for name, option in choices.items() if name != HEAD}
+    bits = sum(option[0] for option in decoder.values())
+    if HEAD in linears:
+        decoder[HEAD] = head_option(linears[HEAD], head_bits)
+    error = sum(option[1] for option in decoder.values())
+    return Strategy(target, bits / weights_of(linears), error, decoder)
+
+
+def one_width(tables: Mapping[int, np.ndarray], n: int, prices: np.ndarray) -> list[GroupMap]:
+    """In place of `water_fill`: all rows of a matrix at one width, in groups of one size."""
+    k = 32 * tables[32].shape[1]
+    return [uniform_groups(k, bits, rows) for bits in WIDTHS for rows in GROUP_ROWS if rows in tables]
+
+
+# Hessians
+
+
+def no_prior(weight: Tensor, moments: SplitMoments) -> Shrinkage:
+    """Damping by held-out tokens; experts rely on their own tokens alone."""
+    return replace(choose_shrinkage(weight, SplitMoments(moments.fit, moments.held)), prior=0.0)
+
+
+def all_tokens(weight: Tensor, moments: SplitMoments) -> Shrinkage:
+    """Damping by held-out tokens; those of the others count for an expert as much as its own."""
+    others = moments.prior.tokens if moments.prior else 0
+    return replace(choose_shrinkage(weight, moments), prior=others / weight.shape[1])
+
+
+def white(moments: Moments, prior: Moments | None, shrinkage: Shrinkage) -> Tensor:
+    """A Hessian that knows nothing but the inputs' mean power, and that only for the allocation."""
+    return torch.eye(len(moments.matrix)) * float(moments.matrix.diagonal().mean()) / (moments.weight or 1.0)
+
+
+OURS = Variant("ours")
+
+
+def _damping(value: float) -> Variant:
+    return Variant(
+        f"damping {value} everywhere", Setting(f"damping-{value}", {f"{CURVE}.DAMPINGS": (value,)})
+    )
+
+
+def _shrinkage(name: str, rule: Callable[[Tensor, SplitMoments], Shrinkage]) -> Variant:
+    return Variant(name, Setting(name.replace(" ", "-"), {f"{MEASURE}.choose_shrinkage": rule}))
+
+
+def _tokens(count: int) -> Variant:
+    return Variant(f"{count // 1024}k tokens", Setting(f"{count // 1024}k-tokens", tokens=count))
+
+
+_WHITE = {
+    f"{MEASURE}.choose_shrinkage": lambda weight, moments: Shrinkage(0.0),
+    f"{MEASURE}.hessian": white,
+    f"{PIPELINE}.hessian": white,
+}
+
+STUDIES: Mapping[str, Sequence[Variant]] = {
+    "sizes": [OURS],
+    "scales": [
+        Variant("exllamav2's scales", patches={f"{PIPELINE}.quantize_matrix": one_sweep(exllamav2_scales)}),
+        Variant("search per column", patches={f"{PIPELINE}.quantize_matrix": one_sweep(column_scales)}),
+        OURS,
+    ],
+    "allocation": [
+        Variant("uniform", allocation=shared_by(lambda name, entry: 0)),
+        Variant("one width per matrix", Setting("one-width", {f"{CURVE}.water_fill": one_width})),
+        Variant("per role", allocation=shared_by(lambda name, entry: entry["role"])),
+        Variant("per block", allocation=shared_by(lambda name, entry: block_of(name))),
+        Variant(
+            "per block and role", allocation=shared_by(lambda name, entry: (block_of(name), entry["role"]))
+        ),
+        Variant("by relative error", allocation=relative_errors),
+        OURS,
+    ],
+    "hessian": [
+        Variant("no calibration", Setting("white", _WHITE)),
+        _damping(0.12),
+        _damping(0.03),
+        _shrinkage("no prior", no_prior),
+        _shrinkage("all tokens for every expert", all_tokens),
+        OURS,
+    ],
+    "calibration": [_tokens(8 * 1024), _tokens(32 * 1024), _tokens(128 * 1024)],
+}
