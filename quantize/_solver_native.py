@@ -15,7 +15,7 @@ from dbrx_quant.runtime import _native
 _ARGTYPES = {
     "dbrxq_search_group": [c_void_p, c_int64, c_int64, c_int, *[c_void_p] * 5],
     "dbrxq_error_table": [c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int64, c_int64, c_void_p],
-    "dbrxq_solve_block": [c_void_p, c_int64, c_int64, *[c_void_p] * 5, c_int64, *[c_void_p] * 6],
+    "dbrxq_solve_block": [c_void_p, c_int64, c_int64, *[c_void_p] * 5, c_int64, c_int, *[c_void_p] * 6],
 }
 
 
@@ -92,6 +92,7 @@ def solve_block(
     column_weights: Tensor | None,
     bits: Sequence[int],
     rows: Sequence[int],
+    effort: int,
     errors: Tensor,
     codes: Tensor,
     scale_codes: Tensor,
@@ -111,6 +112,7 @@ def solve_block(
         _address(group_bits, torch.int64),
         _address(group_rows, torch.int64),
         len(bits),
+        effort,
         _address(errors),
         _address(codes, torch.uint8),
         _address(scale_codes, torch.uint8),

@@ -13,6 +13,7 @@ from typing import Any
 from dbrx_quant.calibration.data import TokenRows, load_tokens, reopen_tokens, save_tokens
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.allocate import Strategy, allocate, check_targets
+from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.job import Resume, open_job, source_facts
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.patch_config import Summary, generation_config, patched_config, write_configs
@@ -46,6 +47,7 @@ class ConvertOptions:
         rows: calibration rows; None: as many as the set offers or usually has.
         length: tokens of a row.
         seed: of everything drawn.
+        effort: "fast", "default" or "best": how long the solver looks for codes and scales.
         measurement: an earlier measurement.json of the same model to use instead of measuring.
         work_dir: for everything that a resumed run needs; None: beside `out`, named `<out>.work`.
         resume: whether to go on with earlier work.
@@ -63,6 +65,7 @@ class ConvertOptions:
     rows: int | None = None
     length: int | None = None
     seed: int = 0
+    effort: Effort = "default"
     measurement: Path | None = None
     work_dir: Path | None = None
     resume: Resume = "auto"
@@ -178,6 +181,7 @@ def _facts(options: ConvertOptions) -> dict[str, Any]:
         "rows": options.rows,
         "length": options.length,
         "seed": options.seed,
+        "effort": options.effort,
         "measurement": fingerprint(options.measurement) if options.measurement else None,
     }
 
@@ -206,7 +210,7 @@ def _measurement(options: ConvertOptions, model: StreamedModel, tokens: TokenRow
         blocks = model.architecture.blocks
         steps = 2 * len(blocks) + 1 + sum(b.experts.count for b in blocks if b.experts)
         with bar(steps, "measure", options.quiet) as progress:
-            found = measure(MeasureJob(model, tokens.input_ids, folder, progress, options.seed))
+            found = measure(MeasureJob(model, tokens.input_ids, folder, progress, options.seed, options.effort))
         described = {k: v for k, v in tokens.description.items() if k != "notices"}
         facts = {
             "format_version": MEASUREMENT_VERSION,
@@ -261,7 +265,10 @@ def _one_target(
         groups = {name: option[2] for name, option in strategy.choices.items()}
         title = f"quantize {strategy.target_bpw}"
         with bar(len(groups), title, options.quiet) as progress:
-            quantize_model(QuantizeJob(model, tokens.input_ids, work, measurement, groups, progress))
+            ids = tokens.input_ids
+            quantize_model(
+                QuantizeJob(model, ids, work, measurement, groups, progress, options.effort)
+            )
         _write_output(options, model, tokens, strategy, work, out)
         write_json(out / "measurement.json", measurement)
         report = verify(out)

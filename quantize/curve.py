@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments, hessian
 from dbrx_quant.quantize.grid import error_table
-from dbrx_quant.quantize.ldlq import Factor, factorize, quantize_matrix
+from dbrx_quant.quantize.ldlq import Effort, Factor, factorize, quantize_matrix
 from dbrx_quant.quantize.recipe import (
     GROUP_ROWS,
     lower_hull,
@@ -70,7 +70,7 @@ def spread_columns(n: int, count: int) -> Tensor:
 
 
 def held_out_error(weight: Tensor, prepared: Prepared, held: Tensor) -> float:
-    """tr(E^T H E) on the held-out moments, E of a 3-bit solution of some columns.
+    """tr(E^T H E) on the held-out moments, E of a quick 3-bit solution of some columns.
 
     Args:
         weight: [N, K] float32.
@@ -79,7 +79,8 @@ def held_out_error(weight: Tensor, prepared: Prepared, held: Tensor) -> float:
     """
     columns = spread_columns(weight.shape[0], TRIAL_COLUMNS)
     ordered = weight[columns].T[prepared.permutation].contiguous()
-    solved = quantize_matrix(ordered, prepared.factor, uniform_groups(ordered.shape[0], 3, 64))
+    groups = uniform_groups(ordered.shape[0], 3, 64)
+    solved = quantize_matrix(ordered, prepared.factor, groups, effort="fast")
     error = torch.empty_like(ordered)
     error[prepared.permutation] = ordered - solved.dequantized.float()
     return float(((held @ error) * error).sum(dtype=torch.float64))
@@ -110,7 +111,12 @@ def choose_shrinkage(weight: Tensor, moments: SplitMoments) -> Shrinkage:
 
 
 def draw(
-    weight: Tensor, prepared: Prepared, column_weights: Tensor, energy: float, bias: bool = False
+    weight: Tensor,
+    prepared: Prepared,
+    column_weights: Tensor,
+    energy: float,
+    bias: bool = False,
+    effort: Effort = "default",
 ) -> Curve:
     """The curve of one linear.
 
@@ -120,6 +126,7 @@ def draw(
         column_weights: [N] float32, mean 1.
         energy: tr(W^T H W).
         bias: whether a bias is stored along with it, and paid for.
+        effort: what it will be solved with.
     """
     n, k = weight.shape
     stored = padded_columns(n)
@@ -127,7 +134,7 @@ def draw(
     share = n / len(columns)
     ordered = weight[columns].T[prepared.permutation].contiguous()
     importance = column_weights[columns].contiguous()
-    feedback = feedback_factors(ordered, prepared.factor, importance)
+    feedback = feedback_factors(ordered, prepared.factor, importance, effort)
     scale = share * np.array(feedback)[:, None]
     tables = {
         rows: scale * error_table(ordered, prepared.factor.pivots, importance, WIDTHS, rows).numpy()
@@ -141,13 +148,16 @@ def draw(
     return Curve(options, feedback, energy)
 
 
-def feedback_factors(ordered: Tensor, factor: Factor, column_weights: Tensor) -> tuple[float, ...]:
+def feedback_factors(
+    ordered: Tensor, factor: Factor, column_weights: Tensor, effort: Effort
+) -> tuple[float, ...]:
     """Per width of WIDTHS, the error of real solutions over the sum of the table's.
 
     Args:
         ordered: [K, N] float32, rows in packed order; some of its columns are solved.
         factor: of the Hessian in that order.
         column_weights: [N] float32.
+        effort: of the real solutions.
 
     Feedback moves the targets. Two bits then clip more than the table knows (factors up to 1.6 were seen on
     trained weights), many bits round a little better.
@@ -158,7 +168,7 @@ def feedback_factors(ordered: Tensor, factor: Factor, column_weights: Tensor) ->
     predicted = error_table(trial, factor.pivots, weights, WIDTHS, rows).sum(1)
     factors = []
     for width, expected in zip(WIDTHS, predicted.tolist(), strict=True):
-        solved = quantize_matrix(trial, factor, uniform_groups(trial.shape[0], width, rows), weights)
+        solved = quantize_matrix(trial, factor, uniform_groups(trial.shape[0], width, rows), weights, effort=effort)
         actual = float((solved.loss_per_column * weights.double()).sum())
         factors.append(actual / expected if expected > 0 else 1.0)
     return tuple(factors)

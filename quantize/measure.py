@@ -21,12 +21,14 @@ from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments, hessian
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
 from dbrx_quant.quantize.curve import choose_shrinkage, draw, energy, prepare
+from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 from dbrx_quant.runtime.files import write_json
 
 ROWS_TOKENS = 2048  # tokens that go through a block's attention at a time
 EXPERT_TOKENS = 2048  # tokens that go through an expert at a time with gradients
+POOLED = 0.3  # share of an expert's price that comes from all experts of its block
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class MeasureJob:
         folder: for the files between the passes.
         progress: told of every finished step.
         seed: of the labels that the gradients are of.
+        effort: what the linears will be solved with.
     """
 
     model: StreamedModel
@@ -46,6 +49,7 @@ class MeasureJob:
     folder: Path
     progress: Progress
     seed: int = 0
+    effort: Effort = "default"
 
     def states(self, block: int) -> Path:
         """Hidden states before a block, [R, L, D]."""
@@ -201,7 +205,7 @@ def _measure_linears(
     for spec in todo:
         total = gradients[spec.name]
         columns = total.column_weights()
-        curve = draw(weight_of(spec), prepared, columns, energies[spec.name], spec.bias)
+        curve = draw(weight_of(spec), prepared, columns, energies[spec.name], spec.bias, job.effort)
         write_json(
             job.entry(spec.name),
             {
@@ -393,5 +397,6 @@ def _pooled_prices(names: list[str], entries: dict[str, Any], count: int) -> dic
     for n in names:
         own = entries[n]["weight"]
         seen = max(own, weight / tokens)  # an expert never seen counts as seen once
-        prices[n] = seen * (entries[n]["gradient"] + pseudo * usual) / (own + pseudo) / (2 * count)
+        estimate = (entries[n]["gradient"] + pseudo * usual) / (own + pseudo)
+        prices[n] = seen * ((1 - POOLED) * estimate + POOLED * usual) / (2 * count)
     return prices

@@ -19,7 +19,7 @@ from dbrx_quant.calibration.hessian import Moments, Shrinkage, SplitMoments, hes
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
 from dbrx_quant.quantize.curve import Prepared, prepare
-from dbrx_quant.quantize.ldlq import quantize_matrix
+from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
 from dbrx_quant.quantize.measure import EXPERT_TOKENS, batches, check_states, route, spans, token_rows
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.recipe import parse_groups
@@ -48,6 +48,7 @@ class QuantizeJob:
         measurement: from `measure`.
         groups: linear → group map as text.
         progress: told of every finished linear.
+        effort: of the solver.
     """
 
     model: StreamedModel
@@ -56,6 +57,7 @@ class QuantizeJob:
     measurement: Mapping[str, Any]
     groups: Mapping[str, str]
     progress: Progress
+    effort: Effort = "default"
 
     def states(self, block: int) -> Path:
         """Hidden states before a block, as the quantized blocks before it make them."""
@@ -200,7 +202,8 @@ def _solve(
     moments.check(specs[0].name)
     prepared = prepare(hessian(moments, prior, job.shrinkage(specs[0].name)))
     for spec in specs:
-        tensors, loss = solve_linear(weights[spec.name], prepared, parse_groups(job.groups[spec.name]))
+        groups = parse_groups(job.groups[spec.name])
+        tensors, loss = solve_linear(weights[spec.name], prepared, groups, job.effort)
         bias = load_bias(job.model.checkpoint, spec)
         if bias is not None:
             padded = torch.zeros(padded_columns(spec.shape[1]), dtype=torch.float16)
@@ -210,13 +213,16 @@ def _solve(
         save_tensors(job.linear(spec.name), named, {"loss": repr(loss)})
 
 
-def solve_linear(weight: Tensor, prepared: Prepared, groups: GroupMap) -> tuple[dict[str, Tensor], float]:
+def solve_linear(
+    weight: Tensor, prepared: Prepared, groups: GroupMap, effort: Effort = "default"
+) -> tuple[dict[str, Tensor], float]:
     """Quantize one linear and pack it.
 
     Args:
         weight: [N, K] float32.
         prepared: its Hessian's order and factor.
         groups: its group map.
+        effort: of the solver.
 
     Returns:
         Its tensors as stored (N padded to a multiple of 32), and tr(E^T H E).
@@ -224,7 +230,7 @@ def solve_linear(weight: Tensor, prepared: Prepared, groups: GroupMap) -> tuple[
     n = weight.shape[0]
     missing = padded_columns(n) - n
     ordered = torch.nn.functional.pad(weight.T[prepared.permutation], (0, missing))
-    solved = quantize_matrix(ordered, prepared.factor, groups)
+    solved = quantize_matrix(ordered, prepared.factor, groups, effort=effort)
     unpacked = UnpackedLinear(
         solved.codes, solved.scale_codes, solved.scale_max, groups, prepared.permutation
     )

@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows=arguments.rows,
         length=arguments.length,
         seed=arguments.seed,
+        effort=arguments.effort,
         measurement=arguments.measurement,
         work_dir=arguments.work_dir,
         resume=arguments.resume,

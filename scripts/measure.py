@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows=arguments.rows,
         length=arguments.length,
         seed=arguments.seed,
+        effort=arguments.effort,
         work_dir=arguments.work_dir,
         resume=arguments.resume,
         max_memory=arguments.max_memory,

@@ -147,6 +147,12 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto goes on with earlier work, must insists on it, never discards it (default: %(default)s)",
     )
+    work.add_argument(
+        "--effort",
+        choices=("fast", "default", "best"),
+        default="default",
+        help="how long to look for the best codes and scales (default: %(default)s)",
+    )
     work.add_argument("--max-memory", type=size, metavar="SIZE", help="refuse to start above it, e.g. 24GB")
     work.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
     add_quiet_argument(work)

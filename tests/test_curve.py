@@ -137,7 +137,7 @@ def test_too_few_held_out_tokens_get_the_cautious_shrinkage():
 
 def test_a_prior_of_the_same_distribution_is_used_by_an_expert_with_few_tokens():
     weight, _, _ = problem(64, 48, 9)
-    assert choose_shrinkage(weight, moments(600, 64, 12, prior=4096)).prior > 0
+    assert choose_shrinkage(weight, moments(520, 64, 13, prior=8192)).prior > 0
 
 
 def test_maps_of_the_cheapest_option_have_the_least_overhead():

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import oracles_solver as oracle
 from dbrx_quant.quantize.grid import search_group
-from dbrx_quant.quantize.ldlq import Factor, factorize, quantize_matrix
+from dbrx_quant.quantize.ldlq import EFFORTS, Factor, factorize, quantize_matrix
 from dbrx_quant.runtime import _native
 from dbrx_quant.runtime.format import (
     Group,
@@ -97,6 +97,25 @@ def test_native_gives_the_same_bits_on_every_instruction_set_as_torch(groups, n)
     expected = quantize_matrix(weight, factor, groups, columns, backend="torch")
     for found in oracle.on_every_instruction_set(lambda: quantize_matrix(weight, factor, groups, columns)):
         same(found, expected)
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_native_gives_the_same_bits_as_torch_at_every_effort(effort):
+    weight, hessian = problem(sum(group.rows for group in MIXED), 40)
+    factor = factorize(hessian)
+    expected = quantize_matrix(weight, factor, MIXED, backend="torch", effort=effort)
+    for found in oracle.on_every_instruction_set(
+        lambda: quantize_matrix(weight, factor, MIXED, effort=effort)
+    ):
+        same(found, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_more_effort_finds_less_loss(bits):
+    weight, hessian = problem(256, 64)
+    groups, factor = uniform_groups(256, bits, 64), factorize(hessian)
+    fast, default, best = (quantize_matrix(weight, factor, groups, effort=effort).loss for effort in EFFORTS)
+    assert best < default < fast
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-5, 1.0, 3e5])

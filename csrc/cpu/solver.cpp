@@ -158,6 +158,30 @@ struct Search {
   }
 };
 
+// Tries the stored scales one step from the ones chosen by searching paths with each. `scratch` holds four matrices of
+// `matrix` floats.
+void refine_with_paths(const Kernels& k, const Tile& targets, const Feedback& within, float multiplier, float* scratch,
+                       int64_t matrix, uint8_t* codes, uint8_t* scale_codes, float* scales) {
+  uint8_t start[kTile];
+  alignas(64) float least[kTile], trial[kTile], loss[kTile];
+  std::memcpy(start, scale_codes, sizeof start);
+  for (const int step : {0, -1, 1}) {
+    uint8_t tried[kTile];
+    for (int64_t i = 0; i < kTile; ++i) {
+      tried[i] = static_cast<uint8_t>(std::clamp(start[i] + step, 0, 15));
+      const float s = static_cast<float>(tried[i]) + 1.0f;
+      trial[i] = round_half((s * s) * multiplier);
+    }
+    k.search_paths(targets, within, trial, scratch, scratch + matrix, codes, scratch + 2 * matrix, loss);
+    for (int64_t i = 0; i < kTile; ++i) {
+      if (step != 0 && !(loss[i] < least[i])) continue;
+      least[i] = loss[i];
+      scales[i] = trial[i];
+      scale_codes[i] = tried[i];
+    }
+  }
+}
+
 // Widths that a byte holds; which of them a file may have is the format's business.
 bool legal_bits(int64_t bits) { return bits >= 2 && bits <= 8; }
 
@@ -221,9 +245,9 @@ int dbrxq_error_table(const float* weight, int64_t k, int64_t n, const float* pi
 
 int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float* coefficients, const float* pivots,
                       const float* column_weights, const int64_t* group_bits, const int64_t* group_rows,
-                      int64_t groups, float* errors, uint8_t* codes, uint8_t* scale_codes, uint16_t* scale_max,
-                      uint16_t* dequantized, double* loss) {
-  if (rows <= 0 || n <= 0 || groups <= 0) return DBRXQ_BAD_SHAPE;
+                      int64_t groups, int effort, float* errors, uint8_t* codes, uint8_t* scale_codes,
+                      uint16_t* scale_max, uint16_t* dequantized, double* loss) {
+  if (rows <= 0 || n <= 0 || groups <= 0 || effort < DBRXQ_FAST || effort > DBRXQ_BEST) return DBRXQ_BAD_SHAPE;
   int64_t covered = 0;
   for (int64_t g = 0; g < groups; ++g) {
     if (!legal_bits(group_bits[g]) || group_rows[g] <= 0) return DBRXQ_BAD_GROUPS;
@@ -237,8 +261,9 @@ int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float*
   try {
     // A tile keeps its rows for the whole call: targets first, errors once they are rounded.
     const Buffer tiled(tiles * rows * kTile), nominal(tiles * kTile);
-    const Buffer workspace(tiles * longest * kTile * 3), outgoing(longest * longest);
-    std::vector<uint8_t> tile_codes(static_cast<size_t>(tiles * longest * kTile));
+    const int64_t matrices = effort == DBRXQ_BEST ? 6 : 3;  // [longest, kTile] of workspace for each tile
+    const Buffer workspace(tiles * longest * kTile * matrices), outgoing(longest * longest);
+    std::vector<uint8_t> tile_codes(static_cast<size_t>(2 * tiles * longest * kTile));
     std::vector<double> sums(static_cast<size_t>(tiles * kMaxima)), losses(static_cast<size_t>(tiles * kTile), 0.0);
     std::vector<float> largest(static_cast<size_t>(tiles));
     const std::vector<float> weights = tiled_weights(column_weights, n, tiles);
@@ -278,18 +303,25 @@ int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float*
           (outgoing + j * count)[r] = coefficients[(start + r) * rows + start + j];
       parallel_for(tiles, [&](int64_t t) {
         float* group = tiled + (t * rows + start) * kTile;
-        float* weight_tile = workspace + t * longest * kTile * 3;
+        float* weight_tile = workspace + t * longest * kTile * matrices;
         float* values = weight_tile + longest * kTile;
         float* scratch = values + longest * kTile;
-        uint8_t* rounded = &tile_codes[static_cast<size_t>(t * longest * kTile)];
+        uint8_t* rounded = &tile_codes[static_cast<size_t>(2 * t * longest * kTile)];
         uint8_t chosen[kTile];
         alignas(64) float scales[kTile], tile_loss[kTile];
         load_tile(weight_tile, weight + start * n, count, n, t * kTile);
         const Tile targets = {group, count, bits, pivots + start};
         const Feedback within = {weight_tile, coefficients + start * rows + start, rows, outgoing + 0};
         k.choose_codes(targets, nominal + t * kTile, multiplier, chosen, scales, tile_loss);
-        k.refine_codes(targets, within, multiplier, scratch, chosen, scales);
-        k.search_paths(targets, within, scales, scratch, group, rounded, values, tile_loss);
+        if (effort == DBRXQ_FAST) {
+          k.round_rows(targets, within, scales, group, rounded, values, tile_loss);
+        } else {
+          k.refine_codes(targets, within, multiplier, scratch, chosen, scales);
+          if (effort == DBRXQ_BEST)
+            refine_with_paths(k, targets, within, multiplier, scratch, longest * kTile, rounded + longest * kTile, chosen,
+                              scales);
+          k.search_paths(targets, within, scales, scratch, group, rounded, values, tile_loss);
+        }
         for (int64_t i = 0; i < kTile; ++i) losses[static_cast<size_t>(t * kTile + i)] += tile_loss[i];
         store_tile(scale_codes + g * n, chosen, 1, n, t * kTile);
         store_tile(codes + start * n, rounded, count, n, t * kTile);

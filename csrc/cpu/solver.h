@@ -64,6 +64,14 @@ struct Kernels {
                        uint8_t* scale_codes,  // [kTile], in and out
                        float* scales);        // [kTile]
 
+  // Rounds a group row by row, each target to its nearest grid value. `errors` may be the targets' memory.
+  void (*round_rows)(const Tile& targets, const Feedback& within,
+                     const float* scales,  // [kTile]
+                     float* errors,        // [rows, kTile] weight - dequantized
+                     uint8_t* codes,       // [rows, kTile]
+                     float* values,        // [rows, kTile] dequantized, half values
+                     float* loss);         // [kTile] pivot-weighted squared distance of the targets
+
   // Rounds a group, looking for the codes of least loss along several paths. `errors` may be the targets' memory.
   void (*search_paths)(const Tile& targets, const Feedback& within,
                        const float* scales,  // [kTile]

@@ -144,8 +144,10 @@ static void choose_codes(const Tile& tile, const float* nominal, float multiplie
   }
 }
 
-// Loss of each column when the group is rounded row by row, each target to its nearest grid value.
-static void sweep(const Tile& targets, const Feedback& within, const float* scales, float* errors, float* loss) {
+// Rounds the group row by row, each target to its nearest grid value. Without kKeep only errors and loss come out.
+template <bool kKeep>
+static void sweep(const Tile& targets, const Feedback& within, const float* scales, float* errors, uint8_t* codes,
+                  float* values, float* loss) {
   const float half_range = static_cast<float>(1 << (targets.bits - 1));
   Floats scale[kVectors], inverse[kVectors], low[kVectors], high[kVectors], total[kVectors];
   for (int v = 0; v < kVectors; ++v) {
@@ -172,6 +174,11 @@ static void sweep(const Tile& targets, const Feedback& within, const float* scal
       const Floats miss = target[v] - value;
       total[v] += (miss * miss) * pivot;
       store(errors + at, load(within.weight + at) - value);
+      if (kKeep) {
+        const Floats stored = code + half_range;
+        for (int i = 0; i < kLanes; ++i) codes[at + i] = static_cast<uint8_t>(stored[i]);
+        store(values + at, value);
+      }
     }
   }
   for (int v = 0; v < kVectors; ++v) store(loss + v * kLanes, total[v]);
@@ -187,7 +194,7 @@ static void refine_codes(const Tile& targets, const Feedback& within, float mult
       const Floats s = min(max(load(start + column) + step, splat(1.0f)), splat(16.0f));
       store(trial + column, stored_scale(s, multiplier));
     }
-    sweep(targets, within, trial, scratch, loss);
+    sweep<false>(targets, within, trial, scratch, nullptr, nullptr, loss);
     for (int64_t i = 0; i < kTile; ++i) {
       if (step != 0.0f && !(loss[i] < least[i])) continue;
       least[i] = loss[i];
@@ -199,7 +206,7 @@ static void refine_codes(const Tile& targets, const Feedback& within, float mult
 }
 
 static const Kernels kKernels = {feedback, nominal_scales, maximum_errors, choose_codes, refine_codes,
-                                 search_paths};
+                                 sweep<true>, search_paths};
 
 }  // namespace DBRXQ_SOLVER_VARIANT
 }  // namespace solver

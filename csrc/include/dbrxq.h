@@ -186,16 +186,19 @@ DBRXQ_API int dbrxq_error_table(const float* weight, int64_t k, int64_t n, const
 
 // Rounds a block of whole groups, with error feedback within the block. The scales of a group are searched on its
 // targets, then the scale codes up to two steps from a column's best are tried by rounding the group with feedback,
-// then the codes are searched along several paths (solver_paths.h).
+// then the codes are searched along several paths (solver_paths.h). With DBRXQ_FAST the searched scales stay and every
+// target goes to its nearest value; with DBRXQ_BEST the scale codes one step from the best are tried with paths, too.
 // weight [rows, N]; coefficients [rows, rows], coefficients[c, j] = U[j, c] for j < c (the rest is not read); pivots
 // [rows]; column_weights [N] or null, for the choice of maxima only; group_bits and group_rows [groups].
 // In and out: errors [rows, N], going in the targets (weight plus the feedback of earlier blocks), coming out
 // weight - dequantized; loss [N], to which sum over rows of pivots * (target - dequantized)^2 is added.
 // Out: codes [rows, N], scale_codes [groups, N], scale_max [groups] half, dequantized [rows, N] half.
+enum { DBRXQ_FAST = 0, DBRXQ_DEFAULT = 1, DBRXQ_BEST = 2 };
 DBRXQ_API int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float* coefficients,
                                 const float* pivots, const float* column_weights, const int64_t* group_bits,
-                                const int64_t* group_rows, int64_t groups, float* errors, uint8_t* codes,
-                                uint8_t* scale_codes, uint16_t* scale_max, uint16_t* dequantized, double* loss);
+                                const int64_t* group_rows, int64_t groups, int effort, float* errors,
+                                uint8_t* codes, uint8_t* scale_codes, uint16_t* scale_max, uint16_t* dequantized,
+                                double* loss);
 
 // ---------------------------------------------------------------------------------------------------------------
 // CUDA (libdbrxq_cuda.so, csrc/cuda; oracles: tests/oracles_ops.py). Pointers are to device memory unless a host
