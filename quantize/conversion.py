@@ -13,8 +13,8 @@ from typing import Any
 from dbrx_quant.calibration.data import TokenRows, load_tokens, reopen_tokens, save_tokens
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.allocate import Strategy, allocate, check_targets
-from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.job import Resume, open_job, source_facts
+from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.patch_config import Summary, generation_config, patched_config, write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
@@ -210,7 +210,8 @@ def _measurement(options: ConvertOptions, model: StreamedModel, tokens: TokenRow
         blocks = model.architecture.blocks
         steps = 2 * len(blocks) + 1 + sum(b.experts.count for b in blocks if b.experts)
         with bar(steps, "measure", options.quiet) as progress:
-            found = measure(MeasureJob(model, tokens.input_ids, folder, progress, options.seed, options.effort))
+            job = MeasureJob(model, tokens.input_ids, folder, progress, options.seed, options.effort)
+            found = measure(job)
         described = {k: v for k, v in tokens.description.items() if k != "notices"}
         facts = {
             "format_version": MEASUREMENT_VERSION,
@@ -266,9 +267,7 @@ def _one_target(
         title = f"quantize {strategy.target_bpw}"
         with bar(len(groups), title, options.quiet) as progress:
             ids = tokens.input_ids
-            quantize_model(
-                QuantizeJob(model, ids, work, measurement, groups, progress, options.effort)
-            )
+            quantize_model(QuantizeJob(model, ids, work, measurement, groups, progress, options.effort))
         _write_output(options, model, tokens, strategy, work, out)
         write_json(out / "measurement.json", measurement)
         report = verify(out)

@@ -168,7 +168,8 @@ def feedback_factors(
     predicted = error_table(trial, factor.pivots, weights, WIDTHS, rows).sum(1)
     factors = []
     for width, expected in zip(WIDTHS, predicted.tolist(), strict=True):
-        solved = quantize_matrix(trial, factor, uniform_groups(trial.shape[0], width, rows), weights, effort=effort)
+        groups = uniform_groups(trial.shape[0], width, rows)
+        solved = quantize_matrix(trial, factor, groups, weights, effort=effort)
         actual = float((solved.loss_per_column * weights.double()).sum())
         factors.append(actual / expected if expected > 0 else 1.0)
     return tuple(factors)

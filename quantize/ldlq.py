@@ -277,12 +277,17 @@ def _codes_within_reach(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _sweep(
     targets: Tensor, weight: Tensor, coefficients: Tensor, pivots: Tensor, bits: int, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and values [rows, ..., N] and loss [..., N] of rounding targets [rows, N] row by row on grids of
-    scales [..., N], each to its nearest value, with feedback."""
+    """Targets [rows, N], each rounded to its nearest value on grids of scales [..., N], with feedback.
+
+    Returns:
+        Codes and values [rows, ..., N], and the loss [..., N].
+    """
     inverse = inverse_scale(scale)
     low, high = _codes_within_reach(scale, bits)
     loss = torch.zeros_like(scale)
-    codes, values, errors = [], [], []
+    codes: list[Tensor] = []
+    values: list[Tensor] = []
+    errors: list[Tensor] = []
     for r in range(len(targets)):
         target = targets[r].expand_as(scale)
         for j in range(r):
