@@ -59,7 +59,8 @@ class CudaExperts(Structure):
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dbrxq_cuda_abi_version": (c_int, []),
     "dbrxq_cuda_status_text": (c_char_p, [c_int]),
-    "dbrxq_cuda_repack": (c_int, [POINTER(CudaLinear), c_void_p, c_void_p]),
+    "dbrxq_cuda_repack": (c_int, [POINTER(CudaLinear), c_void_p, c_void_p, c_void_p]),
+    "dbrxq_cuda_unpack": (c_int, [POINTER(CudaLinear), c_void_p, c_void_p]),
     "dbrxq_cuda_reconstruct": (c_int, [POINTER(CudaLinear), c_void_p, c_void_p]),
     "dbrxq_cuda_linear_workspace": (c_int, [POINTER(CudaLinear), c_int64, c_int, POINTER(c_int64)]),
     "dbrxq_cuda_linear_forward": (

@@ -16,7 +16,7 @@ import torch
 
 from dbrx_quant.runtime._shared_library import find_library, load_library
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY_NAME = "libdbrxq_cpu.so"
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 

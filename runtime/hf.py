@@ -11,6 +11,7 @@ may import nothing of transformers that needs them.
 # Hooks whose defaults return None are typed so by transformers, though it uses what they return.
 # pyright: reportIncompatibleMethodOverride=false
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -114,6 +115,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return [self._keys]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from dbrx_quant.runtime.linear import QuantLinear
         from dbrx_quant.runtime.native_step import install_native_step
 
         missed = sorted(set(self._keys.saving.values()) - self._keys.renamed)
@@ -122,15 +124,28 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{model.config.name_or_path}: transformers did not load {len(missed)} tensors, {missed[0]} "
                 "first, and would run with random weights; use dbrx_quant.runtime.load_model"
             )
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.tile()
         model.requires_grad_(False)  # else torch.compile traces a backward pass, which there isn't
         install_native_step(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: 16-bit tensors go back to float16, as the format has them."""
-        state: dict[str, Tensor] = model.state_dict()
+        """What `save_pretrained` writes: 16-bit tensors go back to float16, as the format has them.
+
+        A GPU holds one q_weight more meanwhile, not all of them.
+        """
+        state: dict[str, Tensor] = model.state_dict(destination=_PackedOnHost())
         floats = {name for name, t in state.items() if t.is_floating_point() and t.dtype != torch.float16}
         return {name: to_half(t, name) if name in floats else t for name, t in state.items()}, {}
+
+
+class _PackedOnHost(OrderedDict[str, Tensor]):
+    """A state dict that moves each q_weight to the host as it comes."""
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        super().__setitem__(name, tensor.cpu() if name.endswith(".q_weight") else tensor)
 
 
 def _open_layout(model: Any, checkpoint_files: list[str] | None) -> Layout:

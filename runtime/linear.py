@@ -3,12 +3,15 @@
 Axes: K input channels, N output channels as stored (a multiple of 32), G groups, R word rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dbrx_quant.runtime import _cuda
+from dbrx_quant.runtime.backends import cuda_layout
 from dbrx_quant.runtime.format import SUFFIXES, padded_columns
 from dbrx_quant.runtime.ops import linear_op
 
@@ -25,6 +28,9 @@ class QuantLinear(nn.Module):
     q_weight int32 [R, N], q_scale int32 [G, N/8], q_scale_max fp16 [G], q_groups int16 [2 G],
     q_invperm int32 [K] and, with a bias, bias fp16 [N]. Any contiguous tensors will do, memory-mapped ones
     too: nothing is copied.
+
+    Moved to a GPU, it keeps q_weight in the layout of the kernels there (`backends/cuda_layout.py`) instead
+    of the file's. Moved away, in `tensors()` and in a state_dict, q_weight is as in the file again.
 
     Args:
         in_features: K.
@@ -105,17 +111,56 @@ class QuantLinear(nn.Module):
         return self.q_weight, self.q_scale, self.q_scale_max, self.q_groups, self.q_invperm
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, keyed by suffix."""
-        return dict(self.named_buffers(recurse=False))
+        """The stored tensors, keyed by suffix, as the file has them: q_weight is a copy where it is tiled."""
+        with self._as_stored():
+            return dict(self.named_buffers(recurse=False))
+
+    def tile(self) -> None:
+        """Keep q_weight in the layout of the CUDA kernels, if it is on a GPU and they are there.
+
+        The file's words are let go; while the new ones are made, both are there.
+        """
+        on_gpu, tiled = cuda_layout.on_gpu(self.q_weight), cuda_layout.is_tiled(self.q_weight)
+        if on_gpu and not tiled and _cuda.why_unavailable() is None:
+            self._buffers["q_weight"] = cuda_layout.tile(cuda_layout.Stored(*self.stored()))
+
+    def untile(self) -> None:
+        """Keep q_weight as the file has it again."""
+        if cuda_layout.is_tiled(self.q_weight):
+            self._buffers["q_weight"] = cuda_layout.untile(cuda_layout.Stored(*self.stored()))
+
+    @contextmanager
+    def _as_stored(self) -> Iterator[None]:
+        """Within it, q_weight is a copy of the file's words where it is tiled."""
+        kept = self._buffers["q_weight"]
+        self.untile()
+        try:
+            yield
+        finally:
+            self._buffers["q_weight"] = kept
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        with self._as_stored():
+            super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.untile()
+        super()._load_from_state_dict(*arguments)
+        self.tile()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # `.to(torch.bfloat16)` means the activations: the fp16 tensors of the format keep their bits.
+        # Other devices read the file's words; and `.to(torch.bfloat16)` means the activations: the fp16
+        # tensors of the format keep their bits.
+        empty = self.q_weight.is_meta
+        self.untile()
         before = {name: self._buffers[name] for name in _HALVES}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, original in before.items():
             after = self._buffers[name]
             if original is not None and after is not None and after.dtype != original.dtype:
                 self._buffers[name] = original.to(after.device)
+        if not empty:  # else a loader fills the buffers, and calls `tile`
+            self.tile()
         return self
 
     def extra_repr(self) -> str:

@@ -4,8 +4,9 @@ Axes: T tokens, K input channels, N output channels as stored, E experts, D hidd
 
 A linear is passed as its stored tensors (q_weight, q_scale, q_scale_max, q_groups, q_invperm) and, for
 `linear`, an optional bias; a list of experts as 5 E tensors, expert after expert. Stored N may be padded:
-`out_features` says how many columns are wanted. Activations may be fp32, bf16 or fp16; sums are in fp32,
-results in the activations' dtype.
+`out_features` says how many columns are wanted. On a GPU q_weight may come *tiled*, as `QuantLinear` keeps it
+there (`backends/cuda_layout.py`), and has three dimensions then. Activations may be fp32, bf16 or fp16; sums
+are in fp32, results in the activations' dtype.
 
 CPU and CUDA tensors go to the native libraries (`backends/cpu.py`, `backends/cuda.py`), all others to plain
 torch (`backends/reference.py`).
@@ -101,7 +102,7 @@ def dequantize(tensors: Mapping[str, Tensor], out_features: int | None = None) -
 
     The memory behind it is [K, N]: the result is a transposed view. All stored columns come by default.
     """
-    width = tensors["q_weight"].shape[1] if out_features is None else out_features
+    width = checks.stored_columns(tensors["q_weight"]) if out_features is None else out_features
     weight: Tensor = dequantize_op(*(tensors[suffix] for suffix in SUFFIXES), width)
     return weight.t()
 
@@ -111,7 +112,7 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], out_features: int | None = 
 
     A `bias` among them is added. All stored columns come by default.
     """
-    width = tensors["q_weight"].shape[1] if out_features is None else out_features
+    width = checks.stored_columns(tensors["q_weight"]) if out_features is None else out_features
     stored = (tensors[suffix] for suffix in SUFFIXES)
     y: Tensor = linear_op(x, *stored, tensors.get("bias"), width)
     return y

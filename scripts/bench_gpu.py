@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(
             "no GPU: torch finds no CUDA device here (a torch built for CUDA and a driver are needed); "
-            "the kernels still run without one in tests/test_cuda_emulated.py",
+            "the kernels still run without one in tests/test_cuda_products.py and its neighbours",
             file=sys.stderr,
         )
         return MISSING

@@ -1,10 +1,15 @@
 """Fixtures that several test files share."""
 
+import ctypes
+import os
 import signal
 from pathlib import Path
 
+import emulator_build
 import pytest
+import torch
 
+from dbrx_quant.runtime import _cuda
 from dbrx_quant.runtime.activations import use_activations
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, and its child processes with it.
@@ -36,3 +41,21 @@ def exact_activations():
     """Tests compare to the last digits; those of the integer kernels switch them on themselves."""
     with use_activations("float"):
         yield
+
+
+@pytest.fixture(scope="session")
+def emulated_library():
+    """The CUDA library compiled for the host."""
+    path = emulator_build.build(sanitized=os.environ.get("DBRXQ_EMULATOR") == "sanitized")
+    if path is None:
+        pytest.skip("the emulator needs g++")
+    return _cuda.load(path)
+
+
+@pytest.fixture
+def emulated(emulated_library, monkeypatch):
+    """The emulated library in place of the real one, with one schedule of its threads."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(_cuda, "_library", emulated_library)
+    emulated_library.dbrxq_emulator_seed(ctypes.c_uint64(0))
+    return emulated_library

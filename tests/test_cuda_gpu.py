@@ -1,6 +1,7 @@
 """The CUDA kernels on a real GPU, through the operators: skipped where there is none.
 
-The same kernels run everywhere in tests/test_cuda_emulated.py; here is what only a device can show.
+The same kernels run everywhere on the emulator, in the other test_cuda files; here is what only a device can
+show.
 """
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import oracles_ops as oracle
 from dbrx_quant.runtime import _cuda, ops
+from dbrx_quant.runtime.linear import QuantLinear
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 
@@ -94,6 +96,18 @@ def test_a_captured_graph_follows_new_inputs_and_new_routing(tokens):
         index.copy_(torch.randint(0, 5, (tokens, 2), generator=generator))
         graph.replay()
         assert torch.equal(y, step())
+
+
+def test_a_layer_holds_its_words_once_and_gives_them_back():
+    tensors = oracle.random_tensors([(4, 2048)], 8192)
+    size = tensors["q_weight"].nbytes
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    layer = QuantLinear.from_tensors(tensors).cuda()
+    layer(torch.ones(1, 2048, dtype=torch.float16, device="cuda"))
+    assert torch.cuda.memory_allocated() - before < 1.5 * size
+    for ours in (layer.state_dict(), layer.cpu().state_dict()):
+        assert torch.equal(ours["q_weight"].cpu(), tensors["q_weight"])
 
 
 def test_repetitions_change_no_bit():

@@ -254,10 +254,16 @@ const char* dbrxq_cuda_status_text(int status) {
   return "unknown status";
 }
 
-int dbrxq_cuda_repack(const dbrxq_cuda_linear* linear, const void* q_weight, void* stream) {
+int dbrxq_cuda_repack(const dbrxq_cuda_linear* linear, const void* q_weight, void* words, void* stream) {
   if (!is_linear(*linear)) return DBRXQ_BAD_SHAPE;
-  return status_of(
-      repack(static_cast<const uint32_t*>(q_weight), *linear, static_cast<cudaStream_t>(stream)));
+  return status_of(repack(*linear, static_cast<const uint32_t*>(q_weight), static_cast<uint32_t*>(words),
+                          static_cast<cudaStream_t>(stream)));
+}
+
+int dbrxq_cuda_unpack(const dbrxq_cuda_linear* linear, void* q_weight, void* stream) {
+  if (!is_linear(*linear)) return DBRXQ_BAD_SHAPE;
+  return status_of(unpack(*linear, static_cast<const uint32_t*>(linear->words), static_cast<uint32_t*>(q_weight),
+                          static_cast<cudaStream_t>(stream)));
 }
 
 int dbrxq_cuda_reconstruct(const dbrxq_cuda_linear* linear, void* weight, void* stream) {

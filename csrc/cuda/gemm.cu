@@ -7,7 +7,7 @@
 // One stage of the pipeline is one unit (32 input channels): the panels' words as they lie in memory, and 64 bytes of
 // each row of x, whose fragments a quarter warp reads from 128 consecutive bytes, so without bank conflicts. kStages
 // units are under way. Grid: pairs of column tiles (gated: column tiles), row tiles, splits of the input channels.
-// Oracle: tests/oracles_ops.py through tests/test_cuda_emulated.py.
+// Oracle: tests/oracles_ops.py through tests/test_cuda_products.py.
 #include "kernels.cuh"
 
 namespace dbrxq {
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Matmul args) {
   for (int m = 0; m < Matrices; ++m) linears[m] = linear_of(args, expert, m);
   const Linear own = linear_of(args, expert, Matrices == 2 ? panel : 0);
 
-  const int64_t columns = padded_columns(linears[0].n);  // of both matrices
-  const int tiles = static_cast<int>(columns / tile::kColumns);
+  const int64_t columns = linears[0].n;  // of both matrices
+  const int tiles = static_cast<int>(column_tiles(columns));
   const auto tile_of = [&](int p) { return Matrices == 2 ? first_tile : first_tile + p; };
   const bool works = tile_of(panel) < tiles;
 
@@ -81,8 +81,9 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Matmul args) {
       const Linear& linear = linears[Matrices == 2 ? p : 0];
       const Place place = locate(linear.first_unit, unit);
       const uint4* from = static_cast<const uint4*>(linear.words) + place.word * (columns / 4) + tile_of(p) * 32;
+      const int lanes = lanes_in_tile(columns, tile_of(p));  // of the others' words nobody reads the sums
       for (int i = threadIdx.x; i < place.bits * 32; i += kThreads)
-        copy_async(&stage.words[p][i], from + i / 32 * (columns / 4) + i % 32);
+        if (i % 32 < lanes) copy_async(&stage.words[p][i], from + i / 32 * (columns / 4) + i % 32);
     }
 #pragma unroll
     for (int m = 0; m < Matrices; ++m) {
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Matmul args) {
   const auto fetch_scales = [&](int unit) {
     const uint32_t scale = static_cast<const uint32_t*>(own.unit_scale)[unit];
     const uint2* codes = static_cast<const uint2*>(own.scale_codes) + (scale & 0xffffu) * (columns / 16) +
-                         tile_of(panel) * 8 + lane / 4;
+                         tile_of(panel) * 8 + reading_lane(lane, lanes_in_tile(columns, tile_of(panel))) / 4;
     return PackedScales{*codes, scale};
   };
 

@@ -5,7 +5,7 @@
 // then a tree over the warps, in a fixed order, makes one sum. Grid: column tiles, row tiles, splits. The words of the
 // next units are on their way into registers, depth() units ahead: 2.5 to 4 KiB a warp, 12 warps
 // a multiprocessor.
-// Aligned: words to 16 bytes, x to 16. Oracle: tests/oracles_ops.py through tests/test_cuda_emulated.py.
+// Aligned: words to 16 bytes, x to 16. Oracle: tests/oracles_ops.py through tests/test_cuda_products.py.
 #include "kernels.cuh"
 
 namespace dbrxq {
@@ -131,11 +131,11 @@ __global__ void __launch_bounds__(32 * Warps, TokenTiles == 1 ? 3 : 2) gemv_kern
         part_of(linear.first_unit, slice_of(linear.first_unit, split * kSlices + slice, args.splits * kSlices), lane);
   __syncthreads();
 
-  const int64_t columns = padded_columns(linear.n);
   Source<TokenTiles> from;
-  from.words_stride = static_cast<int>(columns / 4);
-  from.words = static_cast<const uint4*>(linear.words) + column_tile * 32 + lane;
-  from.codes = column_tile * 8 + lane / 4;
+  const int reads = reading_lane(lane, lanes_in_tile(linear.n, column_tile));
+  from.words_stride = static_cast<int>(linear.n / 4);
+  from.words = static_cast<const uint4*>(linear.words) + column_tile * 32 + reads;
+  from.codes = column_tile * 8 + reads / 4;
   from.linear = &linear;
   from.x_stride = args.x_stride;
   const uint4* x = reinterpret_cast<const uint4*>(args.x) + matrix * linear.units * args.x_stride +

@@ -4,8 +4,9 @@
 
 namespace dbrxq {
 
-// repack.cu: words of the device layout from q_weight [R, N] of the file; sizes as in `linear`.
-int repack(const uint32_t* q_weight, const Linear& linear, cudaStream_t stream);
+// repack.cu: words of the device layout from q_weight [R, N] of the file, and back; of `linear` the sizes count.
+int repack(const Linear& linear, const uint32_t* q_weight, uint32_t* words, cudaStream_t stream);
+int unpack(const Linear& linear, const uint32_t* words, uint32_t* q_weight, cudaStream_t stream);
 
 // reconstruct.cu: the exact weight [K, out_features] half, input channels in their original order.
 int reconstruct(const Linear& linear, uint16_t* weight, cudaStream_t stream);

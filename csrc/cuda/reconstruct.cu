@@ -43,13 +43,14 @@ __global__ void __launch_bounds__(32) reconstruct_kernel(Reconstruct args) {
   DBRXQ_SHARED(Shared, shared);
   const Linear& linear = args.linear;
   const int unit = blockIdx.y, column_tile = blockIdx.x, lane = threadIdx.x;
-  const int64_t columns = padded_columns(linear.n);
+  const int64_t columns = linear.n;
+  const int reads = reading_lane(lane, lanes_in_tile(columns, column_tile));
   const Place place = locate(linear.first_unit, unit);
   const uint32_t scale = static_cast<const uint32_t*>(linear.unit_scale)[unit];
   const uint2 codes =
-      static_cast<const uint2*>(linear.scale_codes)[(scale & 0xffffu) * (columns / 16) + column_tile * 8 + lane / 4];
+      static_cast<const uint2*>(linear.scale_codes)[(scale & 0xffffu) * (columns / 16) + column_tile * 8 + reads / 4];
   const Scales scales = decode_scales(codes, scale >> 16);
-  const uint4* from = static_cast<const uint4*>(linear.words) + place.word * (columns / 4) + column_tile * 32 + lane;
+  const uint4* from = static_cast<const uint4*>(linear.words) + place.word * (columns / 4) + column_tile * 32 + reads;
   switch (place.bits) {
     case 8: decode_tile<8>(from, columns / 4, scales, shared.panel); break;
     case 6: decode_tile<6>(from, columns / 4, scales, shared.panel); break;

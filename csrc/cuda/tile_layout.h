@@ -14,8 +14,9 @@
 //
 //     word row r + i (r the first of the unit), columns 128 j ..      | lane 0: s0 s1 s2 s3 | lane 1: s0 s1 s2 s3 | ...
 //
-// So a tile fills the same b word rows by 128 columns as in the file; only the bits within it move. Columns are padded
-// to a multiple of 128 and a last unit of 16 rows to 32, with codes that stand for 0.
+// So a tile fills the same b word rows by 128 columns as in the file; only the bits within it move. N is a multiple of
+// 32: a last tile of 32, 64 or 96 columns has 8, 16 or 24 lanes, and the whole takes what the file takes. A last unit of
+// 16 rows is filled up to 32 with codes that stand for 0, a word row more.
 //
 // Inside a subtile, *pair* 4 c + p holds rows 2 p (low half of the word) and 2 p + 1 (high half) of column c, at the same
 // place of both halves: one shift and one mask give both codes as the low bits of a half2. In one half, bits 15..0:

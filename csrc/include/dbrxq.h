@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 // Version of this interface; the Python side refuses a library that reports another one.
-#define DBRXQ_ABI_VERSION 3
+#define DBRXQ_ABI_VERSION 4
 DBRXQ_API int dbrxq_abi_version(void);
 
 // Threads that the kernels may use, all callers together; by default all hardware threads.
@@ -212,11 +212,11 @@ enum { DBRXQ_FLOAT16 = 0, DBRXQ_BFLOAT16 = 1, DBRXQ_FLOAT32 = 2 };  // dtype of 
 DBRXQ_API int dbrxq_cuda_abi_version(void);
 DBRXQ_API const char* dbrxq_cuda_status_text(int status);
 
-// One linear in device layout (cuda/tile_layout.h). A unit is 32 packed rows; U = ceil(K / 32), N' = N rounded up to
-// 128. The groups of the file must have been checked. `bias` is that of dbrxq_linear.
+// One linear in device layout (cuda/tile_layout.h). A unit is 32 packed rows; U = ceil(K / 32). The groups of the file
+// must have been checked. `bias` is that of dbrxq_linear.
 typedef struct dbrxq_cuda_linear {
-  const void* words;        // uint32 [sum of units * their bits, N'], 16-byte aligned, made by dbrxq_cuda_repack
-  const void* scale_codes;  // uint32 [G, N'/8], the file's q_scale with any columns appended; 8-byte aligned
+  const void* words;        // uint32 [sum of units * their bits, N], 16-byte aligned, made by dbrxq_cuda_repack
+  const void* scale_codes;  // uint32 [G, N/8], the file's q_scale; 8-byte aligned
   const void* unit_scale;   // uint32 [U]      group of each unit in the low half, that group's scale_max (half) in the high
   const void* permutation;  // int32  [32 U]   input channel of each packed row, -1 beyond K
   const void* bias;         // half   [N], or null
@@ -228,8 +228,11 @@ typedef struct dbrxq_cuda_linear {
   int32_t reserved;
 } dbrxq_cuda_linear;
 
-// Fills linear->words (linear: host) from the file's q_weight [R, N].
-DBRXQ_API int dbrxq_cuda_repack(const dbrxq_cuda_linear* linear, const void* q_weight, void* stream);
+// words, as linear->words, from the file's q_weight [R, N] (linear: host; its sizes count, its pointers don't).
+DBRXQ_API int dbrxq_cuda_repack(const dbrxq_cuda_linear* linear, const void* q_weight, void* words, void* stream);
+
+// The file's q_weight [R, N] from linear->words, bit for bit (linear: host).
+DBRXQ_API int dbrxq_cuda_unpack(const dbrxq_cuda_linear* linear, void* q_weight, void* stream);
 
 // weight [K, out_features] half, input channels in their original order, bit for bit (linear: host).
 DBRXQ_API int dbrxq_cuda_reconstruct(const dbrxq_cuda_linear* linear, void* weight, void* stream);

@@ -15,6 +15,7 @@ from torch import Tensor
 from dbrx_quant.runtime.backends.reference import ACTIVATIONS
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_TILED_ON = ("cuda", "meta")  # types of devices where a q_weight may be tiled, cuda_layout.py
 _STORED = (
     ("q_weight", torch.int32, 2),
     ("q_scale", torch.int32, 2),
@@ -39,6 +40,11 @@ def _require_floats(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: {tensor.dtype}, expected float32, bfloat16 or float16")
 
 
+def stored_columns(q_weight: Tensor) -> int:
+    """N of a linear, from its q_weight: [R, N] as in the file, or tiled, [word rows, N / 4, 4]."""
+    return q_weight.shape[1] * (q_weight.shape[2] if q_weight.dim() == 3 else 1)
+
+
 def stored_linear(
     name: str, tensors: Sequence[Tensor | None], out_features: int, device: torch.device
 ) -> None:
@@ -46,7 +52,13 @@ def stored_linear(
     for (suffix, dtype, dimensions), tensor in zip(_STORED, tensors, strict=False):
         if tensor is None:
             continue
-        if tensor.dtype != dtype or tensor.dim() != dimensions:
+        tiled = suffix == "q_weight" and tensor.dim() == 3
+        if tiled and device.type not in _TILED_ON:
+            raise ValueError(
+                f"{name}.q_weight: {tuple(tensor.shape)} is the layout of the CUDA kernels, but on {device}; "
+                "move the module with .to(), or take its state_dict()"
+            )
+        if tensor.dtype != dtype or (tensor.dim() != dimensions and not tiled):
             raise ValueError(
                 f"{name}.{suffix}: {tensor.dtype} {tuple(tensor.shape)}, "
                 f"expected {dtype} in {dimensions} dimensions"
@@ -61,7 +73,7 @@ def stored_linear(
     assert q_scale is not None
     assert q_scale_max is not None
     assert q_groups is not None
-    n, g = q_weight.shape[1], q_scale_max.shape[0]
+    n, g = stored_columns(q_weight), q_scale_max.shape[0]
     require(n % 32 == 0, lambda: f"{name}.q_weight: {n} columns, expected a multiple of 32")
     require(q_scale.shape[0] == g, lambda: f"{name}.q_scale: {q_scale.shape[0]} rows for {g} groups")
     require(q_scale.shape[1] * 8 == n, lambda: f"{name}.q_scale: {q_scale.shape[1]} words for {n} columns")

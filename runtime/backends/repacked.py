@@ -7,20 +7,17 @@ marked as cold, so that the system takes them back first.
 """
 
 import ctypes
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dbrx_quant.runtime import _native
+from dbrx_quant.runtime.backends.memo import remember, version_sum
 
 _NOT_FINITE = 8
-
-_version = attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,6 @@ class Repacked:
 
 
 _cache: dict[tuple[int, ...], Repacked | None] = {}
-
-
-def _versions(tensors: Sequence[Tensor]) -> int:
-    try:
-        return sum(map(_version, tensors))
-    except RuntimeError:  # tensors made in inference mode count no versions
-        return 0
 
 
 def _pack(struct: _native.Linear) -> Tensor | None:
@@ -72,7 +62,7 @@ def repacked(
         describe: the structs of the linears, called when a copy must be made.
     """
     key = (*key, *map(id, tensors))
-    versions = _versions(tensors)
+    versions = version_sum(tensors)
     found = _cache.get(key)
     if found is not None and found.versions == versions:
         return found
@@ -86,14 +76,7 @@ def repacked(
         blocks.append(block)
     else:
         pointers = (ctypes.c_void_p * len(blocks))(*(block.data_ptr() for block in blocks))
-        _remember(key, tensors, made := Repacked(tuple(blocks), pointers, versions))
+        remember(_cache, key, tensors, made := Repacked(tuple(blocks), pointers, versions))
         return made
-    _remember(key, tensors, None)
+    remember(_cache, key, tensors, None)
     return None
-
-
-def _remember(key: tuple[int, ...], tensors: Sequence[Tensor], made: Repacked | None) -> None:
-    if key not in _cache:
-        for tensor in tensors:
-            weakref.finalize(tensor, _cache.pop, key, None).atexit = False
-    _cache[key] = made

@@ -1,0 +1,46 @@
+"""What the tests of the emulated CUDA kernels share: shapes, and the backend's calls on tensors by suffix."""
+
+import os
+
+import torch
+
+import oracles_ops as oracle
+from dbrx_quant.runtime.backends import cuda
+
+SANITIZED = (
+    os.environ.get("DBRXQ_EMULATOR") == "sanitized"
+)  # the same tests, in a process of test_emulator.py
+WIDTHS = (8, 6, 5, 4, 3, 2)
+SHAPES = {
+    "one group": ([(4, 32)], 32),
+    "ragged last group": ([(6, 64), (3, 128), (3, 32)], 96),
+    "every width": ([(8, 32), (6, 32), (5, 64), (4, 96), (3, 64), (2, 32)], 160),
+    "a 2-bit tail of 16 rows": ([(4, 32), (2, 80)], 64),
+    "a tail alone": ([(2, 16)], 32),
+    "more than a block's columns": ([(5, 128), (3, 416), (2, 48)], 288),
+    "rows for several splits": ([(6, 32), (4, 480), (3, 512), (2, 528)], 64),
+}
+TOKENS = (1, 3, 8, 9, 16, 17, 65)  # both sides of every switch between kernels and tiles
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def stored(tensors):
+    return [tensors[suffix] for suffix in oracle.SUFFIXES]
+
+
+def dequantize(tensors, out_features=None):
+    n = tensors["q_weight"].shape[1]
+    return cuda.dequantize(*stored(tensors), n if out_features is None else out_features)
+
+
+def linear(x, tensors, out_features=None):
+    n = tensors["q_weight"].shape[1]
+    return cuda.linear(x, *stored(tensors), tensors.get("bias"), n if out_features is None else out_features)
+
+
+def assert_as_accurate_as_torch(ours, exact, plain, what=""):
+    """Our rounding error may be at most twice that of plain torch with the same dtypes, in rms."""
+    assert ours.dtype == plain.dtype
+    assert ours.shape == exact.shape
+    limit = 2 * oracle.rms(plain.double() - exact) + 1e-30
+    assert oracle.rms(ours.double() - exact) <= limit, what
