@@ -114,7 +114,7 @@ class Bench:
         if not file.exists():
             say(f"measuring: {setting.name}")
             scratch = self._scratch("measure")
-            job = MeasureJob(self.model, self.tokens(setting), scratch, Progress())
+            job = MeasureJob(self.model, self.tokens(setting), scratch, Progress(), **setting.job)
             with replaced(setting.patches):
                 found, seconds = timed(lambda: measure(job))
             file.parent.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from dbrx_quant.calibration.hessian import Moments, Shrinkage, SplitMoments
 from dbrx_quant.quantize.allocate import HEAD, Option, Strategy, allocate, head_option, spend, weights_of
 from dbrx_quant.quantize.curve import choose_shrinkage
-from dbrx_quant.quantize.grid import inverse_scale, round_half, scale_table, search_group
+from dbrx_quant.quantize.grid import SCALES, inverse_scale, round_half, scale_table, search_group
 from dbrx_quant.quantize.ldlq import Factor, SolvedLinear
 from dbrx_quant.quantize.recipe import GROUP_ROWS, lower_hull
 from dbrx_quant.runtime.format import WIDTHS, GroupMap, uniform_groups
@@ -25,7 +25,6 @@ Measurement = Mapping[str, Any]
 Allocation = Callable[
     [Measurement, float, int], Strategy
 ]  # measurement, target in bits per weight, head bits
-Scales = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]  # targets, bits, pivots → maximum, codes [N]
 
 LENGTH = 256  # tokens of a row made from --calibration-text
 MEASURE, CURVE, PIPELINE = (f"dbrx_quant.quantize.{name}" for name in ("measure", "curve", "pipeline"))
@@ -39,11 +38,13 @@ class Setting:
         name: of its file.
         patches: full name → what stands there instead, while measuring and while quantizing.
         tokens: how many of --calibration-text; None: the file of --calibration.
+        job: fields of MeasureJob.
     """
 
     name: str = "standard"
     patches: Mapping[str, Any] = field(default_factory=dict)
     tokens: int | None = None
+    job: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,21 +69,49 @@ class Variant:
 # Scales
 
 
-def exllamav2_scales(x: Tensor, bits: int, pivots: Tensor) -> tuple[Tensor, Tensor]:
-    """exllamav2's rule: one clip factor for the whole group, chosen by the unweighted sum of |error|^3.5.
+@dataclass(frozen=True)
+class Rows:
+    """A group of rows to be rounded.
 
-    Args:
-        x: [rows, N] float32, targets of one group.
+    Attributes:
+        weight: [rows, N].
+        targets: [rows, N] float32, the weight with the feedback of earlier groups.
         bits: width of the codes.
-        pivots: [rows], which this rule does not look at.
+        upper: [rows, rows], the factor's block of these rows.
+        pivots: [rows].
+    """
 
-    Returns:
-        scale_max (float16 scalar) and scale_codes [N] uint8.
+    weight: Tensor
+    targets: Tensor
+    bits: int
+    upper: Tensor
+    pivots: Tensor
+
+    def round(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes and values [rows, ..., N] and loss [..., N] of nearest values on grids of scales [..., N]."""
+        half_range, inverse = 1 << (self.bits - 1), inverse_scale(scale)
+        targets = self.targets.view(len(self.targets), *[1] * (scale.dim() - 1), -1)
+        targets = targets.repeat(1, *scale.shape[:-1], 1)
+        codes, values, loss = torch.empty_like(targets), torch.empty_like(targets), torch.zeros_like(scale)
+        for row, target in enumerate(targets):
+            code = (target * inverse).round().clamp(-half_range, half_range - 1)
+            codes[row], values[row] = code + half_range, round_half(code * scale)
+            loss += self.pivots[row] * (target - values[row]).square()
+            later = self.upper[row, row + 1 :].view(-1, *[1] * scale.dim())
+            targets[row + 1 :] += later * (self.weight[row] - values[row])
+        return codes, values, loss
+
+
+Scales = Callable[[Rows], tuple[Tensor, Tensor]]  # → scale_max (float16 scalar), scale_codes [N] uint8
+
+
+def exllamav2_scales(rows: Rows) -> tuple[Tensor, Tensor]:
+    """exllamav2's rule: one clip factor for the whole group, chosen by the unweighted sum of |error|^3.5.
 
     A column's scale is its largest magnitude, set half a step inside the codes' range and rounded to the
     nearest of the sixteen scales below the largest column's; the factor then moves all of them together.
     """
-    half_range = 1 << (bits - 1)
+    x, half_range = rows.targets, 1 << (rows.bits - 1)
     base = (x.abs().amax(0) + 1e-12) / (half_range - 0.5)  # [N]
     largest = base.max()
     steps = (16 * (base / largest).sqrt()).round().clamp(1, 16)
@@ -97,9 +126,18 @@ def exllamav2_scales(x: Tensor, bits: int, pivots: Tensor) -> tuple[Tensor, Tens
     return (largest * best).half(), (steps - 1).to(torch.uint8)
 
 
-def column_scales(x: Tensor, bits: int, pivots: Tensor) -> tuple[Tensor, Tensor]:
-    """Our search (`grid.search_group`), without what follows it in `quantize_matrix`."""
-    return search_group(x, bits, pivots)[:2]
+def column_scales(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Our search, without what follows it in `quantize_matrix`."""
+    return search_group(rows.targets, rows.bits, rows.pivots)[:2]
+
+
+def tried_scales(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Our search, then codes up to two steps away from each column's tried by rounding the group."""
+    maximum, codes = column_scales(rows)
+    trials = torch.stack([(codes.int() + step).clamp(0, SCALES - 1) for step in (0, -1, 1, -2, 2)])
+    losses = rows.round(scale_table(maximum).float()[trials])[2]
+    best = losses.argmin(0)  # the first of equals
+    return maximum, trials.gather(0, best[None])[0].to(torch.uint8)
 
 
 def one_sweep(scales: Scales) -> Callable[..., SolvedLinear]:
@@ -108,22 +146,19 @@ def one_sweep(scales: Scales) -> Callable[..., SolvedLinear]:
     def solve(weight: Tensor, factor: Factor, groups: GroupMap, *_: Any, **__: Any) -> SolvedLinear:
         weight = weight.float()
         k, n = weight.shape
-        upper, pivots = factor.unit_upper, factor.pivots
         errors, values = torch.zeros(k, n), torch.empty(k, n)
         codes, loss = torch.empty(k, n, dtype=torch.uint8), torch.zeros(n, dtype=torch.float64)
         maxima, scale_codes, end = [], [], 0
         for group in groups:
-            start, end, half_range = end, end + group.rows, 1 << (group.bits - 1)
-            targets = weight[start:end] + upper[:start, start:end].T @ errors[:start]
-            maximum, chosen = scales(targets, group.bits, pivots[start:end].contiguous())
-            scale = scale_table(maximum).float()[chosen.long()]
-            inverse = inverse_scale(scale)
-            for row, target in zip(range(start, end), targets, strict=True):
-                code = (target * inverse).round().clamp(-half_range, half_range - 1)
-                values[row], codes[row] = round_half(code * scale), (code + half_range).to(torch.uint8)
-                errors[row] = weight[row] - values[row]
-                loss += (pivots[row] * (target - values[row]).square()).double()
-                targets[row - start + 1 :] += upper[row, row + 1 : end, None] * errors[row]
+            start, end = end, end + group.rows
+            part = slice(start, end)
+            targets = weight[part] + factor.unit_upper[:start, part].T @ errors[:start]
+            upper = factor.unit_upper[part, part].contiguous()
+            rows = Rows(weight[part], targets, group.bits, upper, factor.pivots[part].contiguous())
+            maximum, chosen = scales(rows)
+            rounded, values[part], missed = rows.round(scale_table(maximum).float()[chosen.long()])
+            codes[part], errors[part] = rounded.to(torch.uint8), weight[part] - values[part]
+            loss += missed.double()
             maxima.append(maximum)
             scale_codes.append(chosen)
         return SolvedLinear(codes, torch.stack(scale_codes), torch.stack(maxima), values.half(), loss)
@@ -251,6 +286,14 @@ def white(moments: Moments, prior: Moments | None, shrinkage: Shrinkage) -> Tens
 OURS = Variant("ours")
 
 
+def _solver(name: str, scales: Scales) -> Variant:
+    return Variant(name, patches={f"{PIPELINE}.quantize_matrix": one_sweep(scales)})
+
+
+def _effort(effort: str) -> Variant:
+    return Variant(f"effort {effort}", Setting(effort, job={"effort": effort}), job={"effort": effort})
+
+
 def _damping(value: float) -> Variant:
     return Variant(
         f"damping {value} everywhere", Setting(f"damping-{value}", {f"{CURVE}.DAMPINGS": (value,)})
@@ -274,8 +317,9 @@ _WHITE = {
 STUDIES: Mapping[str, Sequence[Variant]] = {
     "sizes": [OURS],
     "scales": [
-        Variant("exllamav2's scales", patches={f"{PIPELINE}.quantize_matrix": one_sweep(exllamav2_scales)}),
-        Variant("search per column", patches={f"{PIPELINE}.quantize_matrix": one_sweep(column_scales)}),
+        _solver("exllamav2's scales", exllamav2_scales),
+        _solver("search per column", column_scales),
+        _solver("and trials with feedback", tried_scales),
         OURS,
     ],
     "allocation": [
@@ -298,4 +342,5 @@ STUDIES: Mapping[str, Sequence[Variant]] = {
         OURS,
     ],
     "calibration": [_tokens(8 * 1024), _tokens(32 * 1024), _tokens(128 * 1024)],
+    "effort": [_effort("fast"), OURS, _effort("best")],
 }

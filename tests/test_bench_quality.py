@@ -196,6 +196,11 @@ def test_one_width_maps_are_legal_and_of_one_width(units):
         assert len({group.bits for group in groups}) == 1
 
 
+def rows_of(x, bits):
+    """A group without correlations between its rows."""
+    return variants.Rows(x, x.clone(), bits, torch.eye(len(x)), torch.ones(len(x)))
+
+
 def scales_by_the_book(x, bits):
     """exllamav2's rule in numpy, float64, one column after the other."""
     z, q = 2 ** (bits - 1), 2**bits - 1
@@ -217,23 +222,26 @@ def scales_by_the_book(x, bits):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_exllamav2_scales_are_those_of_its_rule(bits):
     x = torch.randn(32, 24, generator=torch.Generator().manual_seed(bits)) * torch.linspace(0.1, 1.0, 24)
-    maximum, codes = variants.exllamav2_scales(x, bits, torch.ones(32))
+    maximum, codes = variants.exllamav2_scales(rows_of(x, bits))
     expected_maximum, expected_codes = scales_by_the_book(x.double().numpy(), bits)
     assert float(maximum) == pytest.approx(expected_maximum, rel=0.006)  # one step of p, for ties
     assert codes.tolist() == expected_codes.tolist()
 
 
 def test_exllamav2_scales_of_a_group_of_zeros_store_nothing():
-    maximum, codes = variants.exllamav2_scales(torch.zeros(32, 8), 4, torch.ones(32))
+    maximum, codes = variants.exllamav2_scales(rows_of(torch.zeros(32, 8), 4))
     assert float(maximum) == 0
     assert codes.tolist() == [15] * 8
 
 
-@pytest.mark.parametrize("scales", [variants.exllamav2_scales, variants.column_scales])
+RULES = (variants.exllamav2_scales, variants.column_scales, variants.tried_scales)
+
+
+@pytest.mark.parametrize("scales", RULES)
 def test_one_sweep_reports_the_loss_of_what_it_stores(scales):
     generator = torch.Generator().manual_seed(1)
     k, n = 96, 32
-    a = torch.randn(4 * k, k, generator=generator) * torch.linspace(2.0, 0.2, k)
+    a = torch.randn(4 * k, k, generator=generator) @ torch.randn(k, k, generator=generator) / k**0.5
     h = a.T @ a / len(a)
     weight = torch.randn(k, n, generator=generator)
     groups = parse_groups("4:32 3:64")
@@ -241,16 +249,25 @@ def test_one_sweep_reports_the_loss_of_what_it_stores(scales):
     error = (weight - solved.dequantized.float()).double()
     assert solved.loss == pytest.approx(float(((h.double() @ error) * error).sum()), rel=1e-4)
     assert solved.codes[32:].max() < 8
-    nearest = torch.round(weight / 0.3).clamp(-4, 3) * 0.3
-    assert solved.loss < float(((h @ (weight - nearest)) * (weight - nearest)).sum())
+    nearest = weight - torch.round(weight / 0.6).clamp(-4, 3) * 0.6
+    assert solved.loss < float(((h @ nearest) * nearest).sum())
 
 
-def test_search_per_column_beats_exllamav2s_rule_and_the_solver_beats_both():
+def test_one_sweep_with_our_search_is_the_solver_at_its_least_effort():
+    generator = torch.Generator().manual_seed(3)
+    k, n = 128, 32
+    a = torch.randn(4 * k, k, generator=generator) @ torch.randn(k, k, generator=generator) / k**0.5
+    factor, weight = factorize(a.T @ a / len(a)), torch.randn(k, n, generator=generator)
+    groups = uniform_groups(k, 4, 32)
+    swept = variants.one_sweep(variants.column_scales)(weight, factor, groups)
+    assert swept.loss == pytest.approx(quantize_matrix(weight, factor, groups, effort="fast").loss, rel=0.01)
+
+
+def test_trials_beat_both_rules_and_the_solver_beats_the_trials():
     generator = torch.Generator().manual_seed(2)
     k, n = 128, 64
-    a = torch.randn(4 * k, k, generator=generator) * torch.linspace(2.0, 0.2, k)
+    a = torch.randn(4 * k, k, generator=generator) @ torch.randn(k, k, generator=generator) / k**0.5
     factor, groups = factorize(a.T @ a / len(a)), uniform_groups(k, 3, 64)
     weight = torch.randn(k, n, generator=generator)
-    theirs = variants.one_sweep(variants.exllamav2_scales)(weight, factor, groups).loss
-    column = variants.one_sweep(variants.column_scales)(weight, factor, groups).loss
-    assert quantize_matrix(weight, factor, groups).loss < column < theirs
+    theirs, column, tried = (variants.one_sweep(scales)(weight, factor, groups).loss for scales in RULES)
+    assert quantize_matrix(weight, factor, groups).loss < tried < min(theirs, column)
