@@ -110,6 +110,17 @@ class LiveBlock:
         output = output[0] if isinstance(output, tuple) else output
         return output, self._experts.noted if self._experts else None
 
+    def without_mlp(self, states: Tensor) -> Tensor:
+        """The output for states [rows, length, D] if the feed-forward part, or its experts, added nothing."""
+        if self._experts:
+            return self(states)[0]
+        down = self.submodule(self.spec.stages[-1][0])
+        handle = down.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+        try:
+            return self(states)[0]
+        finally:
+            handle.remove()
+
 
 class StreamedModel:
     """A dense source model, opened for streaming.

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dbrx_quant.quantize.patch_config import Summary, generation_config, patched
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.plan import check_channels, check_memory, shape_range
 from dbrx_quant.quantize.progress import bar
+from dbrx_quant.quantize.repair import DEFAULT_REPAIR, Repair
 from dbrx_quant.quantize.shards import write_shards
 from dbrx_quant.quantize.side_files import copy_side_files
 from dbrx_quant.quantize.tokenizer import write_tokenizer
@@ -55,6 +56,8 @@ class ConvertOptions:
         device: where it computes; "cpu".
         max_shard_bytes: limit of an output file.
         quiet: no progress.
+        repair: how the quantized weights make good what the residual stream has lost (see `quantize.repair`);
+            None: not at all, which saves two forward passes of a target and its Hessians' second factors.
     """
 
     model: Path
@@ -73,6 +76,7 @@ class ConvertOptions:
     device: str = "cpu"
     max_shard_bytes: int = 8_000_000_000
     quiet: bool = False
+    repair: Repair | None = DEFAULT_REPAIR
 
     @property
     def work(self) -> Path:
@@ -183,6 +187,7 @@ def _facts(options: ConvertOptions) -> dict[str, Any]:
         "seed": options.seed,
         "effort": options.effort,
         "measurement": fingerprint(options.measurement) if options.measurement else None,
+        "repair": asdict(options.repair) if options.repair else None,
     }
 
 
@@ -266,8 +271,18 @@ def _one_target(
         groups = {name: option[2] for name, option in strategy.choices.items()}
         title = f"quantize {strategy.target_bpw}"
         with bar(len(groups), title, options.quiet) as progress:
-            ids = tokens.input_ids
-            quantize_model(QuantizeJob(model, ids, work, measurement, groups, progress, options.effort))
+            quantize_model(
+                QuantizeJob(
+                    model,
+                    tokens.input_ids,
+                    work,
+                    measurement,
+                    groups,
+                    progress,
+                    options.effort,
+                    options.repair,
+                )
+            )
         _write_output(options, model, tokens, strategy, work, out)
         write_json(out / "measurement.json", measurement)
         report = verify(out)

@@ -3,9 +3,12 @@
 Inside a block the stages follow the data: query, key and value are solved on the block's input, the output
 projection on what their quantized weights make of it, and so on; an expert's down projection sees its
 quantized gate and up projections. Every finished linear is a file before the next one starts.
+
+The original's states run beside the quantized model's: the linears that write into the residual stream are
+changed so that they also repair what the quantized linears before them have spoilt (`repair`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dbrx_quant.calibration.experts import activation, expert_inner, expert_output, tokens_of
+from dbrx_quant.calibration.experts import (
+    ExpertTokens,
+    activation,
+    expert_inner,
+    expert_output,
+    tokens_of,
+)
 from dbrx_quant.calibration.hessian import Moments, Shrinkage, SplitMoments, hessian
 from dbrx_quant.calibration.states import new_states, open_states
-from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
+from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
 from dbrx_quant.quantize.curve import Prepared, prepare
 from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
 from dbrx_quant.quantize.measure import EXPERT_TOKENS, batches, check_states, route, spans, token_rows
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.recipe import parse_groups
+from dbrx_quant.quantize.repair import DEFAULT_REPAIR, REPAIRED, Repair, RepairMoments, repaired
 from dbrx_quant.runtime import _native
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias, to_half
 from dbrx_quant.runtime.files import save_tensors
@@ -49,6 +59,7 @@ class QuantizeJob:
         groups: linear → group map as text.
         progress: told of every finished linear.
         effort: of the solver.
+        repair: how linears that write into the residual stream make good what it has lost; None: they do not.
     """
 
     model: StreamedModel
@@ -58,10 +69,19 @@ class QuantizeJob:
     groups: Mapping[str, str]
     progress: Progress
     effort: Effort = "default"
+    repair: Repair | None = DEFAULT_REPAIR
 
     def states(self, block: int) -> Path:
         """Hidden states before a block, as the quantized blocks before it make them."""
         return self.folder / f"states-{block:03}.npy"
+
+    def original(self, block: int) -> Path:
+        """The original's hidden states before a block."""
+        return self.folder / f"original-{block:03}.npy"
+
+    def middle(self, block: int) -> Path:
+        """The original's hidden states after a block's attention."""
+        return self.folder / f"middle-{block:03}.npy"
 
     def linear(self, name: str) -> Path:
         """The packed tensors of one linear."""
@@ -80,25 +100,33 @@ def quantize_model(job: QuantizeJob) -> None:
     with torch.no_grad():
         if not any(job.states(i).exists() for i in range(len(blocks) + 1)):
             shape = (*job.tokens.shape, job.model.architecture.hidden)
-            with new_states(job.states(0), shape) as states:
-                for part in batches(states):
-                    states[part] = job.model.embed(job.tokens[part])
+            for path in (*([job.original(0)] if job.repair else []), job.states(0)):
+                with new_states(path, shape) as states:
+                    for part in batches(states):
+                        states[part] = job.model.embed(job.tokens[part])
         for block in blocks:
             if not any(job.states(i).exists() for i in range(block.index + 1, len(blocks) + 1)):
                 _quantize_block(job, block.index)
                 job.states(block.index).unlink()  # the next block's states are on disk by now
+                for path in (job.original(block.index), job.middle(block.index)):
+                    path.unlink(missing_ok=True)
             else:
                 for spec in block.linears():
                     job.progress.step(spec.name)
+        job.original(len(blocks)).unlink(missing_ok=True)
         _quantize_head(job)
 
 
 def _quantize_block(job: QuantizeJob, index: int) -> None:
+    if job.repair:
+        _run_original(job, index)
     live = job.model.block(index)
     states = open_states(job.states(index))
     for stage in live.spec.stages:
         todo = [spec for spec in stage if not job.linear(spec.name).exists()]
-        if todo:
+        if todo and job.repair and stage[0].role in REPAIRED:
+            _repair_and_solve(job, job.repair, live, stage[0], states)
+        elif todo:
             moments = _stage_moments(live, stage[0], states)
             _solve(job, todo, moments, None, {s.name: job.model.dense(s) for s in todo})
         live.install({spec.name: finished_weight(job, spec) for spec in stage})
@@ -111,6 +139,52 @@ def _quantize_block(job: QuantizeJob, index: int) -> None:
         else:
             _quantize_experts(job, live, live.spec.experts, states, output)
         check_states(output, f"output of quantized block {index}")
+
+
+def _run_original(job: QuantizeJob, index: int) -> None:
+    """Write the original's states in the middle of a block and after it."""
+    if job.middle(index).exists() and job.original(index + 1).exists():
+        return
+    live = job.model.block(index)
+    states = open_states(job.original(index))
+    shape, hidden, experts = tuple(states.shape), states.shape[-1], live.spec.experts
+    with new_states(job.original(index + 1), shape) as output, new_states(job.middle(index), shape) as middle:
+        if experts is None:
+            for part in batches(states):
+                output[part] = live(states[part])[0]
+                middle[part] = live.without_mlp(states[part])
+            return
+        x_path = job.folder / "experts-input.npy"
+        with new_states(x_path, (states.shape[0] * states.shape[1], hidden)) as x:
+            routing = route(live, states, middle, x)
+            output.copy_(middle)
+            for at, share in dense_shares(job.model, experts, routing):
+                output.view(-1, hidden)[at] += share
+        x_path.unlink()
+
+
+def _repair_and_solve(
+    job: QuantizeJob, repair: Repair, live: LiveBlock, spec: LinearSpec, states: Tensor
+) -> None:
+    """Quantize an output or down projection outside of experts, repaired."""
+    attention = spec.role == "o"
+    goal = open_states(job.middle(live.spec.index) if attention else job.original(live.spec.index + 1))
+    inputs, rows = SplitMoments.zero(spec.shape[0]), token_rows(states).view(states.shape[:2])
+    seen: list[Tensor] = []
+    moments = RepairMoments(inputs, *spec.shape)
+    handle = live.submodule(spec).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        for part in batches(states):
+            output = live.without_mlp(states[part]) if attention else live(states[part])[0]
+            x, token_row = seen.pop().flatten(0, -2), rows[part].flatten()
+            inputs.add(x, token_row)
+            moments.add(x, (goal[part] - output).flatten(0, 1), token_row)
+    finally:
+        handle.remove()
+    inputs.check(spec.name)
+    weight = repaired(job.model.dense(spec), moments, repair)
+    del moments
+    _solve(job, [spec], inputs.joined(), None, {spec.name: weight})
 
 
 class _Reached(Exception):
@@ -146,6 +220,7 @@ def _quantize_experts(
     with new_states(x_path, (states.shape[0] * states.shape[1], hidden)) as x:
         routing = route(live, states, output, x)
         flat, act, rows = output.view(-1, hidden), activation(experts.activation), token_rows(states)
+        unquantized = _DenseShares(job, experts, routing, flat) if job.repair else None
         for expert, (gate, up, down) in enumerate(experts.linears):
             tokens = tokens_of(routing, expert)
             square = tokens.weight.square()
@@ -157,22 +232,85 @@ def _quantize_experts(
                 dense = {spec.name: job.model.dense(spec) for spec in todo}
                 _solve(job, todo, inputs.joined(), inputs.prior, dense)
             weights = (finished_weight(job, gate), finished_weight(job, up))
+            if unquantized:
+                unquantized.take_away(tokens)
             if not job.linear(down.name).exists():
                 inner = SplitMoments.zero(down.shape[0], prior=True)
+                weight = job.model.dense(down)
+                moments = RepairMoments(inner, *down.shape) if job.repair else None
                 for part in spans(len(tokens.index), EXPERT_TOKENS):
-                    at = tokens.index[part]
-                    inner.add(expert_inner(x[at], *weights, act), rows[at], square[part])
+                    at, p = tokens.index[part], tokens.weight[part]
+                    h = expert_inner(x[at], *weights, act)
+                    inner.add(h, rows[at], square[part])
+                    if moments:
+                        goal = open_states(job.original(live.spec.index + 1)).view(-1, hidden)[at]
+                        moments.add(h, goal - flat[at] - p[:, None] * (h @ weight.T), rows[at], p)
                 for part in spans(len(tokens.others), EXPERT_TOKENS):
                     _prior(inner).add(expert_inner(x[tokens.others[part]], *weights, act))
-                dense = {down.name: job.model.dense(down)}
-                _solve(job, [down], inner.joined(), inner.prior, dense)
+                inner.check(down.name)
+                if moments and job.repair:
+                    weight = repaired(weight, moments, job.repair)
+                    del moments
+                _solve(job, [down], inner.joined(), inner.prior, {down.name: weight})
             last = finished_weight(job, down)
             for part in spans(len(tokens.index), EXPERT_TOKENS):
                 at = tokens.index[part]
                 flat[at] += tokens.weight[part, None] * expert_output(x[at], (*weights, last), act)
             for spec in (gate, up, down):
                 job.progress.step(spec.name)
+        if unquantized:
+            unquantized.close()
     x_path.unlink()
+
+
+class _DenseShares:
+    """What each expert would add to the stream unquantized: added at first, taken away when its turn comes.
+
+    So the stream misses, at an expert's turn, what those before it have spoilt and not what those after it
+    will add. The shares are kept on disk. A resumed run repeats the same sums and ends with the same bits.
+
+    Args:
+        job: for the dense weights and a place on disk.
+        experts: of a block.
+        routing: of all tokens, with the experts' inputs.
+        flat: [T, D] states, changed in place.
+    """
+
+    def __init__(self, job: QuantizeJob, experts: ExpertsSpec, routing: Routing, flat: Tensor) -> None:
+        self._flat, self._path, self._next = flat, job.folder / "experts-shares.npy", 0
+        with new_states(self._path, (routing.index.numel(), flat.shape[1])) as shares:
+            begin = 0
+            for index, share in dense_shares(job.model, experts, routing):
+                shares[begin : begin + len(index)] = share
+                flat[index] += share
+                begin += len(index)
+        self._shares = open_states(self._path)
+
+    def take_away(self, tokens: ExpertTokens) -> None:
+        """Take the share of the next expert, whose tokens these are, out of the states."""
+        for part in spans(len(tokens.index), EXPERT_TOKENS):
+            index = tokens.index[part]
+            self._flat[index] -= self._shares[self._next : self._next + len(index)]
+            self._next += len(index)
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._path.unlink()
+
+
+def dense_shares(
+    model: StreamedModel, experts: ExpertsSpec, routing: Routing
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the unquantized experts add to the stream, expert after expert: positions [T'], shares [T', D]."""
+    act = activation(experts.activation)
+    for expert, linears in enumerate(experts.linears):
+        tokens = tokens_of(routing, expert)
+        if len(tokens.index):
+            gate, up, down = (model.dense(spec) for spec in linears)
+            for part in spans(len(tokens.index), EXPERT_TOKENS):
+                index = tokens.index[part]
+                share = expert_output(routing.x[index], (gate, up, down), act)
+                yield index, tokens.weight[part, None] * share
 
 
 def _prior(moments: SplitMoments) -> Moments:

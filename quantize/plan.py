@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dbrx_quant.quantize.allocate import HEAD, HEAD_OVERHEAD_BITS
 from dbrx_quant.quantize.recipe import UNIT, coarsest_groups
+from dbrx_quant.quantize.repair import REPAIRED
 from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
@@ -222,7 +223,8 @@ def peak_bytes(architecture: Architecture, tokens: int) -> int:
 
 def _solving(spec: LinearSpec) -> int:
     k, n = spec.shape
-    return 12 * k * k + 19 * k * n  # Hessian, its ordered copy and factor; weights, targets, results
+    repairing = 12 * k * k + 24 * k * n if spec.role in REPAIRED else 0  # held-out moments, factor; changes
+    return max(repairing, 12 * k * k + 19 * k * n)  # Hessian, ordered copy, factor; weights, targets, results
 
 
 def check_memory(architecture: Architecture, tokens: Tensor, limit: int | None) -> None:
@@ -258,7 +260,9 @@ def _flops(architecture: Architecture, tokens: int) -> tuple[float, float]:
             forward, moments = 2 * seen * k * n, 2 * seen * k * k / shared_input
             factor = k**3 / 3 / shared_input
             measuring += 4 * forward + moments + 3 * factor + 512 * k * k
-            quantizing += 3 * forward + moments + factor + n * k * k
+            quantizing += 5 * forward + moments + factor + n * k * k  # two of them for the original's stream
+            if spec.role in REPAIRED:
+                quantizing += forward + 2 * k**3 / 3 + 4 * n * k * k
     head_k, head_n = architecture.head.shape
     measuring += 6 * tokens * head_k * head_n
     quantizing += head_n * head_k * head_k

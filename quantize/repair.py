@@ -1,0 +1,100 @@
+"""Weights of linears that write into the residual stream, changed so as to repair what the stream has lost.
+
+Axes: T tokens, K input channels, N output channels. When an attention output or down projection W is about
+to be quantized, the linears before it already are: its inputs x and the stream it adds to differ from the
+original's. With r [T, N] what the stream would still miss of the original's if W were added unquantized,
+
+    W' = W + strength * (sum of r x^T) (sum of x x^T + ridge)^-1
+
+is the weight that comes nearest to the original's stream with the inputs there are (ridge regression), and
+takes the place of W in the quantization. GPTAQ (Li et al. 2025, arXiv 2504.02692) and Qronos (Zhang et al.
+2025, arXiv 2505.11695) aim every linear at its own output in the original; here the two linears that can
+reach the stream aim at the stream, and the others stay as they are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.calibration.hessian import SplitMoments, held_out
+from dbrx_quant.quantize.ldlq import Factor, factorize
+
+REPAIRED = ("o", "down")  # roles of the linears that write into the residual stream
+MIN_HELD_TOKENS = 64  # with fewer tokens held out (or to fit on) nothing is repaired
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How a weight is repaired.
+
+    Attributes:
+        ridge: added to each input channel's mean square, in units of the channels' average.
+    """
+
+    ridge: float = 1.0
+
+
+DEFAULT_REPAIR = Repair()
+
+
+class RepairMoments:
+    """What the stream misses, summed up with a linear's inputs beside the inputs' own second moments.
+
+    Attributes:
+        inputs: moments of x x^T, summed up by the caller.
+        fit: [N, K] sum of r x^T over the tokens that are fitted.
+        held: the same over those held out.
+    """
+
+    def __init__(self, inputs: SplitMoments, k: int, n: int) -> None:
+        self.inputs, self.fit, self.held = inputs, torch.zeros(n, k), torch.zeros(n, k)
+
+    def add(self, x: Tensor, missing: Tensor, token_rows: Tensor, routing: Tensor | None = None) -> None:
+        """Add tokens that are in `inputs` too.
+
+        Args:
+            x: [T, K] inputs.
+            missing: [T, N] r.
+            token_rows: [T] the calibration row of each token.
+            routing: [T] weights with which the linear's output enters the stream, the roots of those in
+                `inputs`; None: 1 each.
+        """
+        scaled = missing if routing is None else missing * routing[:, None]
+        held = held_out(token_rows)
+        for total, mask in ((self.fit, ~held), (self.held, held)):
+            total.addmm_(scaled[mask].T, x[mask])
+
+
+def repaired(weight: Tensor, moments: RepairMoments, repair: Repair) -> Tensor:
+    """The repaired weight [N, K].
+
+    A change is computed from the fitted tokens, and the strength, from 0 to 1, is what takes most off the
+    squared error of the held-out ones; then all tokens together give the change that is made.
+    """
+    fit, held = moments.inputs.fit, moments.inputs.held
+    if min(fit.tokens, held.tokens) < MIN_HELD_TOKENS or not fit.matrix.any():
+        return weight
+    change = _least_squares(moments.fit, fit.matrix, fit.weight, repair)
+    gain = float((change * moments.held).sum(dtype=torch.float64))
+    cost = float(((change @ held.matrix) * change).sum(dtype=torch.float64))
+    if gain <= 0 or cost <= 0:
+        return weight
+    del change
+    everything = fit.matrix + held.matrix
+    change = _least_squares(moments.fit + moments.held, everything, fit.weight + held.weight, repair)
+    return change.mul_(min(1.0, gain / cost)).add_(weight)
+
+
+def _least_squares(cross: Tensor, matrix: Tensor, count: float, repair: Repair) -> Tensor:
+    ridged = matrix / count
+    ridged.diagonal().add_(repair.ridge * float(ridged.diagonal().mean()))
+    return solve(factorize(ridged, overwrite=True), cross / count)
+
+
+def solve(factor: Factor, right: Tensor) -> Tensor:
+    """Right H^-1 for right [N, K] and H = U diag(pivots) U^T [K, K]."""
+    half = torch.linalg.solve_triangular(factor.unit_upper, right.T, upper=True, unitriangular=True)
+    half /= factor.pivots[:, None]
+    solved: Tensor = torch.linalg.solve_triangular(factor.unit_upper.T, half, upper=False, unitriangular=True)
+    return solved.T.contiguous()
