@@ -4,9 +4,11 @@ A variant is data: the allocation that chooses its group maps, fields of `Quanti
 package that are replaced while it is measured or quantized. To add one, write it into STUDIES.
 """
 
+import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -181,7 +183,8 @@ def shared_by(key: Callable[[str, Mapping[str, Any]], Hashable]) -> Allocation:
     """An allocation in which all linears of equal key(name, entry) get the same bits per weight.
 
     Each takes its own best option of at most that many; groups of linears share the budget as single ones do
-    in `allocate`, by their summed curves. What is left over then raises one group after the other.
+    in `allocate`, by their summed curves. What is left over then raises one group after the other. Where all
+    of a group would go up at once, some of them, drawn at random, go first: no budget stays unspent.
     """
 
     def strategy(measurement: Measurement, target: float, head_bits: int) -> Strategy:
@@ -190,40 +193,51 @@ def shared_by(key: Callable[[str, Mapping[str, Any]], Hashable]) -> Allocation:
         for name, entry in linears.items():
             if name != HEAD:
                 groups.setdefault(key(name, entry), []).append(name)
-        ladders = [_ladder([linears[name] for name in names]) for names in groups.values()]
+        ladders = [_Ladder([linears[name] for name in names]) for names in groups.values()]
         curves: list[list[Option]] = []
-        for bits, errors, _ in ladders:
-            points = list(zip(bits.tolist(), errors.tolist(), strict=True))
-            curves.append([(*points[level], str(level)) for level in lower_hull(points)])
-        budget = int(target * weights)
-        levels = [int(curve[i][2]) for curve, i in zip(curves, spend(curves, budget), strict=True)]
-        left = budget - sum(int(bits[level]) for (bits, _, _), level in zip(ladders, levels, strict=True))
+        for ladder in ladders:
+            points = list(zip(ladder.bits.tolist(), ladder.errors.tolist(), strict=True))
+            curves.append([(*points[rung], str(rung)) for rung in lower_hull(points)])
+        chosen = spend(curves, budget := int(target * weights))
+        rungs = [int(curve[i][2]) for curve, i in zip(curves, chosen, strict=True)]
+        left = budget - sum(int(ladder.bits[rung]) for ladder, rung in zip(ladders, rungs, strict=True))
         choices: dict[str, Option] = {}
-        for names, (bits, errors, options), level in zip(groups.values(), ladders, levels, strict=True):
-            fitting = (bits <= bits[level] + left) & (errors < errors[level])
-            raised = int(fitting.nonzero()[0][-1]) if fitting.any() else level
-            left -= int(bits[raised] - bits[level])
-            for name, option in zip(names, options[:, raised].tolist(), strict=True):
+        for names, ladder, rung in zip(groups.values(), ladders, rungs, strict=True):
+            raised = int(np.searchsorted(ladder.bits, ladder.bits[rung] + left, "right")) - 1
+            left -= int(ladder.bits[raised] - ladder.bits[rung])
+            for name, option in zip(names, ladder.options(raised), strict=True):
                 choices[name] = _option(linears[name]["options"][option])
         return _strategy(measurement, target, head_bits, choices)
 
     return strategy
 
 
-def _ladder(entries: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Linears that share their bits per weight, at every level that changes one of them.
+class _Ladder:
+    """Linears that rise together: each rung takes the one that is next in bits per weight to its next option.
 
-    Returns:
-        [levels] total bits, rising; [levels] total error; [linears, levels] the option of each.
+    Attributes:
+        bits: [rungs + 1] of all of them, rising.
+        errors: [rungs + 1] of all of them.
     """
-    widths = [np.array([o[0] for o in e["options"]]) / np.prod(e["shape"]) for e in entries]
-    levels = np.unique(np.concatenate(widths))
-    options = np.stack([np.searchsorted(w, levels, "right").clip(1) - 1 for w in widths])
-    bits, errors = np.zeros(len(levels), np.int64), np.zeros(len(levels))
-    for entry, chosen in zip(entries, options, strict=True):
-        bits += np.array([o[0] for o in entry["options"]], np.int64)[chosen]
-        errors += np.array([o[1] for o in entry["options"]])[chosen]
-    return bits, errors, options
+
+    def __init__(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        turns = np.random.default_rng(0).permutation(len(entries)).tolist()
+        steps = []
+        for member, (entry, turn) in enumerate(zip(entries, turns, strict=True)):
+            weights = math.prod(entry["shape"])
+            for below, above in pairwise(entry["options"]):
+                steps.append((above[0] / weights, turn, member, above[0] - below[0], above[1] - below[1]))
+        steps.sort()
+        first = [entry["options"][0] for entry in entries]
+        self.bits = np.cumsum([sum(option[0] for option in first), *(step[3] for step in steps)])
+        self.errors = np.cumsum([sum(option[1] for option in first), *(step[4] for step in steps)])
+        self._members = [step[2] for step in steps]
+        self._count = len(entries)
+
+    def options(self, rung: int) -> list[int]:
+        """The option of each linear on a rung."""
+        counts: list[int] = np.bincount(self._members[:rung], minlength=self._count).tolist()
+        return counts
 
 
 def relative_errors(measurement: Measurement, target: float, head_bits: int) -> Strategy:
