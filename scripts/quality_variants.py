@@ -348,7 +348,7 @@ STUDIES: Mapping[str, Sequence[Variant]] = {
         OURS,
     ],
     "hessian": [
-        Variant("no calibration", Setting("white", _WHITE)),
+        Variant("no calibration", Setting("white", _WHITE), job={"repair": None}),
         _damping(0.12),
         _damping(0.03),
         _shrinkage("no prior", no_prior),
@@ -356,5 +356,6 @@ STUDIES: Mapping[str, Sequence[Variant]] = {
         OURS,
     ],
     "calibration": [_tokens(8 * 1024), _tokens(32 * 1024), _tokens(128 * 1024)],
+    "repair": [Variant("without repair", job={"repair": None}), OURS],
     "effort": [_effort("fast"), OURS, _effort("best")],
 }
