@@ -11,6 +11,7 @@ from dbrx_quant.scripts.output import print_table
 
 Point = tuple[float, float]
 Row = Mapping[str, Any]
+LABELS = {"llamacpp": "llama.cpp i-quants"}  # of what is drawn as a tool's curve
 Peers = Mapping[str, Sequence[Mapping[str, Any]]]  # tool → its sizes: bpw, kl, ppl, top1, for llama.cpp type
 
 
@@ -31,9 +32,13 @@ def interpolate(points: Sequence[Point], x: float) -> tuple[float, bool]:
 
 
 def divergence_at(sizes: Sequence[Row], bpw: float) -> tuple[float, bool]:
-    """A tool's KL divergence at any size, its logarithm a straight line from size to size."""
-    value, outside = interpolate([(row["bpw"], math.log(row["kl"])) for row in sizes], bpw)
-    return math.exp(value), outside
+    """A tool's KL divergence at any size, its logarithm a straight line from size to size.
+
+    Whether it lies outside of the sizes comes second; less than a hundredth of a bit does not count.
+    """
+    points = [(row["bpw"], math.log(row["kl"])) for row in sizes]
+    value, outside = interpolate(points, bpw)
+    return math.exp(value), outside and min(abs(bpw - point[0]) for point in points) > 0.01
 
 
 def equivalent_bits(sizes: Sequence[Row], bpw: float, kl: float) -> tuple[float, bool]:
@@ -72,7 +77,7 @@ def size_cells(rows: Sequence[Row], peers: Peers) -> tuple[list[str], list[list[
     """Head and cells of the table of sizes; `~` marks what lies outside of a peer's sizes."""
     head = ["target", "bpw", "KL", "± se", "perplexity", "top-1", "predicted KL", "predicted/KL"]
     for tool in rivals(peers):
-        head += [f"{tool}'s KL", "ratio", "bits ahead"]
+        head += [f"{LABELS.get(tool, tool)}: KL", "ratio", "bits ahead"]
     cells = []
     for row in rows:
         line = [
@@ -144,36 +149,30 @@ def plot(report: Mapping[str, Any], peers: Peers, file: Path) -> None:
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6))
+
+    def name(text: str, point: Point, offset: Point, **style: Any) -> None:
+        axes.annotate(text, point, offset, textcoords="offset points", **style)
+
     ours = sorted((row["bpw"], row["kl"]) for row in report["studies"]["sizes"])
     curves = {"dbrx-quant": ours, **{t: [(r["bpw"], r["kl"]) for r in s] for t, s in rivals(peers).items()}}
     colors = ("#0b6e4f", "#c2410c", "#475569")
     for (tool, points), color in zip(curves.items(), colors, strict=False):
         width = 2.4 if tool == "dbrx-quant" else 1.6
         axes.plot(*zip(*points, strict=True), "o-", color=color, linewidth=width, markersize=5)
-        label = f"{tool} i-quants" if tool == "llamacpp" else tool
-        at: dict[str, Any] = {
-            "xytext": (8, 6),
-            "textcoords": "offset points",
-            "color": color,
-            "fontweight": "bold",
-        }
-        axes.annotate(label.replace("llamacpp", "llama.cpp"), points[-1], **at)
+        name(LABELS.get(tool, tool), points[-1], (8, -12), color=color, fontweight="bold")
     for row in peers.get("llamacpp", ()):
-        if not row["type"].startswith("IQ"):
+        if not row["type"].startswith("IQ"):  # not on the curve
             axes.plot(row["bpw"], row["kl"], "x", color=colors[2], markersize=6)
-        place: dict[str, Any] = {
-            "xytext": (4, 5),
-            "textcoords": "offset points",
-            "color": colors[2],
-            "fontsize": 7,
-        }
-        axes.annotate(row["type"], (row["bpw"], row["kl"]), **place)
+        name(row["type"], (row["bpw"], row["kl"]), (4, 5), color=colors[2], fontsize=7)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(importlib.import_module("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="bits per weight, all overhead counted", ylabel="KL divergence to the original, nats")
     axes.set_title(f"{report['name']}, WikiText-2 test", loc="left")
     axes.grid(True, which="both", color="#e2e8f0", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.margins(x=0.12)
+    axes.yaxis.set_minor_formatter("")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()

@@ -43,6 +43,7 @@ def test_a_line_needs_two_points_at_different_places(points):
 def test_divergence_of_a_peer_is_log_linear_in_its_bits():
     assert divergence_at(PEER, 2.5) == (pytest.approx(math.sqrt(0.1)), False)
     assert divergence_at(PEER, 5.0) == (pytest.approx(0.001), True)
+    assert divergence_at(PEER, 4.001) == (pytest.approx(0.01, rel=0.01), False)
 
 
 def test_equivalent_bits_are_what_a_peer_needs_more():
