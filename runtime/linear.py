@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dbrx_quant.runtime import _cuda
 from dbrx_quant.runtime.backends import cuda_layout
 from dbrx_quant.runtime.format import SUFFIXES, padded_columns
-from dbrx_quant.runtime.ops import linear_op
+from dbrx_quant.runtime.ops import linear_op, linears_op
 
 _HALVES = ("q_scale_max", "bias")
 
@@ -190,4 +190,18 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The children's outputs side by side, [..., out_features], of x [..., in_features]."""
-        return torch.cat([layer(x) for layer in self.children()], dim=-1)
+        layers = list(self.children())
+        quantized = [layer for layer in layers if type(layer) is QuantLinear and not _has_hooks(layer)]
+        if len(quantized) < len(layers):
+            return torch.cat([layer(x) for layer in layers], dim=-1)
+        y: Tensor = linears_op(
+            x,
+            [tensor for layer in quantized for tensor in layer.stored()],
+            [layer.bias for layer in quantized],
+            [layer.out_features for layer in quantized],
+        )
+        return y
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -1,12 +1,12 @@
-"""The operators `dbrxq::dequantize`, `dbrxq::linear` and `dbrxq::experts`: schemas, fakes, backends.
+"""The operators `dbrxq::dequantize`, `linear`, `linears` and `experts`: schemas, fakes, backends.
 
 Axes: T tokens, K input channels, N output channels as stored, E experts, D hidden, A experts per token.
 
 A linear is passed as its stored tensors (q_weight, q_scale, q_scale_max, q_groups, q_invperm) and, for
-`linear`, an optional bias; a list of experts as 5 E tensors, expert after expert. Stored N may be padded:
-`out_features` says how many columns are wanted. On a GPU q_weight may come *tiled*, as `QuantLinear` keeps it
-there (`backends/cuda_layout.py`), and has three dimensions then. Activations may be fp32, bf16 or fp16; sums
-are in fp32, results in the activations' dtype.
+`linear`, an optional bias; lists of linears as five tensors each, one linear after the other. Stored N may
+be padded: `out_features` says how many columns are wanted. On a GPU q_weight may come *tiled*, as
+`QuantLinear` keeps it there (`backends/cuda_layout.py`), and has three dimensions then. Activations may be
+fp32, bf16 or fp16; sums are in fp32, results in the activations' dtype.
 
 CPU and CUDA tensors go to the native libraries (`backends/cpu.py`, `backends/cuda.py`), all others to plain
 torch (`backends/reference.py`).
@@ -29,6 +29,7 @@ _STORED = "Tensor q_weight, Tensor q_scale, Tensor q_scale_max, Tensor q_groups,
 _SCHEMAS = (
     f"dequantize({_STORED}, int out_features) -> Tensor",
     f"linear(Tensor x, {_STORED}, Tensor? bias, int out_features) -> Tensor",
+    "linears(Tensor x, Tensor[] stored, Tensor?[] biases, int[] out_features) -> Tensor",
     "experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor[] gate, Tensor[] up, Tensor[] down, "
     "str activation) -> Tensor",
 )
@@ -38,7 +39,7 @@ def _kernels(backend: ModuleType) -> dict[str, Callable[..., Tensor]]:
     """The backend's functions behind the checks, as the dispatcher calls them: with positional arguments.
 
     `cpu.linear` checks for itself, and only once what stays the same: for small linears that saves a fifth of
-    the call.
+    the call. Only there do linears of the same input share its rounding; elsewhere they run one by one.
     """
 
     def dequantize(*arguments: Any) -> Tensor:
@@ -51,12 +52,16 @@ def _kernels(backend: ModuleType) -> dict[str, Callable[..., Tensor]]:
         result: Tensor = backend.linear(x, *arguments)
         return result
 
+    def linears(x: Tensor, *lists: Any) -> Tensor:
+        return torch.cat([linear(x, *one) for one in checks.each_linear(*lists)], dim=-1)
+
     def experts(*arguments: Any) -> Tensor:
         checks.experts_call(*arguments)
         result: Tensor = backend.experts(*arguments)
         return result
 
-    return {"dequantize": dequantize, "linear": cpu.linear if backend is cpu else linear, "experts": experts}
+    kernels = {"dequantize": dequantize, "linear": linear, "linears": linears, "experts": experts}
+    return kernels | ({"linear": cpu.linear, "linears": cpu.linears} if backend is cpu else {})
 
 
 def _fake_dequantize(*arguments: Any) -> Tensor:
@@ -68,6 +73,10 @@ def _fake_dequantize(*arguments: Any) -> Tensor:
 def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
     checks.linear_call(x, arguments[:6], arguments[6])
     return x.new_empty(*x.shape[:-1], arguments[6])
+
+
+def _fake_linears(x: Tensor, *lists: Any) -> Tensor:
+    return torch.cat([_fake_linear(x, *one) for one in checks.each_linear(*lists)], dim=-1)
 
 
 def _fake_experts(x: Tensor, *arguments: Any) -> Tensor:
@@ -86,14 +95,21 @@ for _schema in _SCHEMAS:
 for _key, _backend in (("CompositeExplicitAutograd", reference), ("CPU", cpu), ("CUDA", cuda)):
     for _name, _kernel in _kernels(_backend).items():
         _library.impl(_name, _kernel, _key)
-for _name, _fake in (("dequantize", _fake_dequantize), ("linear", _fake_linear), ("experts", _fake_experts)):
+_FAKES = {
+    "dequantize": _fake_dequantize,
+    "linear": _fake_linear,
+    "linears": _fake_linears,
+    "experts": _fake_experts,
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"dbrxq::{_name}", _fake, lib=_library)
-for _name in ("linear", "experts"):
+for _name in ("linear", "linears", "experts"):
     torch.library.register_autograd(f"dbrxq::{_name}", _no_gradient, lib=_library)
 
 # The overloads themselves: one look-up less per call than torch.ops.dbrxq.<name>.
 dequantize_op = torch.ops.dbrxq.dequantize.default
 linear_op = torch.ops.dbrxq.linear.default
+linears_op = torch.ops.dbrxq.linears.default
 experts_op = torch.ops.dbrxq.experts.default
 
 

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import oracles_ops as oracle
+from dbrx_quant.runtime.activations import use_activations
 from dbrx_quant.runtime.experts import QuantExperts, activation_name
 from dbrx_quant.runtime.linear import FusedLinear, QuantLinear
 
@@ -85,6 +86,28 @@ def test_fused_linear_puts_its_parts_side_by_side():
     assert "k_proj.q_scale_max" in fused.state_dict()
     with pytest.raises(ValueError, match="expected one width"):
         FusedLinear({"a": quant_linear(64, 32), "b": quant_linear(96, 32)})
+
+
+@pytest.mark.parametrize("mode", ["int8", "int16", "float"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_fused_linears_give_the_bits_of_each_alone(mode, tokens):
+    parts = {name: quant_linear(96, 64, seed, bias=seed > 1) for seed, name in enumerate("qkv")}
+    # one that reads its input in the same order, so that they share the rounded one
+    parts["same"] = QuantLinear.from_tensors(parts["q"].tensors())
+    with use_activations(mode):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(tokens, 96).to(dtype)
+            expected = torch.cat([layer(x) for layer in parts.values()], -1)
+            assert torch.equal(FusedLinear(parts)(x), expected)
+
+
+def test_fused_linears_with_a_dense_or_hooked_part_run_one_by_one():
+    parts = {"q": quant_linear(64, 96), "k": quant_linear(64, 32), "v": torch.nn.Linear(64, 32)}
+    x = torch.randn(3, 64)
+    assert torch.equal(FusedLinear(parts)(x), torch.cat([layer(x) for layer in parts.values()], -1))
+    del parts["v"]
+    parts["k"].register_forward_hook(lambda module, inputs, output: 0 * output)
+    assert FusedLinear(parts)(x)[:, 96:].abs().max() == 0
 
 
 def test_experts_name_their_buffers_as_the_file_does():

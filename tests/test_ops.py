@@ -232,6 +232,10 @@ def operator_arguments():
         "dequantize": (ops.dequantize_op, (*stored, 50)),
         "linear": (ops.linear_op, (torch.randn(3, 96), *stored, None, 64)),
         "linear with bias": (ops.linear_op, (torch.randn(2, 3, 96).bfloat16(), *stored, tensors["bias"], 50)),
+        "linears": (
+            ops.linears_op,
+            (torch.randn(2, 3, 96), [*stored, *stored], [None, tensors["bias"]], [64, 50]),
+        ),
         "experts": (ops.experts_op, (torch.randn(4, D), *routing, *lists, "silu")),
     }
 
@@ -242,11 +246,16 @@ def test_opcheck_passes(name):
     torch.library.opcheck(operator, arguments)
 
 
+def side_by_side(x, stored, biases, out_features):
+    parts = zip(range(0, len(stored), 5), biases, out_features, strict=True)
+    return torch.cat([reference.linear(x, *stored[i : i + 5], bias, n) for i, bias, n in parts], -1)
+
+
 @pytest.mark.parametrize("name", operator_arguments())
 def test_reference_and_native_backends_agree(name):
     operator, arguments = operator_arguments()[name]
     function = operator.name().removeprefix("dbrxq::")
-    wanted = getattr(reference, function)(*arguments)
+    wanted = getattr(reference, function, side_by_side)(*arguments)
     ours = operator(*arguments)
     assert ours.dtype == wanted.dtype
     tolerance = 1e-2 if ours.dtype == torch.bfloat16 else 1e-5
@@ -351,3 +360,10 @@ def test_without_the_library_plain_torch_runs_and_one_warning_names_the_reason(m
     assert [record.getMessage().count("libdbrxq_cpu.so is not here") for record in caplog.records] == [1]
     with pytest.raises(ValueError, match="an expert index"):
         run_experts(x, index + 3, weights, linears)
+
+
+def test_linears_refuse_lists_that_do_not_belong_together():
+    tensors = oracle.random_tensors([(4, 96)], 64)
+    stored = [tensors[suffix] for suffix in oracle.SUFFIXES]
+    with pytest.raises(ValueError, match="5 tensors, 2 biases and 1 widths"):
+        ops.linears_op(torch.randn(3, 96), stored, [None, None], [64])

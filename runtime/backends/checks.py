@@ -103,6 +103,19 @@ def linear_input(x: Tensor, q_invperm: Tensor) -> None:
     require(found == k, lambda: f"linear: x has {found} channels, the weight {k}")
 
 
+def each_linear(
+    stored: Sequence[Tensor], biases: Sequence[Tensor | None], out_features: Sequence[int]
+) -> list[tuple[Any, ...]]:
+    """The arguments of `linear`, but for x, of each of the linears of `linears`."""
+    count = len(out_features)
+    if not count or len(stored) != 5 * count or len(biases) != count:
+        raise ValueError(
+            f"linears: {len(stored)} tensors, {len(biases)} biases and {count} widths; "
+            "expected 5 tensors, a bias or None and a width for each linear, of one or more"
+        )
+    return [(*stored[5 * i : 5 * i + 5], biases[i], out_features[i]) for i in range(count)]
+
+
 def experts_call(
     x: Tensor,
     top_k_index: Tensor,

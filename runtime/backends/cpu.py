@@ -139,6 +139,34 @@ def linear(
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
+def linears(
+    x: Tensor, stored: Sequence[Tensor], biases: Sequence[Tensor | None], out_features: Sequence[int]
+) -> Tensor:
+    """The products of x [..., K] and each of several linears side by side, in x's dtype; checks them."""
+    mode = activations()
+    each = checks.each_linear(stored, biases, out_features)
+    fast = []
+    if mode != "float" and _native_ready():
+        fast = [repacked_linear(one[:5], one[5], one[6]) for one in each]
+    blocks = [one.blocks[0].data_ptr() for one in fast if one is not None]
+    if len(blocks) < len(each):
+        return torch.cat([linear(x, *one) for one in each], dim=-1)
+    for one in each:
+        checks.linear_input(x, one[4])
+    inputs = _floats(x)
+    y = torch.empty(*x.shape[:-1], sum(out_features), dtype=torch.float32)
+    status = _native.library().dbrxq_packed_linear(
+        (ctypes.c_void_p * len(blocks))(*blocks),
+        len(blocks),
+        ACTIVATION_BITS[mode],
+        inputs.data_ptr(),
+        y.numel() // y.shape[-1],
+        y.data_ptr(),
+    )
+    _native.check(status, "linears")
+    return y.to(x.dtype)
+
+
 def _table(tensors: Sequence[Tensor], widths: Sequence[int]) -> Any:
     """An array of structs, one an expert; widths[e] columns are wanted of expert e."""
     structs = []
