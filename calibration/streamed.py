@@ -115,7 +115,11 @@ class LiveBlock:
         if self._experts:
             return self(states)[0]
         down = self.submodule(self.spec.stages[-1][0])
-        handle = down.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+
+        def nothing(module: Any, inputs: Any, output: Any) -> Tensor:
+            return torch.zeros_like(output)
+
+        handle = down.register_forward_hook(nothing)
         try:
             return self(states)[0]
         finally:

@@ -139,13 +139,24 @@ class QuantLinear(nn.Module):
         finally:
             self._buffers["q_weight"] = kept
 
-    def _save_to_state_dict(self, *arguments: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: Any, keep_vars: Any) -> None:
         with self._as_stored():
-            super()._save_to_state_dict(*arguments)
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: Any,
+        local_metadata: Any,
+        strict: Any,
+        missing_keys: Any,
+        unexpected_keys: Any,
+        error_msgs: Any,
+    ) -> None:
         self.untile()
-        super()._load_from_state_dict(*arguments)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self.tile()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

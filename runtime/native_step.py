@@ -148,6 +148,8 @@ class _Built:
     def _layer(self, part: LayerParts) -> _native.DecoderLayer:
         singles = []
         for linear in (*part.qkv, part.output, *(part.mlp or ())):
+            if linear.q_weight.dim() != 2:  # tiled for a GPU
+                raise _NotNativeError
             fast = repacked_linear(linear.stored(), linear.bias, linear.out_features)
             if fast is None:
                 raise _NotNativeError
@@ -166,6 +168,8 @@ class _Built:
             assert part.router is not None
             experts = part.experts
             gate, up, down = (experts.stored(key) for key in experts.keys)
+            if any(words.dim() != 2 for words in (*gate[::5], *up[::5], *down[::5])):
+                raise _NotNativeError
             fast = repacked_experts(gate, up, down, torch.empty(0, experts.hidden_size))
             if fast is None:
                 raise _NotNativeError

@@ -60,6 +60,7 @@ BUDGETS: dict[str, Budget] = {
     "gemm": Budget(255, 36 * 1024),
     "gemm gated": Budget(255, 48 * 1024),
     "repack": Budget(80, 0),
+    "unpack": Budget(80, 0),
     "reconstruct": Budget(72, 8 * 1024),
     "prepare": Budget(48, 1024),
     "route": Budget(40, 9 * 1024),
