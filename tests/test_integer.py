@@ -26,7 +26,7 @@ SHAPES = {
     "groups longer than a segment": ([(5, 160), (4, 288), (3, 416), (2, 144)], 96),
     "groups of one unit": ([(8, 32), (3, 32), (3, 32), (2, 32), (2, 32), (2, 16)], 64),
 }
-TOKENS = (1, 2, 3, 4, 5, 8, 9, 33)
+TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 33)
 
 # Weights are code * scale, without the rounding to half: at most 2^-11 of a weight. Activations: half a step,
 # the largest of a segment over 127 or 16256 steps.
@@ -57,7 +57,7 @@ def bound(x, tensors, mode, out_features):
     step = torch.zeros_like(x, dtype=torch.float64)
     for g in sorted(set(group.tolist())):
         rows = (group == g).nonzero()[0]
-        one_byte = mode == "int8" and widths[rows[0]] <= 3
+        one_byte = mode == "int8" and widths[rows[0]] <= 4
         for start in range(0, len(rows), 128):
             channels = packed[torch.from_numpy(rows[start : start + 128])]
             largest = x[:, channels].abs().amax(1, keepdim=True).double()
@@ -87,7 +87,7 @@ def test_the_error_stays_within_the_rounding_of_activations_and_weights(shape, b
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 6, 8])
 def test_one_hot_activations_give_every_code_and_scale(bits, tokens, isa, mode):
     tensors = oracle.random_tensors([(bits, 96)], 64, seed=bits, scale=0.5)
     wanted = oracle.dequantize(tensors).double()
@@ -141,7 +141,7 @@ def test_one_byte_costs_less_than_a_tenth_of_the_rounding_of_the_weights(bits):
         ours = ops.linear(x, tensors)
     exact = oracle.linear(x, tensors, 64)
     activations_rounded = oracle.rms(ours.double() - exact) / oracle.rms(exact)
-    assert activations_rounded < weights_rounded / (20 if bits < 8 else 10)
+    assert activations_rounded < weights_rounded / 10
 
 
 def test_linear_trims_padded_columns(mode):
@@ -277,8 +277,9 @@ def test_experts_agree_with_the_oracle(routing, isa, mode):
     index = route(generator)
     ours = ops.experts(x, index, weights, *zip(*linears, strict=True))
     exact = oracle.experts(x, index, weights, linears, "silu")
-    # Each of the three products adds up to 6e-3 (one byte) or 2.5e-4 of its output; the rest is chance.
-    limit = 1.5 * 3**0.5 * {"int8": 6e-3, "int16": 2.5e-4}[mode]
+    # The first two products add up to 6e-3 (one byte) or 2.5e-4 (two: the weights' rounding to half) of their
+    # output. The third meets products, whose largest is three times as far out; the rest is chance.
+    limit = 1.5 * {"int8": (1 + 1 + 3**2) ** 0.5 * 6e-3, "int16": 3**0.5 * 2.5e-4}[mode]
     assert oracle.rms(ours.double() - exact) <= limit * oracle.rms(exact)
 
 

@@ -24,12 +24,13 @@ const IntegerKernels& integer_kernels() {
 
 namespace {
 
-constexpr int64_t kCachedBands = 4;  // whose codes stay in the second-level cache while all tiles pass by
+// Codes that stay in the second-level cache while all tiles pass by, with room for the activations of a tile.
+constexpr int64_t kCachedBytes = 400'000;
 
 }  // namespace
 
-int64_t band_run(int64_t tokens, int64_t left) {
-  if (tokens > integer_kernels().tile_tokens) return kCachedBands;
+int64_t band_run(const PackedView& view, int64_t tokens, int64_t left) {
+  if (tokens > integer_kernels().tile_tokens) return std::max<int64_t>(kCachedBytes / view.header->band_bytes, 1);
   // Few tokens: long stretches of memory at first, short ones at the end to even the load out.
   return std::clamp<int64_t>(left / (4 * threads()), 1, 32);
 }
@@ -44,7 +45,7 @@ void multiply_bands(const PackedView& view, int activation_bits, const Quantized
   const int64_t band_floats = q.padded() * bands::kColumns;
   for (int64_t tile = 0; tile < q.tiles(); ++tile)
     for (int64_t band = first; band < last; ++band)
-      integer_kernels().multiply(view, activation_bits, band, q.size(tile), q.open(*view.header, tile),
+      integer_kernels().multiply(view, activation_bits, band, q.size(tile), q.open(*view.header, tile), tile == 0,
                                  sums + (band - first) * band_floats + q.first(tile) * bands::kColumns);
 }
 
@@ -103,7 +104,7 @@ void forward_block(std::vector<Part>& parts, int activation_bits, const float* x
   for (const Part& part : parts) {
     const int64_t wanted = (part.view.header->out_features + bands::kColumns - 1) / bands::kColumns;
     for (int64_t first = 0, last; first < wanted; first = last) {
-      last = std::min(first + band_run(tokens, all), wanted);
+      last = std::min(first + band_run(part.view, tokens, all), wanted);
       tasks.push_back({&part, first, last});
       all -= last - first;
     }

@@ -28,5 +28,5 @@ inline __m256i dot256(__m256i sum, __m256i codes, __m256i values) {
 #include "integer_impl.h"
 
 namespace dbrxq {
-const IntegerKernels kAvx2Integer = {Vec::tokens, quantize, multiply};
+const IntegerKernels kAvx2Integer = {Vec::tokens, quantize, multiply<Vec::tokens>};
 }

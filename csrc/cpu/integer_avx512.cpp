@@ -9,7 +9,7 @@ namespace dbrxq {
 namespace {
 
 struct Vec {
-  static constexpr int lanes = 16, tokens = 4;
+  static constexpr int lanes = 16, tokens = 8;
   static constexpr bool any_byte = true;  // `dot` takes codes of any size
   static constexpr int ahead = 8192;  // bytes of codes fetched in advance
   using F = __m512;
@@ -54,5 +54,5 @@ struct Vec {
 #include "integer_impl.h"
 
 namespace dbrxq {
-const IntegerKernels kAvx512Integer = {Vec::tokens, quantize, multiply};
+const IntegerKernels kAvx512Integer = {Vec::tokens, quantize, multiply<Vec::tokens>};
 }

@@ -21,5 +21,5 @@ inline __m256i dot256(__m256i sum, __m256i codes, __m256i values) {
 #include "integer_impl.h"
 
 namespace dbrxq {
-const IntegerKernels kAvxVnniInteger = {Vec::tokens, quantize, multiply};
+const IntegerKernels kAvxVnniInteger = {Vec::tokens, quantize, multiply<Vec::tokens>};
 }

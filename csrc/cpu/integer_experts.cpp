@@ -73,15 +73,14 @@ int open_batch(const Call& call, int64_t expert, Batch& batch) {
   return DBRXQ_OK;
 }
 
-template <class Bands>
-std::vector<Task> list_tasks(const std::vector<Batch>& batches, Bands bands) {
+// Tasks of one linear of every batch, or of two alike, over its first `columns` columns.
+std::vector<Task> list_tasks(const std::vector<Batch>& batches, PackedView Batch::* linear, int64_t columns) {
   std::vector<Task> tasks;
-  int64_t all = 0;
-  for (const Batch& batch : batches) all += bands(batch);
+  const int64_t total = (columns + bands::kColumns - 1) / bands::kColumns;
+  int64_t all = static_cast<int64_t>(batches.size()) * total;
   for (const Batch& batch : batches) {
-    const int64_t total = bands(batch);
     for (int64_t first = 0, last; first < total; first = last) {
-      last = std::min(first + band_run(batch.count, all), total);
+      last = std::min(first + band_run(batch.*linear, batch.count, all), total);
       tasks.push_back({&batch, first, last});
       all -= last - first;
     }
@@ -177,8 +176,7 @@ int run_pass(const Call& call) {
     quantize_tile(batch.gate, call.activation_bits, batch.for_gate, tile.index, rows);
     if (!batch.same_order) quantize_tile(batch.up, call.activation_bits, batch.for_up, tile.index, rows);
   });
-  const auto first = list_tasks(
-      batches, [](const Batch& batch) { return (batch.down.header->k + bands::kColumns - 1) / bands::kColumns; });
+  const auto first = list_tasks(batches, &Batch::gate, ffn);
   parallel_tasks(static_cast<int64_t>(first.size()),
                  [&](int64_t i) { gate_and_up(call, first[static_cast<size_t>(i)], hidden); });
   for_tiles(tiles, [&](const Tile& tile) {
@@ -189,8 +187,7 @@ int run_pass(const Call& call) {
       rows[m] = hidden + (batch.first + slot) * ffn;
     quantize_tile(batch.down, call.activation_bits, batch.hidden, tile.index, rows);
   });
-  const auto second = list_tasks(
-      batches, [&](const Batch&) { return (call.hidden + bands::kColumns - 1) / bands::kColumns; });
+  const auto second = list_tasks(batches, &Batch::down, call.hidden);
   parallel_tasks(static_cast<int64_t>(second.size()),
                  [&](int64_t i) { down(call, second[static_cast<size_t>(i)], outputs); });
   const auto combine = [&](int64_t t) {

@@ -100,6 +100,7 @@ struct Cursor {
   const int32_t *high, *low;  // of the segment's first quad
   const float* scales;
   const int32_t* offsets;
+  bool fetch;  // whether the codes are still in memory
 };
 
 // All segments of width B from the cursor on; moves it behind them.
@@ -158,6 +159,8 @@ inline void multiply_run(Cursor& run, const uint8_t* steps, const float* tables,
         upper += bands::kQuads * M;
         lower += bands::kQuads * M;
       }
+      // Before anything is stored: for all that the compiler knows, stores to `sums` may change the tables.
+      const Vec::F column_scales[2] = {Vec::column_scales(of, table, column), Vec::column_scales(of, table, column + kLanes)};
       unroll<2 * M>([&](auto index) DBRXQ_INLINE {
         constexpr int v = decltype(index)::value % 2, m = decltype(index)::value / 2;
         Vec::I total[Planes];
@@ -172,7 +175,7 @@ inline void multiply_run(Cursor& run, const uint8_t* steps, const float* tables,
         });
         Vec::I all = Vec::add_int(total[Planes - 1], Vec::splat_int(offsets[m]));
         if constexpr (Planes == 2) all = Vec::add_int(all, Vec::template shift_left<7>(total[0]));
-        const Vec::F scale = Vec::mul(Vec::column_scales(of, table, column + v * kLanes), Vec::splat(scales[m]));
+        const Vec::F scale = Vec::mul(column_scales[v], Vec::splat(scales[m]));
         Vec::F& to = sums[m * vectors + pair_number * 2 + v];
         to = Vec::multiply_add(Vec::to_float(all), scale, to);
       });
@@ -188,38 +191,119 @@ inline void multiply_run(Cursor& run, const uint8_t* steps, const float* tables,
     scales += M;
     offsets += M;
   }
-  run = {segment, run.end, codes, high, low, scales, offsets};
+  run = {segment, run.end, codes, high, low, scales, offsets, run.fetch};
+}
+
+// As multiply_run, for tiles of more than four tokens. These are bound by the two dot products a cycle that a core can
+// start, so registers are for sums: one byte's. Where activations have two, the upper bytes go through the whole segment,
+// the sums move up by 7 bits, and the lower bytes follow into the same sums.
+template <int B, int Planes, int M>
+inline void multiply_wide_run(Cursor& run, const uint8_t* steps, const float* tables, Vec::F* sums) {
+  static_assert(M * kPair == M * bands::kColumns, "wide tiles are for vectors of 16 columns");
+  const Segment* segment = run.segment;
+  const char* codes = run.codes;
+  const int32_t *high = run.high, *low = run.low;
+  const float* scales = run.scales;
+  const int32_t* offsets = run.offsets;
+  for (; segment != run.end && segment->bits == B; ++segment) {
+    const int units = segment->units;
+    if (run.fetch)
+      for (int i = 0; i < units * B * kUnitBytes; i += 64) Vec::prefetch(codes + Vec::ahead + i);
+    Vec::I sum[M * 2];  // [m][vector]
+    unroll<M * 2>([&](auto i) DBRXQ_INLINE { sum[decltype(i)::value] = Vec::zero(); });
+    unroll<Planes>([&](auto plane) DBRXQ_INLINE {
+      if constexpr (decltype(plane)::value == 1)
+        unroll<M * 2>([&](auto i) DBRXQ_INLINE {
+          sum[decltype(i)::value] = Vec::template shift_left<7>(sum[decltype(i)::value]);
+        });
+      const char* at = codes;
+      const int32_t* values = decltype(plane)::value == 0 ? high : low;
+      for (int unit = 0; unit < units; ++unit) {
+        unroll<bands::kQuads>([&](auto number) DBRXQ_INLINE {
+          constexpr int quad = decltype(number)::value;
+          // Keeps the compiler from holding words in registers from quad to quad: it cannot know that they are the same.
+          asm("" : "+r"(at));
+          unroll<2>([&](auto vector) DBRXQ_INLINE {
+            constexpr int v = decltype(vector)::value;
+            Vec::I words[B];  // loads of words that the quad has no use for are left out
+            unroll<B>([&](auto word) DBRXQ_INLINE {
+              words[decltype(word)::value] = Vec::load(at + decltype(word)::value * kUnitBytes + v * kLanes * 4);
+            });
+            const Vec::I code = normal_codes<B, quad>(words);
+            unroll<M>([&](auto token) DBRXQ_INLINE {
+              constexpr int m = decltype(token)::value;
+              sum[2 * m + v] = Vec::template dot<B == 8>(sum[2 * m + v], code, Vec::splat_int(values[quad * M + m]));
+            });
+          });
+        });
+        at += B * kUnitBytes;
+        values += bands::kQuads * M;
+      }
+    });
+    // Before anything is stored: for all that the compiler knows, `sums` may be where the scales are.
+    const uint8_t* of = steps + segment->group * 16;
+    const float* table = tables + segment->group * 16;
+    const Vec::F column_scales[2] = {Vec::column_scales(of, table, 0), Vec::column_scales(of, table, kLanes)};
+    unroll<M * 2>([&](auto i) DBRXQ_INLINE {
+      constexpr int index = decltype(i)::value;
+      const Vec::F total = Vec::to_float(Vec::add_int(sum[index], Vec::splat_int(offsets[index / 2])));
+      sums[index] = Vec::multiply_add(total, Vec::mul(column_scales[index % 2], Vec::splat(scales[index / 2])), sums[index]);
+    });
+    codes += units * (B * kUnitBytes);
+    high += units * (bands::kQuads * M);
+    low += units * (bands::kQuads * M);
+    scales += M;
+    offsets += M;
+  }
+  run = {segment, run.end, codes, high, low, scales, offsets, run.fetch};
+}
+
+// One run of segments after the other: run(bits, planes) as constants.
+template <class Run>
+DBRXQ_INLINE inline void for_runs(const Cursor& cursor, int activation_bits, Run&& run) {
+  while (cursor.segment != cursor.end) {
+    const int bits = cursor.segment->bits;
+    const bool two = two_bytes(activation_bits, bits);
+    switch (bits) {
+      case 2: two ? run(Number<2>{}, Number<2>{}) : run(Number<2>{}, Number<1>{}); break;
+      case 3: two ? run(Number<3>{}, Number<2>{}) : run(Number<3>{}, Number<1>{}); break;
+      case 4: two ? run(Number<4>{}, Number<2>{}) : run(Number<4>{}, Number<1>{}); break;
+      case 5: run(Number<5>{}, Number<2>{}); break;
+      case 6: run(Number<6>{}, Number<2>{}); break;
+      default: run(Number<8>{}, Number<2>{}); break;
+    }
+  }
 }
 
 template <int M>
-void multiply_band(const PackedView& view, int activation_bits, int64_t band, const ActivationTile& tile, float* out) {
+void multiply_band(const PackedView& view, int activation_bits, int64_t band, const ActivationTile& tile, bool fetch,
+                   float* out) {
   constexpr int vectors = bands::kColumns / kLanes;
   const uint8_t* steps = view.band_steps(band);
   const float* tables = view.tables;
-  Cursor run = {view.segments, view.segments + view.header->segments, view.band_codes(band), tile.high, tile.low,
-                tile.scales,   tile.offsets};
+  Cursor cursor = {view.segments, view.segments + view.header->segments, view.band_codes(band), tile.high, tile.low,
+                   tile.scales,   tile.offsets, fetch};
   Vec::F sums[M * vectors];
   unroll<M * vectors>([&](auto i) DBRXQ_INLINE { sums[decltype(i)::value] = Vec::splat(0.0f); });
-  while (run.segment != run.end) {
-    const int bits = run.segment->bits;
-    const bool two = two_bytes(activation_bits, bits);
-    switch (bits) {
-      case 2: two ? multiply_run<2, 2, M>(run, steps, tables, sums) : multiply_run<2, 1, M>(run, steps, tables, sums); break;
-      case 3: two ? multiply_run<3, 2, M>(run, steps, tables, sums) : multiply_run<3, 1, M>(run, steps, tables, sums); break;
-      case 4: two ? multiply_run<4, 2, M>(run, steps, tables, sums) : multiply_run<4, 1, M>(run, steps, tables, sums); break;
-      case 5: multiply_run<5, 2, M>(run, steps, tables, sums); break;
-      case 6: multiply_run<6, 2, M>(run, steps, tables, sums); break;
-      default: multiply_run<8, 2, M>(run, steps, tables, sums); break;
-    }
-  }
+  for_runs(cursor, activation_bits, [&](auto bits, auto planes) {
+    if constexpr (M > 4)
+      multiply_wide_run<decltype(bits)::value, decltype(planes)::value, M>(cursor, steps, tables, sums);
+    else
+      multiply_run<decltype(bits)::value, decltype(planes)::value, M>(cursor, steps, tables, sums);
+  });
   unroll<M * vectors>([&](auto i) DBRXQ_INLINE { Vec::store(out + decltype(i)::value * kLanes, sums[decltype(i)::value]); });
 }
 
+template <int Largest>  // tile: a template, so that tiles that the vectors have no room for are not compiled
 void multiply(const PackedView& view, int activation_bits, int64_t band, int64_t m, const ActivationTile& tile,
-            float* sums) {
-  if (m == 1) return multiply_band<1>(view, activation_bits, band, tile, sums);
-  if (m == 2) return multiply_band<2>(view, activation_bits, band, tile, sums);
-  multiply_band<4>(view, activation_bits, band, tile, sums);
+              bool fetch, float* sums) {
+  if (m == 1) return multiply_band<1>(view, activation_bits, band, tile, fetch, sums);
+  if constexpr (Largest > 2) {
+    if (m == 4) return multiply_band<4>(view, activation_bits, band, tile, fetch, sums);
+    if (m == 6) return multiply_band<6>(view, activation_bits, band, tile, fetch, sums);
+    if (m == 8) return multiply_band<8>(view, activation_bits, band, tile, fetch, sums);
+  }
+  multiply_band<2>(view, activation_bits, band, tile, fetch, sums);
 }
 
 // ---- Activations ---------------------------------------------------------------------------------------------------
@@ -250,7 +334,10 @@ void quantize(const PackedView& view, int activation_bits, const float* const* r
     for (int64_t t = 0; t < m; ++t) {
       uint32_t largest = 0;
       if (rows[t]) {
-        for (int i = 0; i < count; ++i) x[i] = rows[t][channel[i]];
+        for (int i = 0; i < count; ++i) {
+          x[i] = rows[t][channel[i]];
+          asm("");  // one by one: the gather instructions that compilers take here are slower
+        }
         for (int i = 0; i < count; ++i) {
           const uint32_t magnitude = float_to_bits(x[i]) & 0x7fffffffu;
           largest = magnitude > largest ? magnitude : largest;

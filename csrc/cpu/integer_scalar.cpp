@@ -64,5 +64,5 @@ struct Vec {
 #include "integer_impl.h"
 
 namespace dbrxq {
-const IntegerKernels kScalarInteger = {Vec::tokens, quantize, multiply};
+const IntegerKernels kScalarInteger = {Vec::tokens, quantize, multiply<Vec::tokens>};
 }

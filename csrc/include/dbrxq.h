@@ -91,7 +91,7 @@ DBRXQ_API int dbrxq_experts_forward(const float* x, const int64_t* top_k_index, 
 // Repacked linears and experts (pack.cpp, integer.cpp, integer_experts.cpp): the same linears in a layout made for
 // speed (cpu/packed.h), multiplied by activations rounded to integers. A repacked linear is one block of memory without
 // pointers, aligned to 64 bytes.
-// activation_bits is 16, or 8: then activations are single bytes where they meet codes of up to 3 bits, and two bytes
+// activation_bits is 16, or 8: then activations are single bytes where they meet codes of up to 4 bits, and two bytes
 // elsewhere. Sums within 128 rows are exact, results depend neither on the threads nor (but for the last bit of a
 // float product) on the instruction set. Weights are code times exact scale, without the format's rounding to half.
 
