@@ -9,7 +9,7 @@ The integer modes work on a repacked copy of a linear, made when it is first use
 rounding of a weight to half. What that costs for Gaussian activations, as the rms of the output's error over
 the rms of the output: 2e-4 with two bytes, which is the rounding to half alone, 5e-3 (groups of 32 channels)
 to 6e-3 (of 128) with one. Rounding Gaussian weights to the grid itself costs 0.37 at 2 bits, 0.18 at 3, 0.09
-at 4, 0.005 at 8: 16 times as much and more at every width. In whole models the single bytes add less than 0.5 % to
+at 4, 0.005 at 8: 16 times as much and more at every width. In whole models single bytes add about 0.5 % to
 the divergence that the rounding of the weights causes (docs/performance.md).
 """
 
