@@ -48,7 +48,8 @@ class ConvertOptions:
         rows: calibration rows; None: as many as the set offers or usually has.
         length: tokens of a row.
         seed: of everything drawn.
-        effort: "fast", "default" or "best": how long the solver looks for codes and scales.
+        effort: "fast", "default" or "best": how long the solver looks for codes and scales; "fast" also
+            leaves out the repair of the residual stream.
         measurement: an earlier measurement.json of the same model to use instead of measuring.
         work_dir: for everything that a resumed run needs; None: beside `out`, named `<out>.work`.
         resume: whether to go on with earlier work.
@@ -56,8 +57,6 @@ class ConvertOptions:
         device: where it computes; "cpu".
         max_shard_bytes: limit of an output file.
         quiet: no progress.
-        repair: how the quantized weights make good what the residual stream has lost (see `quantize.repair`);
-            None: not at all, which saves two forward passes of a target and its Hessians' second factors.
     """
 
     model: Path
@@ -76,7 +75,11 @@ class ConvertOptions:
     device: str = "cpu"
     max_shard_bytes: int = 8_000_000_000
     quiet: bool = False
-    repair: Repair | None = DEFAULT_REPAIR
+
+    @property
+    def repair(self) -> Repair | None:
+        """How the residual stream is repaired: it costs as much as all the rest of quantizing a target."""
+        return None if self.effort == "fast" else DEFAULT_REPAIR
 
     @property
     def work(self) -> Path:

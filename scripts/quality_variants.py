@@ -304,8 +304,8 @@ def _solver(name: str, scales: Scales) -> Variant:
     return Variant(name, patches={f"{PIPELINE}.quantize_matrix": one_sweep(scales)})
 
 
-def _effort(effort: str) -> Variant:
-    return Variant(f"effort {effort}", Setting(effort, job={"effort": effort}), job={"effort": effort})
+def _effort(effort: str, **job: Any) -> Variant:
+    return Variant(f"effort {effort}", Setting(effort, job={"effort": effort}), job={"effort": effort, **job})
 
 
 def _damping(value: float) -> Variant:
@@ -357,5 +357,5 @@ STUDIES: Mapping[str, Sequence[Variant]] = {
     ],
     "calibration": [_tokens(8 * 1024), _tokens(32 * 1024), _tokens(128 * 1024)],
     "repair": [Variant("without repair", job={"repair": None}), OURS],
-    "effort": [_effort("fast"), OURS, _effort("best")],
+    "effort": [_effort("fast", repair=None), OURS, _effort("best")],
 }

@@ -151,7 +151,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         "--effort",
         choices=("fast", "default", "best"),
         default="default",
-        help="how long to look for the best codes and scales (default: %(default)s)",
+        help="how long to look for the best codes and scales; fast is half the work (default: %(default)s)",
     )
     work.add_argument("--max-memory", type=size, metavar="SIZE", help="refuse to start above it, e.g. 24GB")
     work.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
