@@ -136,13 +136,17 @@ def _forward(job: MeasureJob) -> None:
                         routing = route(live, states, output, x)
                         report = coverage(routing, block.experts.count)
                         write_json(job.folder / f"coverage-{block.index:03}.json", report)
-                        _add_experts(job.model, block.experts, routing, output.view(-1, architecture.hidden))
+                        for at, share in dense_shares(job.model, block.experts, routing):
+                            output.view(-1, architecture.hidden)[at] += share
                     x_path.unlink()
                 check_states(output, f"output of block {block.index}")
         job.progress.step(f"forward, block {block.index}")
 
 
-def _add_experts(model: StreamedModel, experts: ExpertsSpec, routing: Routing, output: Tensor) -> None:
+def dense_shares(
+    model: StreamedModel, experts: ExpertsSpec, routing: Routing
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the unquantized experts add to the stream, expert after expert: positions [T'], shares [T', D]."""
     act = activation(experts.activation)
     for expert, linears in enumerate(experts.linears):
         tokens = tokens_of(routing, expert)
@@ -150,8 +154,8 @@ def _add_experts(model: StreamedModel, experts: ExpertsSpec, routing: Routing, o
             gate, up, down = (model.dense(spec) for spec in linears)
             for part in spans(len(tokens.index), EXPERT_TOKENS):
                 index = tokens.index[part]
-                y = expert_output(routing.x[index], (gate, up, down), act)
-                output[index] += tokens.weight[part, None] * y
+                share = expert_output(routing.x[index], (gate, up, down), act)
+                yield index, tokens.weight[part, None] * share
 
 
 def _head(job: MeasureJob) -> None:

@@ -8,7 +8,7 @@ The original's states run beside the quantized model's: the linears that write i
 changed so that they also repair what the quantized linears before them have spoilt (`repair`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,15 @@ from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
 from dbrx_quant.quantize.curve import Prepared, prepare
 from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
-from dbrx_quant.quantize.measure import EXPERT_TOKENS, batches, check_states, route, spans, token_rows
+from dbrx_quant.quantize.measure import (
+    EXPERT_TOKENS,
+    batches,
+    check_states,
+    dense_shares,
+    route,
+    spans,
+    token_rows,
+)
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.recipe import parse_groups
 from dbrx_quant.quantize.repair import DEFAULT_REPAIR, REPAIRED, Repair, RepairMoments, repaired
@@ -221,6 +229,7 @@ def _quantize_experts(
         routing = route(live, states, output, x)
         flat, act, rows = output.view(-1, hidden), activation(experts.activation), token_rows(states)
         unquantized = _DenseShares(job, experts, routing, flat) if job.repair else None
+        goal = open_states(job.original(live.spec.index + 1)).view(-1, hidden) if job.repair else None
         for expert, (gate, up, down) in enumerate(experts.linears):
             tokens = tokens_of(routing, expert)
             square = tokens.weight.square()
@@ -242,9 +251,9 @@ def _quantize_experts(
                     at, p = tokens.index[part], tokens.weight[part]
                     h = expert_inner(x[at], *weights, act)
                     inner.add(h, rows[at], square[part])
-                    if moments:
-                        goal = open_states(job.original(live.spec.index + 1)).view(-1, hidden)[at]
-                        moments.add(h, goal - flat[at] - p[:, None] * (h @ weight.T), rows[at], p)
+                    if moments and goal is not None:
+                        missing = goal[at] - flat[at] - p[:, None] * (h @ weight.T)
+                        moments.add(h, missing, rows[at], p)
                 for part in spans(len(tokens.others), EXPERT_TOKENS):
                     _prior(inner).add(expert_inner(x[tokens.others[part]], *weights, act))
                 inner.check(down.name)
@@ -296,21 +305,6 @@ class _DenseShares:
     def close(self) -> None:
         """Remove the file."""
         self._path.unlink()
-
-
-def dense_shares(
-    model: StreamedModel, experts: ExpertsSpec, routing: Routing
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the unquantized experts add to the stream, expert after expert: positions [T'], shares [T', D]."""
-    act = activation(experts.activation)
-    for expert, linears in enumerate(experts.linears):
-        tokens = tokens_of(routing, expert)
-        if len(tokens.index):
-            gate, up, down = (model.dense(spec) for spec in linears)
-            for part in spans(len(tokens.index), EXPERT_TOKENS):
-                index = tokens.index[part]
-                share = expert_output(routing.x[index], (gate, up, down), act)
-                yield index, tokens.weight[part, None] * share
 
 
 def _prior(moments: SplitMoments) -> Moments:
