@@ -10,13 +10,10 @@ from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dbrx_quant.runtime._native import ABI_VERSION
 from dbrx_quant.runtime._shared_library import find_library, load_library
 
 LIBRARY_NAME = "libdbrxq_cuda.so"
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 WIDTHS = 6
 
 _ERROR_BASE = 1000

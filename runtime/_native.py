@@ -18,6 +18,7 @@ from dbrx_quant.runtime._shared_library import find_library, load_library
 
 ABI_VERSION = 4
 LIBRARY_NAME = "libdbrxq_cpu.so"
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as dbrxq.h numbers them
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 _BAD_ISA, _NO_MEMORY = 6, 7

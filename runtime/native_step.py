@@ -41,7 +41,6 @@ from dbrx_quant.runtime.snapshot import Snapshot
 VARIABLE = "DBRXQ_NATIVE_STEP"
 MOST_TOKENS = 8
 
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _ATTENTIONS = ("sdpa", "eager")
 _CONSTANT_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
 _ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -141,15 +140,13 @@ class _Built:
             eps=first.eps,
             layer_norm=first.layer_norm,
             activation=_native.ACTIVATIONS[first.activation],
-            dtype=_DTYPES[last.dtype],
+            dtype=_native.DTYPES[last.dtype],
             activation_bits=ACTIVATION_BITS[mode],
         )
 
     def _layer(self, part: LayerParts) -> _native.DecoderLayer:
         singles = []
         for linear in (*part.qkv, part.output, *(part.mlp or ())):
-            if linear.q_weight.dim() != 2:  # tiled for a GPU
-                raise _NotNativeError
             fast = repacked_linear(linear.stored(), linear.bias, linear.out_features)
             if fast is None:
                 raise _NotNativeError
@@ -168,8 +165,6 @@ class _Built:
             assert part.router is not None
             experts = part.experts
             gate, up, down = (experts.stored(key) for key in experts.keys)
-            if any(words.dim() != 2 for words in (*gate[::5], *up[::5], *down[::5])):
-                raise _NotNativeError
             fast = repacked_experts(gate, up, down, torch.empty(0, experts.hidden_size))
             if fast is None:
                 raise _NotNativeError
@@ -195,7 +190,7 @@ def _build(model: Any, mode: str) -> _Built | Snapshot:
         floats += [*part.norms, *(part.head_norms or ()), *([] if part.router is None else [part.router])]
     dtypes = {tensor.dtype for tensor in floats}
     plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous() for tensor in floats)
-    if not plain or len(dtypes) != 1 or not dtypes <= _DTYPES.keys() or parts[0].head_dim % 16:
+    if not plain or len(dtypes) != 1 or not dtypes <= _native.DTYPES.keys() or parts[0].head_dim % 16:
         return snapshot
     try:
         return _Built(model, parts, last, mode, snapshot)

@@ -1,11 +1,11 @@
 """Whether a model is still what it was: its modules, its tensors and their contents, its hooks."""
 
 from itertools import chain, repeat
-from operator import attrgetter, contains, is_
+from operator import contains, is_
 
 from torch import Tensor, nn
 
-_version = attrgetter("_version")
+from dbrx_quant.runtime.backends.memo import version_sum
 
 
 class Snapshot:
@@ -24,20 +24,14 @@ class Snapshot:
         self._hooks = [t for m in modules for t in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
         self._attributes = [module.__dict__ for module in modules if module is not model]
-        self._versions = self._count()
-
-    def _count(self) -> int:
-        try:
-            return sum(map(_version, self._tensors))
-        except RuntimeError:  # tensors made in inference mode count no versions
-            return 0
+        self._versions = version_sum(self._tensors)
 
     def holds(self) -> bool:
         """Whether modules and tensors are still those that were there, unchanged."""
         return (
             sum(map(len, self._contents)) == len(self._objects)
             and all(map(is_, chain.from_iterable(self._contents), self._objects))
-            and self._count() == self._versions
+            and version_sum(self._tensors) == self._versions
         )
 
     def is_watched(self) -> bool:

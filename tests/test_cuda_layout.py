@@ -16,6 +16,7 @@ from dbrx_quant.runtime import _cuda, experts, load_model, ops
 from dbrx_quant.runtime import linear as linear_module
 from dbrx_quant.runtime.backends import checks, cuda, cuda_layout
 from dbrx_quant.runtime.linear import QuantLinear
+from dbrx_quant.runtime.snapshot import Snapshot
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -105,6 +106,7 @@ def linears(x, stored, biases, widths):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(cuda_layout, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(Snapshot, "all_on_cpu", lambda snapshot: False)
     monkeypatch.setattr(checks, "_TILED_ON", ("cpu", "meta"))
     monkeypatch.setattr(linear_module, "linear_op", cuda.linear)
     monkeypatch.setattr(linear_module, "linears_op", linears)

@@ -97,7 +97,7 @@ def linear(
     struct = device_linear(q_weight, q_scale, q_scale_max, q_groups, q_invperm).described(out_features, bias)
     inputs = aligned(x.contiguous(), 16)
     y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
-    tokens, dtype, size = y.numel() // out_features, _cuda.DTYPES[x.dtype], ctypes.c_int64()
+    tokens, dtype, size = y.numel() // out_features, _native.DTYPES[x.dtype], ctypes.c_int64()
     native = _cuda.library()
     with current(x.device):
         status = native.dbrxq_cuda_linear_workspace(ctypes.byref(struct), tokens, dtype, ctypes.byref(size))
@@ -179,7 +179,7 @@ def experts(
     inputs = aligned(x.contiguous(), 16)
     index, weights = top_k_index.to(torch.int64).contiguous(), top_k_weights.to(torch.float32).contiguous()
     y = torch.empty_like(inputs)
-    (tokens, active), dtype, size = index.shape, _cuda.DTYPES[x.dtype], ctypes.c_int64()
+    (tokens, active), dtype, size = index.shape, _native.DTYPES[x.dtype], ctypes.c_int64()
     if not tokens or not active:
         return y.zero_()
     native = _cuda.library()
