@@ -12,11 +12,7 @@ SANITIZED = (
 )  # the same tests, in a process of test_emulator.py
 WIDTHS = (8, 6, 5, 4, 3, 2)
 SHAPES = {
-    "one group": ([(4, 32)], 32),
-    "ragged last group": ([(6, 64), (3, 128), (3, 32)], 96),
-    "every width": ([(8, 32), (6, 32), (5, 64), (4, 96), (3, 64), (2, 32)], 160),
-    "a 2-bit tail of 16 rows": ([(4, 32), (2, 80)], 64),
-    "a tail alone": ([(2, 16)], 32),
+    **oracle.SHAPES,
     "more than a block's columns": ([(5, 128), (3, 416), (2, 48)], 288),
     "rows for several splits": ([(6, 32), (4, 480), (3, 512), (2, 528)], 64),
 }

@@ -7,6 +7,13 @@ import numpy as np
 import torch
 
 SUFFIXES = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
+SHAPES = {  # name: groups, N; every backend runs these and some of its own
+    "one group": ([(4, 32)], 32),
+    "ragged last group": ([(6, 64), (3, 128), (3, 32)], 96),
+    "every width": ([(8, 32), (6, 32), (5, 64), (4, 96), (3, 64), (2, 32)], 160),
+    "a 2-bit tail of 16 rows": ([(4, 32), (2, 80)], 64),
+    "a tail alone": ([(2, 16)], 32),
+}
 
 
 def random_tensors(groups, n, seed=0, bias=False, scale=0.02):

@@ -13,11 +13,7 @@ from dbrx_quant.runtime.backends import cpu, reference
 
 ISAS = ("scalar", "avx2", "avx512")
 SHAPES = {
-    "one group": ([(4, 32)], 32),
-    "ragged last group": ([(6, 64), (3, 128), (3, 32)], 96),
-    "every width": ([(8, 32), (6, 32), (5, 64), (4, 96), (3, 64), (2, 32)], 160),
-    "a 2-bit tail of 16 rows": ([(4, 32), (2, 80)], 64),
-    "a tail alone": ([(2, 16)], 32),
+    **oracle.SHAPES,
     "more rows than a panel": ([(5, 128), (3, 416), (2, 48)], 288),
 }
 TOKENS = (1, 2, 3, 4, 5, 8, 9, 33)
