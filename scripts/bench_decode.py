@@ -11,7 +11,6 @@ llama.cpp's figure to set beside these comes from `llama-bench -m MODEL.gguf -t 
 
 import argparse
 import ctypes
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from dbrx_quant.runtime import _native, load_model
 from dbrx_quant.runtime.decoder_parts import layer_parts
 from dbrx_quant.runtime.linear import QuantLinear
 from dbrx_quant.runtime.native_step import use_native_step
-from dbrx_quant.scripts.output import print_table
+from dbrx_quant.scripts.output import print_json, print_table
 
 PROMPT = torch.arange(1, 17)[None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -183,8 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         "tokens": arguments.tokens,
     }
     if arguments.json:
-        json.dump(report, sys.stdout, indent=1, sort_keys=True)
-        print()
+        print_json(report)
     else:
         show(report)
     return 0

@@ -16,7 +16,6 @@ Each figure is the best of many short runs: on a shared machine the best is what
 import argparse
 import ctypes
 import importlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from dbrx_quant.runtime import _native
 from dbrx_quant.runtime.backends.cpu import describe_linear
-from dbrx_quant.scripts.output import print_table
+from dbrx_quant.scripts.output import print_json, print_table
 
 HIDDEN, FFN, EXPERTS, ACTIVE = 6144, 10752, 16, 4  # DBRX
 SHAPES = ((HIDDEN, FFN), (FFN, HIDDEN))  # K, N
@@ -372,8 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.plot:
         plot(report, arguments.plot)
     if arguments.json:
-        json.dump(report, sys.stdout, indent=1, sort_keys=True)
-        print()
+        print_json(report)
     else:
         show(report)
     return 0
