@@ -75,8 +75,8 @@ int64_t ffn(const dbrxq_decoder_layer& layer) {
 }
 
 int check(const dbrxq_decoder& d, const dbrxq_decoder_cache* cache, int64_t sequences, int64_t tokens, int64_t past) {
-  if (d.layer_count < 0 || d.hidden < 1 || d.head_dim < 1 || d.head_dim % 16 || d.head_dim > kLargestHead || d.key_heads < 1 || d.heads < 1 ||
-      d.heads % d.key_heads || d.dtype < DBRXQ_FLOAT16 || d.dtype > DBRXQ_FLOAT32 || sequences < 0 || tokens < 0 ||
+  if (d.layer_count < 0 || d.hidden < 1 || d.head_dim < 1 || d.head_dim % 16 || d.head_dim > kLargestHead ||
+      d.key_heads < 1 || d.heads < 1 || d.heads % d.key_heads || d.dtype < DBRXQ_FLOAT16 || d.dtype > DBRXQ_FLOAT32 || sequences < 0 || tokens < 0 ||
       past < 0 || (d.activation_bits != 8 && d.activation_bits != 16))
     return DBRXQ_BAD_SHAPE;
   if (d.activation < DBRXQ_SILU || d.activation > DBRXQ_RELU) return DBRXQ_BAD_ACTIVATION;
