@@ -20,7 +20,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from dbrx_quant.scripts import convert, doctor, evaluate, generate, inspect_folder, measure, verify
+from dbrx_quant.scripts import (
+    completion,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    inspect_folder,
+    measure,
+    verify,
+)
 from dbrx_quant.scripts.output import say
 from dbrx_quant.scripts.verb import UsageError, Verb, add_output_arguments
 
@@ -32,6 +41,7 @@ VERBS: tuple[Verb, ...] = (
     evaluate.VERB,
     generate.VERB,
     doctor.VERB,
+    completion.VERB,
 )
 
 OK, FAILED, USAGE, CHECK_FAILED, TERMINATED, CTRL_C = 0, 1, 2, 3, 75, 130

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
+from dbrx_quant.scripts import main
+
 HEAVY = ("torch", "transformers", "numpy", "datasets", "safetensors", "rich", "tqdm")
-VERBS = ("convert", "measure", "inspect", "verify", "eval", "generate", "doctor")
+VERBS = tuple(verb.name for verb in main.VERBS)
 
 RUN = f"""
 import sys
