@@ -26,6 +26,7 @@ from dbrx_quant.quantize.side_files import copy_side_files
 from dbrx_quant.quantize.tokenizer import write_tokenizer
 from dbrx_quant.runtime.config import read_config
 from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.evaluations import EVALUATION_NAME
 from dbrx_quant.runtime.files import fingerprint, remove_leftovers, write_json
 from dbrx_quant.runtime.products import fast_products
 from dbrx_quant.runtime.tokenizer_check import check_tokenizer
@@ -339,7 +340,8 @@ def _write_output(
     out: Path,
 ) -> None:
     notes: list[str] = list(tokens.description.get("notices", []))
-    (out / "strategy.json").unlink(missing_ok=True)  # of an earlier result, which is about to be replaced
+    for name in ("strategy.json", EVALUATION_NAME):  # of an earlier result, which is about to be replaced
+        (out / name).unlink(missing_ok=True)
     write_shards(
         out,
         model.architecture,

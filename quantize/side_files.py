@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dbrx_quant.quantize.tokenizer import TOKENIZER_FILES
 from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.evaluations import EVALUATION_NAME
 from dbrx_quant.runtime.files import write_parts
 from dbrx_quant.runtime.verify import CHECKSUMS_NAME
 
@@ -16,6 +17,7 @@ _OWN = {
     "measurement.json",
     "strategy.json",
     CHECKSUMS_NAME,
+    EVALUATION_NAME,
     *TOKENIZER_FILES,
 }
 _WEIGHTS = {

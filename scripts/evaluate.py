@@ -1,11 +1,14 @@
-"""`dbrx-quant eval`: how far a quantized model is from its original, on a text."""
+"""`dbrx-quant eval`: how far a quantized model is from its original, on a text.
+
+What it finds is kept in the folder's `evaluation.json`, where `report` and the model card read it.
+"""
 
 import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbrx_quant.scripts.output import counter, hush_loading, print_json, print_table, seconds_text
+from dbrx_quant.scripts.output import counter, hush_loading, print_json, print_table, say, seconds_text
 from dbrx_quant.scripts.verb import UsageError, Verb, add_quiet_argument, positive
 
 if TYPE_CHECKING:
@@ -27,14 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=positive, default=40, help="(default: %(default)s)")
     parser.add_argument("--length", type=positive, default=512, help="tokens a window (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    parser.add_argument("--no-save", action="store_true", help="leave DIR/evaluation.json as it is")
     add_quiet_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate and print the scores."""
+    """Evaluate, print the scores and keep them in the folder."""
     if not arguments.reference and not arguments.cache:
         raise UsageError("no original to compare with: give --reference MODEL, or a --cache filled before")
     from dbrx_quant.runtime.evaluate import evaluate, windows
+    from dbrx_quant.runtime.evaluations import read_evaluations
     from dbrx_quant.runtime.inspect import inspect_folder
     from dbrx_quant.runtime.loader import find_folder, load_model
 
@@ -42,6 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     hush_loading(arguments.quiet)
     folder = find_folder(arguments.folder, None)
     facts = inspect_folder(folder)
+    save = not arguments.no_save
+    if save:
+        read_evaluations(folder)  # a damaged file is found before the work, not after it
     rows = windows(folder, arguments.text, arguments.windows, arguments.length)
     reference = _reference(arguments, rows)
     candidate = load_model(folder, device=arguments.device)
@@ -58,7 +66,36 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": time.monotonic() - started,
     }
     print_json(result) if arguments.json else _print_scores(arguments, result)
+    if save:
+        _save(arguments, folder, result)
     return 0
+
+
+def _save(arguments: argparse.Namespace, folder: Path, result: dict[str, Any]) -> None:
+    """Keep the scores in the folder, or say on stderr why not: they are printed, so nothing is lost."""
+    from dbrx_quant.runtime.evaluations import EVALUATION_NAME, save_evaluation
+
+    if not Path(arguments.folder).is_dir() or _in_hub_cache(folder):
+        say(f"not saved: {arguments.folder} lies in the Hub's cache, which is no place for other files")
+        return
+    same = ("ppl", "kl", "kl_stderr", "top1", "router_topk", "bpw")
+    entry = {name: result[name] for name in same} | {
+        "text": arguments.text.name,
+        "windows": arguments.windows,
+        "length": arguments.length,
+        "tokens": result["positions"],
+        "ppl_original": result["reference_ppl"],
+    }
+    try:
+        save_evaluation(folder, entry)
+    except OSError as error:
+        say(f"not saved: {folder / EVALUATION_NAME}: {error.strerror or error}")
+
+
+def _in_hub_cache(folder: Path) -> bool:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return folder.resolve().is_relative_to(Path(HF_HUB_CACHE).resolve())
 
 
 def _reference(arguments: argparse.Namespace, rows: "Tensor") -> Any:

@@ -1,0 +1,96 @@
+"""`evaluation.json` of a quantized folder: what was measured of it, an entry for each text and windows."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.files import write_json
+
+EVALUATION_NAME = "evaluation.json"
+EVALUATION_VERSION = 1
+
+_KEY = ("text", "windows", "length")  # what tells entries apart
+_WHOLE = ("windows", "length", "tokens")
+_NUMBERS = ("ppl", "ppl_original", "kl", "top1", "bpw")
+_NUMBERS_OR_NULL = ("kl_stderr", "router_topk")
+_NAMES = ("text", *_WHOLE, *_NUMBERS, *_NUMBERS_OR_NULL)
+
+Evaluation = Mapping[str, Any]
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a folder's `evaluation.json`, in order of text, windows and length; none without it.
+
+    An entry has `text` (a name), `windows`, `length` and `tokens`, `ppl` and `ppl_original`, `kl` in nats and
+    `kl_stderr` (null for a single window), `top1`, `router_topk` (mean over the blocks, null without experts)
+    and `bpw`.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another version.
+    """
+    path = Path(folder) / EVALUATION_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); delete it and evaluate again") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != EVALUATION_VERSION:
+        raise CheckpointError(f"{path}: format version {version!r}, this program reads {EVALUATION_VERSION}")
+    entries = content.get("evaluations")
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{path}: evaluations is no list; delete the file and evaluate again")
+    for at, entry in enumerate(entries):
+        fault = _fault(entry)
+        if fault:
+            raise CheckpointError(f"{path}: entry {at}: {fault}; delete the file and evaluate again")
+    return sorted(entries, key=_key)
+
+
+def save_evaluation(folder: Path, entry: Evaluation) -> Path:
+    """Put an entry into a folder's `evaluation.json`, in place of one of the same text and windows.
+
+    Raises:
+        CheckpointError: the file that is there cannot be read.
+        ValueError: the entry lacks a figure, or has one that is no number.
+        OSError: the folder cannot be written.
+    """
+    fault = _fault(entry)
+    if fault:
+        raise ValueError(f"{EVALUATION_NAME}: {fault}")
+    path = Path(folder) / EVALUATION_NAME
+    kept = [other for other in read_evaluations(folder) if _key(other) != _key(entry)]
+    entries = sorted([*kept, {name: entry[name] for name in _NAMES}], key=_key)
+    write_json(path, {"format_version": EVALUATION_VERSION, "evaluations": entries})
+    return path
+
+
+def _key(entry: Evaluation) -> tuple[Any, ...]:
+    return tuple(entry[name] for name in _KEY)
+
+
+def _fault(entry: Any) -> str | None:
+    """What is wrong with an entry."""
+    if not isinstance(entry, Mapping):
+        return f"{type(entry).__name__} instead of an object"
+    for name in _NAMES:
+        if name not in entry:
+            return f"{name} is missing"
+        value = entry[name]
+        if name == "text":
+            fine = isinstance(value, str)
+        elif name in _WHOLE:
+            fine = type(value) is int and value > 0
+        else:
+            fine = _is_number(value) or (value is None and name in _NUMBERS_OR_NULL)
+        if not fine:
+            return f"{name} is {value!r}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
