@@ -18,6 +18,8 @@ from dbrx_quant.runtime.text import load_tokenizer, model_limits, tokenizer_fing
 
 ROWS = 128
 LENGTH = 2048
+UNSEEN_EVERY = 7  # one row in so many, an odd number since every second row starts with a document
+_FEWEST_ROWS = 16  # with fewer, all are for calibration
 _VERSION = "1"  # of the description in a saved file
 
 
@@ -75,6 +77,13 @@ def load_tokens(
             _notice(described, f"{source} was made with another tokenizer than that of {tokenizer_folder}")
         return TokenRows(saved.input_ids, described)
     return _from_text(source, tokenizer_folder, rows or ROWS, length or min(LENGTH, longest or LENGTH), seed)
+
+
+def split_unseen(input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows to calibrate on, and rows (maybe none) that nothing is chosen on, to see what quantizing costs."""
+    rows = torch.arange(len(input_ids))
+    unseen = (rows % UNSEEN_EVERY == UNSEEN_EVERY - 1) & (len(rows) >= _FEWEST_ROWS)
+    return input_ids[~unseen], input_ids[unseen]
 
 
 def save_tokens(path: str | Path, tokens: TokenRows) -> None:

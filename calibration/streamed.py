@@ -66,6 +66,13 @@ class _KwargsRecorder(nn.Module):
         return hidden_states
 
 
+class _Nothing(nn.Module):
+    """Stands where a feed-forward part was and adds nothing."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
 class LiveBlock:
     """One block with real weights.
 
@@ -110,20 +117,40 @@ class LiveBlock:
         output = output[0] if isinstance(output, tuple) else output
         return output, self._experts.noted if self._experts else None
 
+    def with_middle(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The output for states [rows, length, D] without experts' shares, and what enters the second half.
+
+        That is the stream before the feed-forward part, or the experts, add to it.
+        """
+        if self._experts:
+            output = self(states)[0]
+            return output, output
+        added: list[Tensor] = []
+        owner, name = self._mlp()
+        handle = owner.get_submodule(name).register_forward_hook(lambda _, inputs, out: added.append(out))
+        try:
+            output = self(states)[0]
+        finally:
+            handle.remove()
+        return output, output - added.pop()
+
     def without_mlp(self, states: Tensor) -> Tensor:
         """The output for states [rows, length, D] if the feed-forward part, or its experts, added nothing."""
         if self._experts:
             return self(states)[0]
-        down = self.submodule(self.spec.stages[-1][0])
-
-        def nothing(module: Any, inputs: Any, output: Any) -> Tensor:
-            return torch.zeros_like(output)
-
-        handle = down.register_forward_hook(nothing)
+        owner, name = self._mlp()
+        whole = owner.get_submodule(name)
         try:
+            setattr(owner, name, _Nothing())
             return self(states)[0]
         finally:
-            handle.remove()
+            setattr(owner, name, whole)
+
+    def _mlp(self) -> tuple[nn.Module, str]:
+        """The owner of a dense feed-forward part and its name there."""
+        path = self.spec.stages[-1][0].module.rpartition(".")[0].removeprefix(self.spec.module + ".")
+        owner, _, name = path.rpartition(".")
+        return self.module.get_submodule(owner), name
 
 
 class StreamedModel:

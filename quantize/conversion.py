@@ -10,7 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.calibration.data import TokenRows, load_tokens, reopen_tokens, save_tokens
+from dbrx_quant.calibration.data import (
+    UNSEEN_EVERY,
+    TokenRows,
+    load_tokens,
+    reopen_tokens,
+    save_tokens,
+    split_unseen,
+)
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.allocate import Strategy, allocate, check_targets
 from dbrx_quant.quantize.job import Resume, open_job, source_facts
@@ -101,6 +108,8 @@ class Converted:
         target_bpw: what was asked for.
         bpw: what it takes.
         predicted_kl: KL divergence to the original that the measurement predicts, nats per token.
+        measured_kl: the same, measured on calibration rows that nothing was chosen on; None: there are too
+            few rows.
         total_bytes: size of the shards.
         seconds: time spent on it, the measurement aside.
         peak_bytes: most memory that the process has had.
@@ -110,6 +119,7 @@ class Converted:
     target_bpw: float
     bpw: float
     predicted_kl: float
+    measured_kl: float | None
     total_bytes: int
     seconds: float
     peak_bytes: int
@@ -190,6 +200,7 @@ def _facts(options: ConvertOptions) -> dict[str, Any]:
         "length": options.length,
         "seed": options.seed,
         "effort": options.effort,
+        "unseen_every": UNSEEN_EVERY,
         "measurement": fingerprint(options.measurement) if options.measurement else None,
         "repair": asdict(options.repair) if options.repair else None,
     }
@@ -219,7 +230,8 @@ def _measurement(options: ConvertOptions, model: StreamedModel, tokens: TokenRow
         blocks = model.architecture.blocks
         steps = 2 * len(blocks) + 1 + sum(b.experts.count for b in blocks if b.experts)
         with bar(steps, "measure", options.quiet) as progress:
-            job = MeasureJob(model, tokens.input_ids, folder, progress, options.seed, options.effort)
+            ids, _ = split_unseen(tokens.input_ids)
+            job = MeasureJob(model, ids, folder, progress, options.seed, options.effort)
             found = measure(job)
         described = {k: v for k, v in tokens.description.items() if k != "notices"}
         facts = {
@@ -274,20 +286,22 @@ def _one_target(
         write_json(strategy_path, written)
         groups = {name: option[2] for name, option in strategy.choices.items()}
         title = f"quantize {strategy.target_bpw}"
+        ids, unseen = split_unseen(tokens.input_ids)
         with bar(len(groups), title, options.quiet) as progress:
-            quantize_model(
+            measured = quantize_model(
                 QuantizeJob(
                     model,
-                    tokens.input_ids,
+                    ids,
                     work,
                     measurement,
                     groups,
                     progress,
                     options.effort,
                     options.repair,
+                    unseen if len(unseen) else None,
                 )
             )
-        _write_output(options, model, tokens, strategy, work, out)
+        _write_output(options, model, tokens, strategy, measured, work, out)
         write_json(out / "measurement.json", measurement)
         report = verify(out)
         if not report.ok:
@@ -296,12 +310,14 @@ def _one_target(
         for leftover in work.glob("*.npy"):  # first, since states say that the linears before them are there
             leftover.unlink()
         shutil.rmtree(work / "linears")
+    found = json.loads((out / "strategy.json").read_text(encoding="utf-8"))["measured"]
     shards = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return Converted(
         out,
         strategy.target_bpw,
         strategy.bpw,
         strategy.kl,
+        found and found["kl"],
         shards,
         time.monotonic() - started,
         peak_memory(),
@@ -314,7 +330,9 @@ def _holds(out: Path, strategy: dict[str, Any]) -> bool:
         found = json.loads((out / "strategy.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return False
-    same = isinstance(found, dict) and {k: v for k, v in found.items() if k != "notes"} == strategy
+    if not isinstance(found, dict) or "measured" not in found:
+        return False
+    same = {k: v for k, v in found.items() if k not in ("measured", "notes")} == strategy
     return same and (out / "config.json").exists()
 
 
@@ -336,6 +354,7 @@ def _write_output(
     model: StreamedModel,
     tokens: TokenRows,
     strategy: Strategy,
+    measured: dict[str, Any] | None,
     work: Path,
     out: Path,
 ) -> None:
@@ -363,4 +382,4 @@ def _write_output(
     )
     skipped = copy_side_files(options.model, out).skipped
     notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
-    write_json(out / "strategy.json", {**strategy.to_json(), "notes": notes})
+    write_json(out / "strategy.json", {**strategy.to_json(), "measured": measured, "notes": notes})

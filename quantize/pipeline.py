@@ -5,10 +5,12 @@ projection on what their quantized weights make of it, and so on; an expert's do
 quantized gate and up projections. Every finished linear is a file before the next one starts.
 
 The original's states run beside the quantized model's: the linears that write into the residual stream are
-changed so that they also repair what the quantized linears before them have spoilt (`repair`).
+changed so that they also repair what the quantized linears before them have spoilt (`repair`). Rows that are
+not calibrated on go through both, and tell at the end how far the quantized model is from the original.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,9 @@ from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.recipe import parse_groups
 from dbrx_quant.quantize.repair import DEFAULT_REPAIR, REPAIRED, Repair, RepairMoments, repaired
 from dbrx_quant.runtime import _native
+from dbrx_quant.runtime.evaluate import evaluate
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias, to_half
-from dbrx_quant.runtime.files import save_tensors
+from dbrx_quant.runtime.files import save_tensors, write_json
 from dbrx_quant.runtime.format import (
     Group,
     GroupMap,
@@ -61,13 +64,14 @@ class QuantizeJob:
 
     Attributes:
         model: the source.
-        tokens: [R, L] int64 token ids.
+        tokens: [R, L] int64 token ids to calibrate on.
         folder: for finished linears and the states between blocks.
         measurement: from `measure`.
         groups: linear → group map as text.
         progress: told of every finished linear.
         effort: of the solver.
         repair: how linears that write into the residual stream make good what it has lost; None: they do not.
+        unseen: [U, L] int64 token ids that measure the distance to the original; None: it is not measured.
     """
 
     model: StreamedModel
@@ -78,6 +82,21 @@ class QuantizeJob:
     progress: Progress
     effort: Effort = "default"
     repair: Repair | None = DEFAULT_REPAIR
+    unseen: Tensor | None = None
+
+    @property
+    def all_tokens(self) -> Tensor:
+        """[R + U, L]: the rows of all states, those to calibrate on first."""
+        return self.tokens if self.unseen is None else torch.cat([self.tokens, self.unseen])
+
+    @property
+    def original_tokens(self) -> Tensor | None:
+        """The rows that are followed through the original too: all for the repair, else those not seen."""
+        return self.all_tokens if self.repair else self.unseen
+
+    def calibration(self, states: Tensor) -> Tensor:
+        """The part of states that is calibrated on."""
+        return states[: len(self.tokens)]
 
     def states(self, block: int) -> Path:
         """Hidden states before a block, as the quantized blocks before it make them."""
@@ -91,6 +110,11 @@ class QuantizeJob:
         """The original's hidden states after a block's attention."""
         return self.folder / f"middle-{block:03}.npy"
 
+    @property
+    def distance(self) -> Path:
+        """The distance to the original, measured."""
+        return self.folder / "distance.json"
+
     def linear(self, name: str) -> Path:
         """The packed tensors of one linear."""
         return self.folder / "linears" / f"{name}.safetensors"
@@ -101,17 +125,19 @@ class QuantizeJob:
         return Shrinkage(entry["damping"], entry["prior"])
 
 
-def quantize_model(job: QuantizeJob) -> None:
-    """Solve every linear of the model that has no file yet."""
+def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
+    """Solve every linear of the model that has no file yet.
+
+    Returns:
+        The distance to the original on the unseen rows (`runtime.evaluate.Scores`), None without any.
+    """
     (job.folder / "linears").mkdir(parents=True, exist_ok=True)
     blocks = job.model.architecture.blocks
     with torch.no_grad():
         if not any(job.states(i).exists() for i in range(len(blocks) + 1)):
-            shape = (*job.tokens.shape, job.model.architecture.hidden)
-            for path in (*([job.original(0)] if job.repair else []), job.states(0)):
-                with new_states(path, shape) as states:
-                    for part in batches(states):
-                        states[part] = job.model.embed(job.tokens[part])
+            if job.original_tokens is not None:
+                _embed(job, job.original_tokens, job.original(0))
+            _embed(job, job.all_tokens, job.states(0))
         for block in blocks:
             if not any(job.states(i).exists() for i in range(block.index + 1, len(blocks) + 1)):
                 _quantize_block(job, block.index)
@@ -121,21 +147,30 @@ def quantize_model(job: QuantizeJob) -> None:
             else:
                 for spec in block.linears():
                     job.progress.step(spec.name)
-        job.original(len(blocks)).unlink(missing_ok=True)
         _quantize_head(job)
+        if job.unseen is not None and not job.distance.exists():
+            write_json(job.distance, _measure_distance(job, job.unseen))
+        job.original(len(blocks)).unlink(missing_ok=True)
+    return json.loads(job.distance.read_text(encoding="utf-8")) if job.unseen is not None else None
+
+
+def _embed(job: QuantizeJob, tokens: Tensor, path: Path) -> None:
+    with new_states(path, (*tokens.shape, job.model.architecture.hidden)) as states:
+        for part in batches(states):
+            states[part] = job.model.embed(tokens[part])
 
 
 def _quantize_block(job: QuantizeJob, index: int) -> None:
-    if job.repair:
+    if job.original_tokens is not None:
         _run_original(job, index)
     live = job.model.block(index)
     states = open_states(job.states(index))
     for stage in live.spec.stages:
         todo = [spec for spec in stage if not job.linear(spec.name).exists()]
         if todo and job.repair and stage[0].role in REPAIRED:
-            _repair_and_solve(job, job.repair, live, stage[0], states)
+            _repair_and_solve(job, job.repair, live, stage[0], job.calibration(states))
         elif todo:
-            moments = _stage_moments(live, stage[0], states)
+            moments = _stage_moments(live, stage[0], job.calibration(states))
             _solve(job, todo, moments, None, {s.name: job.model.dense(s) for s in todo})
         live.install({spec.name: finished_weight(job, spec) for spec in stage})
         for spec in stage:
@@ -159,8 +194,7 @@ def _run_original(job: QuantizeJob, index: int) -> None:
     with new_states(job.original(index + 1), shape) as output, new_states(job.middle(index), shape) as middle:
         if experts is None:
             for part in batches(states):
-                output[part] = live(states[part])[0]
-                middle[part] = live.without_mlp(states[part])
+                output[part], middle[part] = live.with_middle(states[part])
             return
         x_path = job.folder / "experts-input.npy"
         with new_states(x_path, (states.shape[0] * states.shape[1], hidden)) as x:
@@ -230,8 +264,9 @@ def _quantize_experts(
         flat, act, rows = output.view(-1, hidden), activation(experts.activation), token_rows(states)
         unquantized = _DenseShares(job, experts, routing, flat) if job.repair else None
         goal = open_states(job.original(live.spec.index + 1)).view(-1, hidden) if job.repair else None
+        calibration = Routing(*(part[: job.tokens.numel()] for part in (x, routing.index, routing.weight)))
         for expert, (gate, up, down) in enumerate(experts.linears):
-            tokens = tokens_of(routing, expert)
+            everyone, tokens = tokens_of(routing, expert), tokens_of(calibration, expert)
             square = tokens.weight.square()
             todo = [spec for spec in (gate, up) if not job.linear(spec.name).exists()]
             if todo:
@@ -242,7 +277,7 @@ def _quantize_experts(
                 _solve(job, todo, inputs.joined(), inputs.prior, dense)
             weights = (finished_weight(job, gate), finished_weight(job, up))
             if unquantized:
-                unquantized.take_away(tokens)
+                unquantized.take_away(everyone)
             if not job.linear(down.name).exists():
                 inner = SplitMoments.zero(down.shape[0], prior=True)
                 weight = job.model.dense(down)
@@ -262,9 +297,9 @@ def _quantize_experts(
                     del moments
                 _solve(job, [down], inner.joined(), inner.prior, {down.name: weight})
             last = finished_weight(job, down)
-            for part in spans(len(tokens.index), EXPERT_TOKENS):
-                at = tokens.index[part]
-                flat[at] += tokens.weight[part, None] * expert_output(x[at], (*weights, last), act)
+            for part in spans(len(everyone.index), EXPERT_TOKENS):
+                at = everyone.index[part]
+                flat[at] += everyone.weight[part, None] * expert_output(x[at], (*weights, last), act)
             for spec in (gate, up, down):
                 job.progress.step(spec.name)
         if unquantized:
@@ -315,12 +350,27 @@ def _prior(moments: SplitMoments) -> Moments:
 def _quantize_head(job: QuantizeJob) -> None:
     head = job.model.architecture.head
     if not job.linear(head.name).exists():
-        states = open_states(job.states(len(job.model.architecture.blocks)))
+        states = job.calibration(open_states(job.states(len(job.model.architecture.blocks))))
         moments = Moments.zero(head.shape[0])
         for part in batches(states):
             moments.add(job.model.final_norm(states[part]).view(-1, states.shape[-1]))
         _solve(job, [head], moments, None, {head.name: job.model.dense(head)})
     job.progress.step(head.name)
+
+
+def _measure_distance(job: QuantizeJob, unseen: Tensor) -> dict[str, Any]:
+    """Scores of the unseen rows, from the states after the last blocks and both heads."""
+    head, count = job.model.architecture.head, len(job.model.architecture.blocks)
+
+    def logits(states: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        rows = iter(states[-len(unseen) :])
+        return lambda _: job.model.final_norm(next(rows)) @ weight.T
+
+    quantized = logits(open_states(job.states(count)), finished_weight(job, head))
+    original = logits(open_states(job.original(count)), job.model.dense(head))
+    scores = evaluate(quantized, original, unseen).as_dict()
+    del scores["router_topk"]
+    return scores
 
 
 def _solve(

@@ -77,7 +77,7 @@ def plan(options: "ConvertOptions") -> Plan:
     low, high = shape_range(architecture)
     rows, length = _token_shape(options)
     tokens = rows * length
-    measure_flops, quantize_flops = _flops(architecture, tokens)
+    measure_flops, quantize_flops = _flops(architecture, tokens, options.repair is not None)
     speed = machine_flops() * LOADED_FACTOR
     states = 4 * tokens * architecture.hidden
     targets = tuple(
@@ -248,7 +248,7 @@ def machine_flops() -> float:
     return 2 * 1024**3 * products / (time.perf_counter() - started)
 
 
-def _flops(architecture: Architecture, tokens: int) -> tuple[float, float]:
+def _flops(architecture: Architecture, tokens: int, repair: bool) -> tuple[float, float]:
     """Operations of measuring, and of quantizing once."""
     measuring = quantizing = 0.0
     for block in architecture.blocks:
@@ -260,9 +260,11 @@ def _flops(architecture: Architecture, tokens: int) -> tuple[float, float]:
             forward, moments = 2 * seen * k * n, 2 * seen * k * k / shared_input
             factor = k**3 / 3 / shared_input
             measuring += 4 * forward + moments + 3 * factor + 512 * k * k
-            quantizing += 5 * forward + moments + factor + n * k * k  # two of them for the original's stream
-            if spec.role in REPAIRED:
-                quantizing += forward + 2 * k**3 / 3 + 4 * n * k * k
+            quantizing += 3 * forward + moments + factor + n * k * k
+            if repair:
+                quantizing += forward  # the original's stream
+            if repair and spec.role in REPAIRED:
+                quantizing += 2 * forward + 2 * k**3 / 3 + 4 * n * k * k
     head_k, head_n = architecture.head.shape
     measuring += 6 * tokens * head_k * head_n
     quantizing += head_n * head_k * head_k

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.data import load_tokens
+from dbrx_quant.calibration.data import load_tokens, split_unseen
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.job import source_facts
 from dbrx_quant.quantize.measure import MeasureJob, measure
@@ -114,7 +114,8 @@ class Bench:
         if not file.exists():
             say(f"measuring: {setting.name}")
             scratch = self._scratch("measure")
-            job = MeasureJob(self.model, self.tokens(setting), scratch, Progress(), **setting.job)
+            ids, _ = split_unseen(self.tokens(setting))
+            job = MeasureJob(self.model, ids, scratch, Progress(), **setting.job)
             with replaced(setting.patches):
                 found, seconds = timed(lambda: measure(job))
             file.parent.mkdir(exist_ok=True)
@@ -154,9 +155,19 @@ class Bench:
         strategy = variant.allocation(measurement, target, head_bits)
         groups = {name: option[2] for name, option in strategy.choices.items()}
         tokens, scratch = self.tokens(variant.setting), self._scratch("quantize")
-        job = QuantizeJob(self.model, tokens, scratch, measurement, groups, Progress(), **variant.job)
+        ids, unseen = split_unseen(tokens)
+        job = QuantizeJob(
+            self.model,
+            ids,
+            scratch,
+            measurement,
+            groups,
+            Progress(),
+            unseen=unseen if len(unseen) else None,
+            **variant.job,
+        )
         with replaced({**variant.setting.patches, **variant.patches}):
-            _, seconds = timed(lambda: quantize_model(job))
+            measured, seconds = timed(lambda: quantize_model(job))
         out = scratch / "out"
         write_shards(out, architecture, self.model.checkpoint, scratch / "linears")
         write_tokenizer(source, out, architecture.vocabulary)
@@ -165,7 +176,8 @@ class Bench:
             source, out, architecture, bits=target, head_bits=head_bits, rows=rows, length=length, dataset=""
         )
         return out, {
-            "bpw": inspect_folder(out).bpw, "predicted_kl": strategy.kl, "quantize": seconds
+            "bpw": inspect_folder(out).bpw, "predicted_kl": strategy.kl, "measured_kl": measured and measured["kl"],
+            "quantize": seconds,
         }  # fmt: skip
 
     def _scratch(self, name: str) -> Path:

@@ -95,19 +95,21 @@ def _aim(options: "ConvertOptions", bpw: float) -> "ConvertOptions":
 def _print_results(results: "list[Converted]") -> None:
     print_table(
         "converted",
-        ["folder", "target", "bpw", "predicted KL", "size", "time"],
+        ["folder", "target", "bpw", "predicted KL", "measured KL", "size", "time"],
         [
             [
                 str(result.folder),
                 f"{result.target_bpw:g}",
                 f"{result.bpw:.4f}",
                 f"{result.predicted_kl:.5f}",
+                "-" if result.measured_kl is None else f"{result.measured_kl:.5f}",
                 bytes_text(result.total_bytes),
                 seconds_text(result.seconds),
             ]
             for result in results
         ],
-        note=f"most memory: {bytes_text(max(result.peak_bytes for result in results))}",
+        note="measured KL: on calibration rows that were kept out of the calibration; most memory: "
+        + bytes_text(max(result.peak_bytes for result in results)),
     )
 
 

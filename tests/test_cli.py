@@ -343,7 +343,7 @@ def seen(monkeypatch, tmp_path):
             text = json.dumps({"coverage": {"0": experts, "10": experts, "9": experts}})
             (options.output(target) / "measurement.json").write_text(text, encoding="utf-8")
         return [
-            converting.Converted(options.output(t), t, t - 0.001, 0.01, 10**6, 2.5, 10**9)
+            converting.Converted(options.output(t), t, t - 0.001, 0.01, None, 10**6, 2.5, 10**9)
             for t in options.targets
         ]
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from small_models import CONFIGS, VOCABULARY, random_tokens, save_model, save_random_tokens, whole_model
 
+from dbrx_quant.calibration.data import load_tokens, split_unseen
 from dbrx_quant.quantize.conversion import ConvertOptions, convert, measure_model
 from dbrx_quant.quantize.patch_config import Summary, patched_config
 from dbrx_quant.runtime.bits import linear_bits, stored_bits
@@ -79,6 +80,20 @@ def test_divergence_falls_with_bits_and_was_predicted_to(tiny):
     assert scores[2].ppl == pytest.approx(scores[2].reference_ppl, rel=0.02)
 
 
+def test_the_divergence_on_unseen_calibration_rows_is_that_of_the_loaded_result(tiny):
+    _, results = tiny
+    _, unseen = split_unseen(load_tokens("offline", TINY, 16, 64).input_ids)
+    assert len(unseen) == 2
+    reference = whole_model(TINY)
+    for result in results:
+        scores = evaluate(load_model(result.folder), reference, unseen)
+        written = json.loads((result.folder / "strategy.json").read_text())["measured"]
+        assert result.measured_kl == written["kl"] == pytest.approx(scores.kl, rel=1e-3)
+        assert written["ppl"] == pytest.approx(scores.ppl, rel=1e-4)
+        assert written["reference_ppl"] == pytest.approx(scores.reference_ppl, rel=1e-4)
+        assert written["positions"] == 128
+
+
 def test_a_converted_model_generates(tiny):
     _, results = tiny
     model = load_model(results[1].folder)
@@ -102,7 +117,7 @@ def test_the_output_tells_how_it_was_made(tiny):
             assert strategy["linears"][spec.name]["bits"] == linear_bits(checkpoint, spec), spec.name
         coverage = json.loads((result.folder / "measurement.json").read_text())["coverage"]
         assert set(coverage) == {"0", "1"}
-        assert all(sum(row["tokens"] for row in rows) == 16 * 64 * 4 for rows in coverage.values())
+        assert all(sum(row["tokens"] for row in rows) == 14 * 64 * 4 for rows in coverage.values())
     works = {(r.folder / "measurement.json").read_bytes() for r in results}
     assert len(works) == 1, "one measurement serves all targets"
 

@@ -429,3 +429,16 @@ def test_datasets_are_streamed_from_the_hub_by_config_split_and_column(tmp_path,
     assert missing.startswith("SourceUnreachable dataset org/missing cannot be had: 404")
     assert split == "ValueError dataset HuggingFaceH4/ultrachat_200k: choose a split among train_sft"
     assert column.startswith("CheckpointError dataset codeparrot/codeparrot-clean-valid, record 0: no column")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 15, 16, 32, 128])
+def test_unseen_rows_are_spread_over_starts_of_documents_and_others(rows):
+    ids = torch.arange(rows)[:, None].expand(rows, 3)
+    seen, unseen = data.split_unseen(ids)
+    assert sorted(seen[:, 0].tolist() + unseen[:, 0].tolist()) == list(range(rows))
+    assert seen[:, 0].tolist() == sorted(seen[:, 0].tolist())
+    if rows < 16:
+        assert not len(unseen)
+    else:
+        assert rows / 8 <= len(unseen) <= rows / 6
+        assert {0, 1} == {row % 2 for row in unseen[:, 0].tolist()}

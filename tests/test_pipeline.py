@@ -19,6 +19,7 @@ from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.pipeline import QuantizeJob, finished_weight, quantize_model, solve_linear
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.recipe import parse_groups
+from dbrx_quant.quantize.repair import DEFAULT_REPAIR
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families.facts import load_bias
 from dbrx_quant.runtime.format import dequantize_linear, uniform_groups, unpack_linear
@@ -115,6 +116,23 @@ def test_finished_linears_are_not_solved_again(finished, monkeypatch):
 
     quantize_model(dataclasses.replace(finished, progress=Steps()))
     assert seen == [spec.name for spec in finished.model.architecture.linears()]
+
+
+@pytest.mark.parametrize("family", ["dbrx", "llama tied and biased"])
+@pytest.mark.parametrize("repair", [None, DEFAULT_REPAIR])
+def test_unseen_rows_are_measured_and_change_nothing(family, repair, tmp_path):
+    job = make_job(save_model(tmp_path / "model", family, std=0.2), tmp_path, random_tokens(16, 24))
+    unseen, found, files = random_tokens(3, 24, seed=7), [], []
+    for name, ids in (("one", unseen), ("other", unseen.flip(1))):
+        one = dataclasses.replace(job, folder=tmp_path / name, unseen=ids, repair=repair)
+        found.append(quantize_model(one))
+        assert quantize_model(one) == found[-1]
+        files.append({path.name: path.read_bytes() for path in (one.folder / "linears").iterdir()})
+        assert not list(one.folder.glob("original*")) + list(one.folder.glob("middle*"))
+    assert files[0] == files[1]
+    assert found[0]["kl"] > 0.01
+    assert found[0]["kl"] != found[1]["kl"]
+    assert found[0]["positions"] == 72
 
 
 @pytest.mark.parametrize("n", [32, 40, 7])

@@ -9,6 +9,7 @@ import pytest
 from small_models import random_tokens, save_model, save_random_tokens
 from test_families import CONFIGS
 
+from dbrx_quant.quantize import plan as planning
 from dbrx_quant.quantize.allocate import reachable_bpw
 from dbrx_quant.quantize.conversion import ConvertOptions, convert, measure_model
 from dbrx_quant.quantize.plan import (
@@ -127,6 +128,15 @@ def test_a_plan_knows_its_tokens_and_is_plain_json(tokens):
     assert few.disk_bytes < many.disk_bytes
     assert [target.reachable for target in few.targets] == [True, False]
     assert json.loads(json.dumps(few.to_json()))["family"] == "dbrx"
+
+
+def test_a_plan_counts_the_repair_where_there_is_one(tokens, monkeypatch):
+    monkeypatch.setattr(planning, "machine_flops", lambda: 1e9)
+    fast, default, best = (
+        plan(options(TINY, Path("unused"), tokens, effort=effort)) for effort in ("fast", "default", "best")
+    )
+    assert fast.measure_seconds == default.measure_seconds
+    assert 1.2 * fast.quantize_seconds < default.quantize_seconds == best.quantize_seconds
 
 
 def test_a_plan_of_an_unknown_model_is_refused(tmp_path, tokens):
