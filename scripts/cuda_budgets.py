@@ -1,9 +1,9 @@
 """Holds the compiled CUDA kernels against written budgets: what can be proved about speed without a GPU.
 
 `python -m dbrx_quant.scripts.cuda_budgets [--arch 80 90 …]` compiles csrc/cuda/*.cu with nvcc, reads
-registers, spills and shared memory from ptxas, and from the machine code (cuobjdump or nvdisasm, if found)
-the instructions per weight of each main loop and the width of its loads. It exits with 3 when a budget is
-broken, 2 when nvcc is missing.
+registers, spills and shared memory from ptxas, and from the machine code (cuobjdump or nvdisasm, if found;
+`pip install -e '.[cuda-tools]'` brings them) the instructions per weight of each main loop and the width of
+its loads. It exits with 3 when a budget is broken, 2 when nvcc is missing.
 
 The instructions of a loop are counted as written, branches that are seldom taken (a new group's scales, 0.4 a
 weight) included: an upper bound. One HMMA (mma.m16n8k16) takes 256 weights, 8 a lane, so a loop's weights
@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print_kernels(arch, kernels)
                 if not readable:
                     print(
-                        "  no cuobjdump or nvdisasm: machine code not read (pip install nvidia-cuda-nvdisasm)"
+                        "  no cuobjdump or nvdisasm: machine code not read (pip install -e '.[cuda-tools]')"
                     )
             faults += [f"sm_{arch} {fault}" for fault in broken_budgets(kernels, readable)]
     if options.json:
