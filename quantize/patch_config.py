@@ -121,7 +121,7 @@ def patched_config(source_config: Mapping[str, Any], summary: Summary) -> dict[s
     config.pop("_name_or_path", None)  # the path of another machine
     if config.get("model_type") == "dbrx":
         _patch_dbrx(config)
-    _set_ids(config, summary.ids)
+    set_ids(config, summary.ids)
     bpw = round(summary.bpw, 5)
     config["quantization_config"] = {
         "quant_method": "exl2",
@@ -137,7 +137,7 @@ def patched_config(source_config: Mapping[str, Any], summary: Summary) -> dict[s
 def generation_config(source: Mapping[str, Any], ids: SpecialIds) -> dict[str, Any]:
     """The source's `generation_config.json` (an empty mapping if it has none) with complete ids."""
     config = {key: value for key, value in source.items() if key != "_from_model_config"}
-    _set_ids(config, ids)
+    set_ids(config, ids)
     return config
 
 
@@ -174,7 +174,7 @@ def _patch_dbrx(config: dict[str, Any]) -> None:
     config["ffn_config"] = {key: ffn[key] for key in _FFN_KEYS if key in ffn}
 
 
-def _set_ids(config: dict[str, Any], ids: SpecialIds) -> None:
+def set_ids(config: dict[str, Any], ids: SpecialIds) -> None:
     """Fill in the ids that are known; a single eos stays a number, as most readers write it."""
     eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos)
     for key, value in (("bos_token_id", ids.bos), ("eos_token_id", eos), ("pad_token_id", ids.pad)):

@@ -17,11 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dbrx_quant.quantize.tiktoken_source import convert_tiktoken, is_wrapper, wrapped_template, wraps_tiktoken
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.files import write_json, write_text
 from dbrx_quant.runtime.tokenizer_check import Problem, check_tokenizer
 from dbrx_quant.runtime.vocabulary import (
     Vocabulary,
+    added_token,
     chat_template,
     read_object,
     read_vocabulary,
@@ -54,16 +56,22 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int) -> list[str]:
         CheckpointError: there is no usable tokenizer, a file is damaged, two files give one token different
             ids, or an id lies outside the embedding.
     """
-    text, notes = _tokenizer_text(source)
-    parsed = json.loads(text)
     config = read_object(source / "tokenizer_config.json")
-    mended, changes = mend_tokenizer(parsed, _declared_tokens(source, config), vocab_size, str(source))
+    declared = _declared_tokens(source, config)
+    text, notes = _tokenizer_text(source, declared)
+    mended, changes = mend_tokenizer(json.loads(text), declared, vocab_size, str(source))
     notes += changes
     vocabulary = read_vocabulary(mended, str(source / "tokenizer.json"))
     if changes:
         text = json.dumps(mended, ensure_ascii=False, indent=1) + "\n"
 
     template = chat_template(source)
+    if template is None and not (source / "tokenizer.json").is_file():
+        template = wrapped_template(source, vocabulary.added)
+        if template is not None:
+            notes.append(
+                "wrote ChatML's template, which the wrapper has in its code, without a system prompt"
+            )
     config, changes = _mended_config(config, mended, template)
     notes += changes
     write_text(out / "tokenizer.json", text)
@@ -106,7 +114,7 @@ def mend_tokenizer(
     for content, number in declared.items():
         known = vocabulary.id_of(content)
         if known is None and number not in owners:
-            entries.append(_added_token(number, content))
+            entries.append(added_token(number, content))
             added[content], owners[number] = number, content
             changes.append(f"added {content!r} as token {number}, which tokenizer.json did not have")
         elif known != number:
@@ -130,7 +138,7 @@ def mend_tokenizer(
             raise CheckpointError(
                 f"{where}/tokenizer.json: no token has id {number} and {content!r} is another's"
             )
-        entries.append(_added_token(number, content))
+        entries.append(added_token(number, content))
         if number < first_added:  # a hole inside the model's own vocabulary shifts all that is added
             base[content] = number
     if holes:
@@ -157,13 +165,16 @@ def mend_tokenizer(
     return mended, changes
 
 
-def _tokenizer_text(source: Path) -> tuple[str, list[str]]:
+def _tokenizer_text(source: Path, declared: Mapping[str, int]) -> tuple[str, list[str]]:
     """The content of the source's `tokenizer.json`, converted from other files where it has none."""
     path = source / "tokenizer.json"
     if path.is_file():
         read_object(path)  # refuses a damaged file by name
         return path.read_text(encoding="utf-8"), []
     present = [name for name in _OTHER_SOURCES if (source / name).is_file()]
+    if not present and wraps_tiktoken(source):
+        converted, notes = convert_tiktoken(source, declared)
+        return json.dumps(converted, ensure_ascii=False, indent=1) + "\n", notes
     if not present:
         found = sorted(p.name for p in source.glob("*tok*")) + sorted(
             p.name for p in source.glob("*.tiktoken")
@@ -201,11 +212,6 @@ def _declared_tokens(source: Path, config: Mapping[str, Any]) -> dict[str, int]:
     return declared
 
 
-def _added_token(number: int, content: str) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"id": number, "content": content, **flags}
-
-
 def _mended_config(
     config: Mapping[str, Any], tokenizer: Mapping[str, Any], template: str | None
 ) -> tuple[dict[str, Any], list[str]]:
@@ -214,7 +220,8 @@ def _mended_config(
     changes = []
     original = mended.get("tokenizer_class")
     remote = mended.pop("auto_map", None) is not None
-    if remote or original is None or str(original).removesuffix("Fast") in _REBUILT_CLASSES:
+    rebuilt = str(original).removesuffix("Fast") in _REBUILT_CLASSES
+    if remote or rebuilt or original is None or is_wrapper(str(original)):
         mended["tokenizer_class"] = _GENERIC_CLASS
         if original != _GENERIC_CLASS:
             changes.append(f"set tokenizer_class to {_GENERIC_CLASS} (was {original})")

@@ -38,8 +38,8 @@ def load_model(
     """An EXL2 model, ready for `generate`; its weights stay packed and, on the CPU, in the mapped file.
 
     Every shard of the folder counts, whatever an index says, so that folders written by exllamav2 load too:
-    without an index or with a stale one, under either of DBRX's namings, without a generation config (then
-    the ids that end a text or a chat turn come from the tokenizer's files).
+    without an index or with a stale one, under either of DBRX's namings, without a generation config or with
+    one that knows no end of a chat turn (the ids that end something come from all files together).
 
     Args:
         source: a folder, or the id of a repository on the Hub.
@@ -169,17 +169,20 @@ def _quantization(config: Any, folder: Path) -> dict[str, Any]:
 
 
 def _generation_config(folder: Path, config: Any) -> Any:
-    """The folder's generation config, or one made of the ids in the other files."""
+    """The folder's generation config, with all ids that its files say end a text or a chat turn."""
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").exists():
+    found = (folder / "generation_config.json").exists()
+    if found:
         try:
-            return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+            made = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error
-    made = GenerationConfig.from_model_config(config)
+    else:
+        made = GenerationConfig.from_model_config(config)
     if (folder / "tokenizer.json").exists():
         ids = special_ids(folder)
-        made.bos_token_id, made.pad_token_id = ids.bos, ids.pad
         made.eos_token_id = list(ids.eos) or None
+        if not found:
+            made.bos_token_id, made.pad_token_id = ids.bos, ids.pad
     return made

@@ -29,7 +29,10 @@ def load_tokenizer(folder: str | Path) -> Any:
         kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
         return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot read a tokenizer here: {error}") from error
+        raise CheckpointError(
+            f"{folder}: transformers cannot read a tokenizer here: {error}; "
+            "'dbrx-quant tokenizer' repairs some that it cannot"
+        ) from error
 
 
 def tokenizer_fingerprint(folder: str | Path) -> str:

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.vocabulary import (
@@ -70,6 +70,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> list[Problem]:
         return [Problem("tokenizer.json", str(error))]
     problems += _check_ids(vocabulary, vocab_size)
     problems += _check_side_files(folder, vocabulary)
+    problems += _check_class(folder, parsed)
 
     from tokenizers import Tokenizer
 
@@ -153,6 +154,23 @@ def _check_side_files(folder: Path, vocabulary: Vocabulary) -> list[Problem]:
                 Problem("tokenizer_config.json", f"{role}_token {named!r} is not in tokenizer.json")
             )
     return problems
+
+
+def _check_class(folder: Path, tokenizer: dict[str, Any]) -> list[Problem]:
+    """Whether transformers' AutoTokenizer loads something else than `tokenizer.json` says."""
+    config = read_object(folder / "tokenizer_config.json")
+    if "AutoTokenizer" in (config.get("auto_map") or {}):
+        message = "auto_map asks for remote code, which loads another tokenizer than tokenizer.json"
+        return [Problem("tokenizer_config.json", message, fatal=False)]
+    splitter = tokenizer.get("pre_tokenizer") or {}
+    plain = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    if str(config.get("tokenizer_class")).removesuffix("Fast") == "GPT2Tokenizer" and not plain:
+        message = (
+            f"tokenizer_class is {config['tokenizer_class']}: transformers 5 then splits text as GPT-2 does, "
+            "not as tokenizer.json says"
+        )
+        return [Problem("tokenizer_config.json", message, fatal=False)]
+    return []
 
 
 def _check_chat(folder: Path, tokenizer: "Tokenizer", vocabulary: Vocabulary) -> list[Problem]:

@@ -116,6 +116,12 @@ def read_vocabulary(tokenizer: Mapping[str, Any], file: str) -> Vocabulary:
     return Vocabulary(base, added, special)
 
 
+def added_token(number: int, content: str) -> dict[str, Any]:
+    """A special token, found in a text exactly as written: an entry of `added_tokens` in `tokenizer.json`."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": number, "content": content, **flags}
+
+
 def special_token(folder: Path, role: str) -> str | None:
     """The content of the token that the tokenizer's side files give the role `bos`, `eos`, `pad` or `unk`."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):

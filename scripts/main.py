@@ -28,6 +28,7 @@ from dbrx_quant.scripts import (
     generate,
     inspect_folder,
     measure,
+    tokenizer,
     verify,
 )
 from dbrx_quant.scripts.output import say
@@ -38,6 +39,7 @@ VERBS: tuple[Verb, ...] = (
     measure.VERB,
     inspect_folder.VERB,
     verify.VERB,
+    tokenizer.VERB,
     evaluate.VERB,
     generate.VERB,
     doctor.VERB,

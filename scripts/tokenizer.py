@@ -1,0 +1,73 @@
+"""`dbrx-quant tokenizer`: check and repair the extra tokens of a model folder."""
+
+import argparse
+from pathlib import Path
+
+from dbrx_quant.scripts.output import print_json, say
+from dbrx_quant.scripts.verb import Verb
+
+CHECK_FAILED = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a model folder, quantized or not")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="change nothing; exit 3 with one line a fault")
+    what.add_argument("--dry-run", action="store_true", help="say what would be changed, change nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check or repair; 3 where something is wrong (that is, or stays)."""
+    from dbrx_quant.quantize.tokenizer_repair import apply_repair, check_folder, plan_repair
+
+    folder: Path = arguments.folder
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if arguments.check:
+        faults = [str(problem) for problem in check_folder(folder)]
+        if arguments.json:
+            print_json({"ok": not faults, "faults": faults})
+        else:
+            print("\n".join(faults) or f"{folder}: sound: every token has its id, and a chat turn its end")
+        return CHECK_FAILED if faults else 0
+
+    repair = plan_repair(folder)
+    kept = None if arguments.dry_run else apply_repair(folder, repair)
+    remaining = [str(problem) for problem in repair.remaining]
+    if arguments.json:
+        print_json(
+            {
+                "ok": not remaining,
+                "faults": [str(problem) for problem in repair.problems],
+                "changes": list(repair.changes),
+                "files": list(repair.files),
+                "kept": kept and str(kept),
+                "remaining": remaining,
+                "dry_run": arguments.dry_run,
+            }
+        )
+        return CHECK_FAILED if remaining else 0
+    for change in repair.changes:
+        print(change)
+    if not repair.files:
+        print(f"{folder}: nothing to repair" + (" that could be" if remaining else ""))
+    elif arguments.dry_run:
+        print(f"{folder}: would write {', '.join(repair.files)}")
+    else:
+        print(
+            f"{folder}: wrote {', '.join(repair.files)}"
+            + (f"; the files as they were are in {kept.name}/" if kept else "")
+        )
+    for fault in remaining:
+        say(f"still wrong: {fault}")
+    return CHECK_FAILED if remaining else 0
+
+
+VERB = Verb(
+    "tokenizer",
+    "check and repair the extra tokens of a model folder",
+    "dbrx-quant tokenizer out/dbrx --check",
+    add_arguments,
+    run,
+)
