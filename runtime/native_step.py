@@ -251,6 +251,9 @@ class NativeForward:
         **options: Any,
     ) -> Tensor | None:
         """The states [B, T, D] behind the last norm; None: not a step for the native call."""
+        if input_ids is not None and input_ids.device.type != "cpu":
+            self._built = None  # lets go of what the model had on the CPU
+            return None
         if (
             type(input_ids) is not Tensor
             or past_key_values is None

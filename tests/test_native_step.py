@@ -1,7 +1,9 @@
 """Native decoder steps give what transformers' own code gives, in every family, with every cache."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -366,6 +368,17 @@ def test_copies_of_a_model_step_on_their_own(llama, taken):
     assert torch.equal(feed(restored, 8), before)
     assert all(taken)
     assert copied.state_dict().keys() == llama.state_dict().keys()
+
+
+def test_a_model_that_left_the_cpu_leaves_no_tensors_behind(llama, taken):
+    feed(llama, 8)
+    stored = [weakref.ref(tensor) for tensor in llama.model.layers[0].mlp.up_proj.stored()]
+    llama.to("meta")
+    with torch.no_grad():
+        llama(PROMPT[:, :8].to("meta"), past_key_values=DynamicCache(config=llama.config))
+    gc.collect()
+    assert taken == [True, False]
+    assert [tensor() for tensor in stored] == [None] * 5
 
 
 def random_states(tokens, generator):
