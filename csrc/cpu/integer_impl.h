@@ -5,8 +5,8 @@
 //
 // q are the stored codes, z their zero point, v and a the quantized activations and their scale (packed.h). Both inner
 // sums are exact in 32-bit integers: at most 128 rows * 255 * 16256 < 2^30. Each segment's sum is rounded to float
-// once, and the sums over segments run in order: the result depends neither on the number of threads nor on the
-// instruction set. Against dequantized weights the only other difference is that s * q is not rounded to half.
+// once, and the sums over segments run in order (a[t] comes last where a run of segments shares it): the result depends
+// neither on the number of threads nor on the instruction set. Against dequantized weights the only other difference is that s * q is not rounded to half.
 //
 // A lane is an output column; four rows meet in one dot product of bytes. For one token, masked codes are multiplied
 // where they sit in their byte, without a shift: codes at bit p give 2^p times the sum, in sums of their own, which are
@@ -175,7 +175,8 @@ inline void multiply_run(Cursor& run, const uint8_t* steps, const float* tables,
         });
         Vec::I all = Vec::add_int(total[Planes - 1], Vec::splat_int(offsets[m]));
         if constexpr (Planes == 2) all = Vec::add_int(all, Vec::template shift_left<7>(total[0]));
-        const Vec::F scale = Vec::mul(column_scales[v], Vec::splat(scales[m]));
+        Vec::F scale = column_scales[v];
+        if constexpr (Planes == 1) scale = Vec::mul(scale, Vec::splat(scales[m]));
         Vec::F& to = sums[m * vectors + pair_number * 2 + v];
         to = Vec::multiply_add(Vec::to_float(all), scale, to);
       });
@@ -211,43 +212,55 @@ inline void multiply_wide_run(Cursor& run, const uint8_t* steps, const float* ta
       for (int i = 0; i < units * B * kUnitBytes; i += 64) Vec::prefetch(codes + Vec::ahead + i);
     Vec::I sum[M * 2];  // [m][vector]
     unroll<M * 2>([&](auto i) DBRXQ_INLINE { sum[decltype(i)::value] = Vec::zero(); });
-    unroll<Planes>([&](auto plane) DBRXQ_INLINE {
-      if constexpr (decltype(plane)::value == 1)
+    const int32_t* values = high;
+    for (int plane = 0; plane < Planes; ++plane, values = low) {  // one piece of code for both: it is long as it is
+      if (plane)
         unroll<M * 2>([&](auto i) DBRXQ_INLINE {
           sum[decltype(i)::value] = Vec::template shift_left<7>(sum[decltype(i)::value]);
         });
       const char* at = codes;
-      const int32_t* values = decltype(plane)::value == 0 ? high : low;
       for (int unit = 0; unit < units; ++unit) {
         unroll<bands::kQuads>([&](auto number) DBRXQ_INLINE {
           constexpr int quad = decltype(number)::value;
           // Keeps the compiler from holding words in registers from quad to quad: it cannot know that they are the same.
           asm("" : "+r"(at));
+          Vec::I code[2];
           unroll<2>([&](auto vector) DBRXQ_INLINE {
             constexpr int v = decltype(vector)::value;
             Vec::I words[B];  // loads of words that the quad has no use for are left out
             unroll<B>([&](auto word) DBRXQ_INLINE {
               words[decltype(word)::value] = Vec::load(at + decltype(word)::value * kUnitBytes + v * kLanes * 4);
             });
-            const Vec::I code = normal_codes<B, quad>(words);
-            unroll<M>([&](auto token) DBRXQ_INLINE {
-              constexpr int m = decltype(token)::value;
-              sum[2 * m + v] = Vec::template dot<B == 8>(sum[2 * m + v], code, Vec::splat_int(values[quad * M + m]));
-            });
+            code[v] = normal_codes<B, quad>(words);
+          });
+          unroll<M>([&](auto token) DBRXQ_INLINE {  // one load for two products: a core starts two of either
+            constexpr int m = decltype(token)::value;
+            const Vec::I value = Vec::splat_int(values[quad * M + m]);
+            sum[2 * m] = Vec::template dot<B == 8>(sum[2 * m], code[0], value);
+            sum[2 * m + 1] = Vec::template dot<B == 8>(sum[2 * m + 1], code[1], value);
           });
         });
         at += B * kUnitBytes;
         values += bands::kQuads * M;
       }
-    });
+    }
     // Before anything is stored: for all that the compiler knows, `sums` may be where the scales are.
     const uint8_t* of = steps + segment->group * 16;
     const float* table = tables + segment->group * 16;
     const Vec::F column_scales[2] = {Vec::column_scales(of, table, 0), Vec::column_scales(of, table, kLanes)};
-    unroll<M * 2>([&](auto i) DBRXQ_INLINE {
-      constexpr int index = decltype(i)::value;
-      const Vec::F total = Vec::to_float(Vec::add_int(sum[index], Vec::splat_int(offsets[index / 2])));
-      sums[index] = Vec::multiply_add(total, Vec::mul(column_scales[index % 2], Vec::splat(scales[index / 2])), sums[index]);
+    unroll<M>([&](auto token) DBRXQ_INLINE {
+      constexpr int m = decltype(token)::value;
+      const Vec::I offset = Vec::splat_int(offsets[m]);
+      const Vec::F activation_scale = Vec::splat(scales[m]);
+      Vec::F total[2];
+      unroll<2>([&](auto vector) DBRXQ_INLINE {
+        constexpr int v = decltype(vector)::value;
+        Vec::F scale = column_scales[v];
+        if constexpr (Planes == 1) scale = Vec::mul(scale, activation_scale);
+        total[v] = Vec::multiply_add(Vec::to_float(Vec::add_int(sum[2 * m + v], offset)), scale, sums[2 * m + v]);
+      });
+      sums[2 * m] = total[0];
+      sums[2 * m + 1] = total[1];
     });
     codes += units * (B * kUnitBytes);
     high += units * (bands::kQuads * M);
@@ -285,11 +298,22 @@ void multiply_band(const PackedView& view, int activation_bits, int64_t band, co
                    tile.scales,   tile.offsets, fetch};
   Vec::F sums[M * vectors];
   unroll<M * vectors>([&](auto i) DBRXQ_INLINE { sums[decltype(i)::value] = Vec::splat(0.0f); });
-  for_runs(cursor, activation_bits, [&](auto bits, auto planes) {
+  for_runs(cursor, activation_bits, [&](auto bits, auto number) {
+    constexpr int planes = decltype(number)::value;
+    const float* scales = cursor.scales;
+    Vec::F of_run[M * vectors];  // where all segments of a run share the activations' scale
+    if constexpr (planes == 2)
+      unroll<M * vectors>([&](auto i) DBRXQ_INLINE { of_run[decltype(i)::value] = Vec::splat(0.0f); });
+    Vec::F* to = planes == 2 ? of_run : sums;
     if constexpr (M > 4)
-      multiply_wide_run<decltype(bits)::value, decltype(planes)::value, M>(cursor, steps, tables, sums);
+      multiply_wide_run<decltype(bits)::value, planes, M>(cursor, steps, tables, to);
     else
-      multiply_run<decltype(bits)::value, decltype(planes)::value, M>(cursor, steps, tables, sums);
+      multiply_run<decltype(bits)::value, planes, M>(cursor, steps, tables, to);
+    if constexpr (planes == 2)
+      unroll<M * vectors>([&](auto index) DBRXQ_INLINE {
+        constexpr int i = decltype(index)::value;
+        sums[i] = Vec::multiply_add(of_run[i], Vec::splat(scales[i / vectors]), sums[i]);
+      });
   });
   unroll<M * vectors>([&](auto i) DBRXQ_INLINE { Vec::store(out + decltype(i)::value * kLanes, sums[decltype(i)::value]); });
 }
@@ -310,61 +334,145 @@ void multiply(const PackedView& view, int activation_bits, int64_t band, int64_t
 
 constexpr int kLongest = bands::kSegmentUnits * layout::kUnitRows;
 constexpr uint32_t kInfinity = 0x7f800000u;
+constexpr float kSmallest = 1e-30f;       // activations below it are taken for zero
+constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: added to a small float, it leaves the nearest integer in the low bits
+constexpr int32_t kRoundingBits = 0x4b400000;
 
-// values[i] = nearest integer (ties to even) of x[i] * factor, by adding 1.5 * 2^23; returns their sum.
+// values[i] = nearest integer (ties to even) of x[i] * factor; returns their sum.
 inline int32_t round_values(const float* x, float factor, int rows, int32_t* values) {
   int32_t total = 0;
   for (int i = 0; i < rows; ++i) {
-    values[i] = static_cast<int32_t>(float_to_bits(x[i] * factor + 12582912.0f)) - 0x4b400000;
+    values[i] = static_cast<int32_t>(float_to_bits(x[i] * factor + kRounding)) - kRoundingBits;
     total += values[i];
   }
   return total;
 }
 
-void quantize(const PackedView& view, int activation_bits, const float* const* rows, int64_t m,
-              const ActivationTile& tile) {
+// The widest segments come first.
+bool any_two_bytes(const PackedView& view, int activation_bits) {
+  return view.header->segments && two_bytes(activation_bits, view.segments[0].bits);
+}
+
+// Bits of the largest magnitude of a row; of an infinity or a NaN, if there is one.
+uint32_t largest_bits(const float* row, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t magnitude = float_to_bits(row[i]) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+// One token.
+void quantize_one(const PackedView& view, int activation_bits, const float* row, const ActivationTile& tile) {
   alignas(64) float x[kLongest];
   alignas(64) int32_t values[kLongest];
   alignas(64) int8_t upper[kLongest], lower[kLongest];
+  const uint32_t largest_of_row = any_two_bytes(view, activation_bits) ? largest_bits(row, view.header->k) : 0;
   for (int64_t s = 0; s < view.header->segments; ++s) {
     const Segment& segment = view.segments[s];
     const int count = segment.units * layout::kUnitRows;
     const bool two = two_bytes(activation_bits, segment.bits);
     const int32_t* channel = view.permutation + segment.unit * layout::kUnitRows;
-    for (int64_t t = 0; t < m; ++t) {
-      uint32_t largest = 0;
-      if (rows[t]) {
-        for (int i = 0; i < count; ++i) {
-          x[i] = rows[t][channel[i]];
-          asm("");  // one by one: the gather instructions that compilers take here are slower
-        }
-        for (int i = 0; i < count; ++i) {
-          const uint32_t magnitude = float_to_bits(x[i]) & 0x7fffffffu;
-          largest = magnitude > largest ? magnitude : largest;
-        }
-      }
-      const bool finite = largest < kInfinity;
-      const float top = two ? 16256.0f : 127.0f, maximum = bits_to_float(largest);
-      int32_t total = 0;
-      if (finite && maximum > 1e-30f) {
-        total = round_values(x, top / maximum, count, values);
-      } else {
-        memset(values, 0, sizeof values);
-      }
-      tile.scales[s * m + t] = finite ? maximum / top : bits_to_float(0x7fc00000u);
-      tile.offsets[s * m + t] = -layout::zero_point(segment.bits) * total;
-      for (int i = 0; i < count; ++i) {
-        const int32_t value = values[i], part = two ? (value + 64) >> 7 : value;
-        upper[i] = static_cast<int8_t>(part);
-        lower[i] = static_cast<int8_t>(two ? value - 128 * part : 0);
-      }
-      const int64_t first = static_cast<int64_t>(segment.unit) * bands::kQuads * m + t;
-      for (int quad = 0; quad < count / 4; ++quad) {
-        memcpy(tile.high + first + quad * m, upper + 4 * quad, 4);
-        memcpy(tile.low + first + quad * m, lower + 4 * quad, 4);
+    for (int i = 0; i < count; ++i) {
+      x[i] = row[channel[i]];
+      asm("");  // one by one: the gather instructions that compilers take here are slower
+    }
+    const uint32_t largest = two ? largest_of_row : largest_bits(x, count);
+    const bool finite = largest < kInfinity;
+    const float top = two ? 16256.0f : 127.0f, maximum = bits_to_float(largest);
+    int32_t total = 0;
+    if (finite && maximum > kSmallest) {
+      total = round_values(x, top / maximum, count, values);
+    } else {
+      memset(values, 0, sizeof values);
+    }
+    tile.scales[s] = finite ? maximum / top : bits_to_float(0x7fc00000u);
+    tile.offsets[s] = -layout::zero_point(segment.bits) * total;
+    for (int i = 0; i < count; ++i) {
+      const int32_t value = values[i], part = two ? (value + 64) >> 7 : value;
+      upper[i] = static_cast<int8_t>(part);
+      lower[i] = static_cast<int8_t>(two ? value - 128 * part : 0);
+    }
+    const int64_t first = static_cast<int64_t>(segment.unit) * bands::kQuads;
+    memcpy(tile.high + first, upper, static_cast<size_t>(count));
+    memcpy(tile.low + first, lower, static_cast<size_t>(count));
+  }
+}
+
+using Floats = float __attribute__((vector_size(4 * kLargestTile)));  // a token a lane
+using Ints = int32_t __attribute__((vector_size(4 * kLargestTile)));
+
+// Several tokens side by side (rows[0] is one): maxima, sums and words of four rows come out in the order of the tile.
+void quantize_several(const PackedView& view, int activation_bits, const float* const* rows, int64_t m,
+                      const ActivationTile& tile) {
+  Floats x[kLongest];
+  const auto put = [m](void* to, const auto& lanes) DBRXQ_INLINE {
+    if (m == kLargestTile)
+      memcpy(to, &lanes, sizeof lanes);
+    else
+      memcpy(to, &lanes, sizeof(int32_t) * static_cast<size_t>(m));
+  };
+  const float* of[kLargestTile];
+  Ints present = {}, largest_of_row = {};
+  for (int t = 0; t < kLargestTile; ++t) {
+    present[t] = t < m && rows[t] ? -1 : 0;
+    of[t] = present[t] ? rows[t] : rows[0];  // any values: they are masked out
+    if (present[t] && any_two_bytes(view, activation_bits))
+      largest_of_row[t] = static_cast<int32_t>(largest_bits(rows[t], view.header->k));
+  }
+  for (int64_t s = 0; s < view.header->segments; ++s) {
+    const Segment& segment = view.segments[s];
+    const int count = segment.units * layout::kUnitRows;
+    const bool two = two_bytes(activation_bits, segment.bits);
+    const int32_t* channel = view.permutation + segment.unit * layout::kUnitRows;
+    for (int i = 0; i < count; ++i) {
+      float* to = reinterpret_cast<float*>(x + i);
+      for (int t = 0; t < kLargestTile; ++t) {
+        to[t] = of[t][channel[i]];
+        asm("");
       }
     }
+    Ints largest = two ? largest_of_row : Ints{};
+    for (int i = 0; i < count && !two; ++i) {
+      const Ints magnitude = reinterpret_cast<Ints>(x[i]) & present & 0x7fffffff;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const float top = two ? 16256.0f : 127.0f;
+    const Ints finite = largest < static_cast<int32_t>(kInfinity);
+    const Floats maximum = reinterpret_cast<Floats>(largest);
+    const Ints usable = finite & (maximum > kSmallest) & present;
+    const Floats factor = top / maximum;
+    Ints total = {};
+    int32_t* high = tile.high + static_cast<int64_t>(segment.unit) * bands::kQuads * m;
+    int32_t* low = tile.low + static_cast<int64_t>(segment.unit) * bands::kQuads * m;
+    for (int i = 0; i < count; i += 4, high += m, low += m) {
+      Ints upper = {}, lower = {};
+      for (int j = 0; j < 4; ++j) {
+        const Floats rounded = x[i + j] * factor + kRounding;
+        const Ints value = (reinterpret_cast<Ints>(rounded) - kRoundingBits) & usable;
+        const Ints part = two ? (value + 64) >> 7 : value;
+        total += value;
+        upper |= (part & 255) << (8 * j);
+        lower |= ((value - (part << 7)) & 255) << (8 * j);
+      }
+      put(high, upper);
+      if (two) put(low, lower);
+    }
+    const Floats scale = maximum / top;
+    const Ints bits = finite ? reinterpret_cast<Ints>(scale) : Ints{} + 0x7fc00000;
+    total *= -layout::zero_point(segment.bits);
+    put(tile.scales + s * m, bits);
+    put(tile.offsets + s * m, total);
   }
+}
+
+void quantize(const PackedView& view, int activation_bits, const float* const* rows, int64_t m,
+              const ActivationTile& tile) {
+  if (m == 1)
+    quantize_one(view, activation_bits, rows[0], tile);
+  else
+    quantize_several(view, activation_bits, rows, m, tile);
 }
 
 }  // namespace

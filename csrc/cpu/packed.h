@@ -54,9 +54,10 @@ struct PackedView {
 int view_packed(const void* packed, PackedView& view);
 
 // Activations of M tokens, quantized. Each value is v * scale with one scale a segment and token, and v either
-//   one byte,    v = high,             |v| <= 127,    scale = max|x| / 127, or
-//   two bytes,   v = 128 high + low,   |v| <= 16256,  scale = max|x| / 16256.
-// A token with an infinity or a NaN in a segment has the scale NaN there, and so the output NaN.
+//   one byte,    v = high,             |v| <= 127,    scale = max|x| / 127 over the segment, or
+//   two bytes,   v = 128 high + low,   |v| <= 16256,  scale = max|x| / 16256 over all of the token, so that its segments
+//                                                     add up before they are multiplied by it.
+// An infinity or a NaN makes the scale a NaN, and so the token's output.
 //
 //   high, low   four rows a word: [units][8 quads][M]
 //   scales      float [segments][M]
