@@ -27,6 +27,7 @@ from dbrx_quant.quantize.patch_config import Summary, generation_config, patched
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.plan import check_channels, check_memory, shape_range
 from dbrx_quant.quantize.progress import bar
+from dbrx_quant.quantize.record import RECORD_NAME, Settings, write_record
 from dbrx_quant.quantize.repair import DEFAULT_REPAIR, Repair
 from dbrx_quant.quantize.shards import write_shards
 from dbrx_quant.quantize.side_files import copy_side_files
@@ -359,7 +360,7 @@ def _write_output(
     out: Path,
 ) -> None:
     notes: list[str] = list(tokens.description.get("notices", []))
-    for name in ("strategy.json", EVALUATION_NAME):  # of an earlier result, which is about to be replaced
+    for name in ("strategy.json", RECORD_NAME, EVALUATION_NAME):  # of an earlier result, now replaced
         (out / name).unlink(missing_ok=True)
     write_shards(
         out,
@@ -382,4 +383,16 @@ def _write_output(
     )
     skipped = copy_side_files(options.model, out).skipped
     notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
+    settings = Settings(
+        model=options.model,
+        bpw=strategy.target_bpw,
+        head_bits=options.head_bits,
+        calibration=options.calibration,
+        rows=options.rows,
+        length=options.length,
+        seed=options.seed,
+        effort=options.effort,
+        measurement=options.measurement,
+    )
+    write_record(out, settings, work / "linears")
     write_json(out / "strategy.json", {**strategy.to_json(), "measured": measured, "notes": notes})

@@ -178,3 +178,9 @@ def feedback_factors(
 def energy(weight: Tensor, matrix: Tensor) -> float:
     """tr(W^T H W) for W [N, K] and H [K, K]."""
     return float(((weight @ matrix) * weight).sum(dtype=torch.float64))
+
+
+def sampled_energy(weight: Tensor, matrix: Tensor) -> float:
+    """tr(W^T H W) for W [N, K] and H [K, K], from at most SAMPLE_COLUMNS of its columns."""
+    columns = spread_columns(weight.shape[0], SAMPLE_COLUMNS)
+    return energy(weight[columns], matrix) * weight.shape[0] / len(columns)

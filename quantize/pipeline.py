@@ -29,7 +29,7 @@ from dbrx_quant.calibration.experts import (
 from dbrx_quant.calibration.hessian import Moments, Shrinkage, SplitMoments, hessian
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
-from dbrx_quant.quantize.curve import Prepared, prepare
+from dbrx_quant.quantize.curve import Prepared, prepare, sampled_energy
 from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
 from dbrx_quant.quantize.measure import (
     EXPERT_TOKENS,
@@ -380,9 +380,15 @@ def _solve(
     prior: Moments | None,
     weights: Mapping[str, Tensor],
 ) -> None:
-    """Quantize linears that share their inputs, and write each one's file."""
+    """Quantize linears that share their inputs, and write each one's file.
+
+    Its metadata has the `loss` tr(E^T H E) and the `energy` tr(W^T H W), to which reports relate it.
+    """
     moments.check(specs[0].name)
-    prepared = prepare(hessian(moments, prior, job.shrinkage(specs[0].name)))
+    matrix = hessian(moments, prior, job.shrinkage(specs[0].name))
+    energies = {spec.name: sampled_energy(weights[spec.name], matrix) for spec in specs}
+    prepared = prepare(matrix)
+    del matrix
     for spec in specs:
         groups = parse_groups(job.groups[spec.name])
         tensors, loss = solve_linear(weights[spec.name], prepared, groups, job.effort)
@@ -392,7 +398,8 @@ def _solve(
             padded[: spec.shape[1]] = to_half(bias, f"{spec.name}.bias")
             tensors["bias"] = padded
         named = {f"{spec.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-        save_tensors(job.linear(spec.name), named, {"loss": repr(loss)})
+        facts = {"loss": repr(loss), "energy": repr(energies[spec.name])}
+        save_tensors(job.linear(spec.name), named, facts)
 
 
 def solve_linear(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dbrx_quant.quantize.record import RECORD_NAME
 from dbrx_quant.quantize.tokenizer import TOKENIZER_FILES
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import EVALUATION_NAME
@@ -18,6 +19,7 @@ _OWN = {
     "strategy.json",
     CHECKSUMS_NAME,
     EVALUATION_NAME,
+    RECORD_NAME,
     *TOKENIZER_FILES,
 }
 _WEIGHTS = {

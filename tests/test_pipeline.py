@@ -96,9 +96,11 @@ def test_the_loss_in_a_file_is_that_of_its_inputs(finished):
         live(finished.model.embed(finished.tokens))
     hook.remove()
     matrix = hessian(moments, None, finished.shrinkage(spec.name)).double()
-    error = (finished.model.dense(spec) - finished_weight(finished, spec)).double()
+    weight = finished.model.dense(spec).double()
+    error = weight - finished_weight(finished, spec).double()
     with safe_open(finished.linear(spec.name), "pt") as opened:
-        loss = float(opened.metadata()["loss"])
+        loss, energy = (float(opened.metadata()[key]) for key in ("loss", "energy"))
+    assert energy == pytest.approx(float(((weight @ matrix) * weight).sum()), rel=1e-3)
     assert loss == pytest.approx(float(((error @ matrix) * error).sum()), rel=1e-3)
 
 

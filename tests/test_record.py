@@ -1,0 +1,103 @@
+"""What a conversion leaves about itself: settings, versions and errors, and nothing of time and place."""
+
+import importlib.metadata
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import save_model, save_random_tokens
+
+from dbrx_quant.quantize.conversion import ConvertOptions, convert
+from dbrx_quant.quantize.record import Settings, read_record, source_name, write_record
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.evaluations import EVALUATION_NAME
+from dbrx_quant.runtime.files import save_tensors
+from dbrx_quant.scripts.main import make_parser
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("record")
+    model = save_model(folder / "my model", "dbrx")
+    tokens = save_random_tokens(folder / "tokens.safetensors", 8, 64)
+    options = ConvertOptions(model, folder / "out", (3.0,), calibration=str(tokens), seed=7, quiet=True)
+    return options, convert(options)[0].folder
+
+
+def test_the_record_holds_the_settings_and_the_versions(converted):
+    options, out = converted
+    record = read_record(out)
+    assert record["settings"]["bpw"] == 3.0
+    assert record["settings"]["model"] == "my model"
+    assert record["settings"]["calibration"] == "tokens.safetensors"
+    assert record["versions"]["torch"] == importlib.metadata.version("torch")
+    assert str(options.out.parent) not in (out / "conversion.json").read_text()
+
+
+def test_its_command_is_one_that_the_parser_takes_to_the_same_settings(converted):
+    options, out = converted
+    program, *words = shlex.split(read_record(out)["command"])
+    arguments = make_parser().parse_args(words)
+    assert program == "dbrx-quant"
+    assert (arguments.model, arguments.bpw, arguments.seed) == ("my model", (3.0,), 7)
+    assert (arguments.head_bits, arguments.effort) == (options.head_bits, options.effort)
+
+
+def test_every_linear_has_its_error(converted):
+    _, out = converted
+    errors = read_record(out)["relative_errors"]
+    stored = load_file(out / "model.safetensors")
+    assert {f"{linear}.q_weight" for linear in errors} == {key for key in stored if key.endswith("q_weight")}
+    assert all(0 < error < 0.5 for error in errors.values())
+
+
+def test_an_error_is_the_loss_over_the_energy_of_the_linears_file(converted, tmp_path):
+    options, _ = converted
+    facts = {"a.q": (0.02, 8.0), "b.k": (1 / 3, 1.0), "never.reached": (0.0, 0.0)}
+    for name, (loss, energy) in facts.items():
+        metadata = {"loss": repr(loss), "energy": repr(energy)}
+        save_tensors(tmp_path / f"{name}.safetensors", {f"{name}.q_weight": torch.zeros(1)}, metadata)
+    settings = Settings(options.model, 3.0, 6, "offline", None, None, 0, "default", None)
+    write_record(tmp_path, settings, tmp_path)
+    assert read_record(tmp_path)["relative_errors"] == {"a.q": 0.0025, "b.k": 0.3333}
+
+
+def test_a_folder_of_another_converter_has_no_record(tmp_path):
+    assert read_record(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"format_version": 9}',
+        '{"format_version": 1, "command": "a", "settings": {}, "versions": {}, "relative_errors": {"x": ""}}',
+    ],
+)
+def test_a_damaged_record_is_named(content, tmp_path):
+    (tmp_path / "conversion.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"conversion\.json"):
+        read_record(tmp_path)
+
+
+def test_a_conversion_replaces_what_was_measured_of_another(converted):
+    options, out = converted
+    (out / EVALUATION_NAME).write_text(json.dumps({"format_version": 1, "evaluations": []}))
+    convert(options)
+    assert (out / EVALUATION_NAME).exists()  # the same result, found finished
+    (out / "strategy.json").unlink()
+    convert(options)
+    assert not (out / EVALUATION_NAME).exists()
+
+
+def test_a_source_in_the_hubs_cache_is_named_by_its_repository():
+    assert (
+        source_name(Path("/c/models--databricks--dbrx-instruct/snapshots/0123abc"))
+        == "databricks/dbrx-instruct"
+    )
+    assert source_name(Path("models/dbrx")) == "dbrx"
