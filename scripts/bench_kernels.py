@@ -182,7 +182,7 @@ def gemv(threads: int, mode: str, rows: int, seconds: float) -> list[dict[str, A
 
 
 def batches(threads: int, mode: str, rows: int, seconds: float) -> list[dict[str, Any]]:
-    """Widths 2, 3, 4 and 8 with 1 to 512 tokens, and torch's bfloat16 on dense weights (`bits` 16)."""
+    """Every width with 1 to 512 tokens, and torch's bfloat16 on dense weights (`bits` 16)."""
     _native.set_threads(threads)
     torch.set_num_threads(threads)
     results: list[dict[str, Any]] = []
@@ -192,7 +192,7 @@ def batches(threads: int, mode: str, rows: int, seconds: float) -> list[dict[str
         row = {"bits": bits, "tokens": tokens, "threads": threads, "ms": took * 1e3, "gflop_per_s": rate}
         results.append(row)
 
-    for bits in (2, 3, 4, 8):
+    for bits in WIDTHS:
         rotation = Rotation(SHAPES[0], bits, rows)
         for tokens in BATCHES:
             add(bits, tokens, best(rotation.multiplications(tokens, mode), seconds))

@@ -6,7 +6,8 @@
 // q are the stored codes, z their zero point, v and a the quantized activations and their scale (packed.h). Both inner
 // sums are exact in 32-bit integers: at most 128 rows * 255 * 16256 < 2^30. Each segment's sum is rounded to float
 // once, and the sums over segments run in order (a[t] comes last where a run of segments shares it): the result depends
-// neither on the number of threads nor on the instruction set. Against dequantized weights the only other difference is that s * q is not rounded to half.
+// neither on the number of threads nor on the instruction set. Against dequantized weights the only other difference is
+// that s * q is not rounded to half.
 //
 // A lane is an output column; four rows meet in one dot product of bytes. For one token, masked codes are multiplied
 // where they sit in their byte, without a shift: codes at bit p give 2^p times the sum, in sums of their own, which are
@@ -335,7 +336,7 @@ void multiply(const PackedView& view, int activation_bits, int64_t band, int64_t
 constexpr int kLongest = bands::kSegmentUnits * layout::kUnitRows;
 constexpr uint32_t kInfinity = 0x7f800000u;
 constexpr float kSmallest = 1e-30f;       // activations below it are taken for zero
-constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: added to a small float, it leaves the nearest integer in the low bits
+constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: added to a small float, leaves an integer in the low bits
 constexpr int32_t kRoundingBits = 0x4b400000;
 
 // values[i] = nearest integer (ties to even) of x[i] * factor; returns their sum.
