@@ -29,6 +29,7 @@ from dbrx_quant.scripts import (
     inspect_folder,
     measure,
     tokenizer,
+    upload,
     verify,
 )
 from dbrx_quant.scripts.output import say
@@ -42,6 +43,7 @@ VERBS: tuple[Verb, ...] = (
     tokenizer.VERB,
     evaluate.VERB,
     generate.VERB,
+    upload.VERB,
     doctor.VERB,
     completion.VERB,
 )
@@ -136,7 +138,7 @@ def _terminable() -> Iterator[None]:
 def _interrupted(verb: Verb, arguments: argparse.Namespace) -> str:
     if not verb.resumable or getattr(arguments, "dry_run", False):
         return "interrupted"
-    if arguments.resume == "never":
+    if getattr(arguments, "resume", "auto") == "never":
         return "interrupted; run it again with --resume auto to go on"
     return "interrupted; run the same command again to go on"
 

@@ -1,0 +1,173 @@
+"""The Hub, asked patiently: waits where it asks to wait, and says in one line what went wrong.
+
+The token is only ever handed to huggingface_hub; whatever it or a server says is cleared of it.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 5
+LONGEST_WAIT_S = 900  # the Hub's rate limits are reset after five minutes
+
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
+_SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}|(?<=Bearer )[^\s'\"]+")
+
+
+class HubError(RuntimeError):
+    """The Hub did not do what it was asked for; the message says what to do."""
+
+
+class Hub:
+    """The Hub as one account sees it.
+
+    Args:
+        repository: NAMESPACE/NAME, for messages.
+        notify: told in a line when something is tried again.
+        api: huggingface_hub's client; None: one with the endpoint and the token of the environment.
+    """
+
+    def __init__(self, repository: str, notify: Callable[[str], None], api: "HfApi | None" = None) -> None:
+        from huggingface_hub import HfApi, get_token
+
+        self.repository = repository
+        self.api = api or HfApi()
+        self._notify = notify
+        token = self.api.token
+        self._token = token if isinstance(token, str) else get_token()
+
+    def ask(self, call: Callable[[], Result]) -> Result:
+        """What `call` returns; tried again where the Hub is busy or the connection breaks.
+
+        Raises:
+            HubError: it failed for good.
+        """
+        from huggingface_hub.utils import httpx
+
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return call()
+            except (OSError, ValueError, RuntimeError, httpx.HTTPError, httpx.InvalidURL) as error:
+                cause = _cause(error)
+                wait = _wait(cause, attempt)
+                if wait is None or wait > LONGEST_WAIT_S or attempt == ATTEMPTS:
+                    raise HubError(self._explain(cause)) from error
+                self._notify(f"{self._explain(cause)}; trying again in {wait:.0f} s")
+            time.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def find(self, call: Callable[[], Result]) -> Result | None:
+        """Likewise, but None where there is no such repository, revision or file.
+
+        A gate counts as an error: what is behind it is there.
+        """
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            RemoteEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        try:
+            return self.ask(call)
+        except HubError as error:
+            cause = _cause(error)
+            absent = (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError)
+            if isinstance(cause, absent) and not isinstance(cause, GatedRepoError):
+                return None
+            raise
+
+    def clean(self, text: str) -> str:
+        """The text without the token, and without anything that looks like one."""
+        if self._token:
+            text = text.replace(self._token, "<token>")
+        return _SECRET.sub("<token>", text)
+
+    def _explain(self, error: BaseException) -> str:
+        return " ".join(self.clean(self._advice(error)).split())
+
+    def _advice(self, error: BaseException) -> str:
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalTokenNotFoundError
+
+        endpoint = self.api.endpoint
+        tokens = f"{endpoint}/settings/tokens"
+        later = "run the same command again: what is up already is kept"
+        if isinstance(error, LocalTokenNotFoundError):
+            return f"no token for {endpoint}: run `hf auth login`, or set HF_TOKEN, with one of {tokens}"
+        if _is_transport(error):
+            return f"no connection to {endpoint} ({error or type(error).__name__}); {later}"
+        if not isinstance(error, HfHubHTTPError):
+            return f"{endpoint}: {error or type(error).__name__}"
+        status = error.response.status_code
+        said = f" ({error.server_message})" if error.server_message else ""
+        if isinstance(error, GatedRepoError):
+            return (
+                f"{_where(error)} is gated{said}: ask for access on its page, with the account of this token"
+            )
+        if status == 401:
+            return (
+                f"{endpoint} does not accept the token{said}: make one with write access at {tokens} and run "
+                "`hf auth login` again, or put it into HF_TOKEN, which goes first"
+            )
+        if status == 403:
+            return (
+                f"the token may not write to {self.repository}{said}: it needs write access to "
+                f"{self.repository.split('/')[0]}; see {tokens}"
+            )
+        if status == 404:
+            return f"{_where(error)} is not there, or hidden from this token{said}"
+        if status == 429:
+            return f"{endpoint} limits the rate of requests{said}; {later}"
+        if status >= 500:
+            return f"{endpoint} failed with status {status}{said}; {later}"
+        return f"{endpoint} refused with status {status}{said or f' ({error})'}"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The answer or the broken connection at the root of an error, or the error itself."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, HfHubHTTPError) or _is_transport(at):
+            return at
+        at = at.__cause__
+    return error.__cause__ if isinstance(error, HubError) and error.__cause__ else error
+
+
+def _is_transport(error: BaseException) -> bool:
+    from huggingface_hub.utils import httpx
+
+    lost = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+    return isinstance(error, (*lost, ConnectionError, TimeoutError))
+
+
+def _where(error: "HfHubHTTPError") -> str:
+    """The repository that an error is about."""
+    found = re.search(r"https?://[^/]+/(?:api/models/)?([\w.-]+/[\w.-]+)", str(error.response.url))
+    return found[1] if found else str(error.response.url)
+
+
+def _wait(error: BaseException, attempt: int) -> float | None:
+    """Seconds until it makes sense to try again; None: it doesn't."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    usual = float(2 ** (attempt - 1))
+    if _is_transport(error):
+        return usual
+    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in _TRANSIENT:
+        return None
+    headers = error.response.headers
+    limits = parse_ratelimit_headers(headers)
+    if error.response.status_code == 429 and limits is not None and limits.remaining == 0:
+        return float(limits.reset_in_seconds + 1)
+    asked = headers.get("Retry-After", "")
+    return float(asked) if asked.isdigit() else usual

@@ -1,0 +1,414 @@
+"""Quantized folders onto the Hub: one branch each, then the card on main.
+
+Whatever is up already is found by its hash and not sent again, so that the same call goes on where an earlier
+one was cut off; a branch changes in one commit, and at the end it is looked at whether everything arrived.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dbrx_quant.quantize.allocate import allocate, reachable_bpw
+from dbrx_quant.quantize.hub import Hub, HubError
+from dbrx_quant.quantize.model_card import (
+    PICTURE_NAME,
+    branch_card,
+    common_evaluation,
+    evaluation_of,
+    kept_text,
+    main_card,
+)
+from dbrx_quant.quantize.pictures import SizePoint, error_curve_png
+from dbrx_quant.quantize.release import (
+    MAIN,
+    MEASUREMENT_NAME,
+    STRATEGY_NAME,
+    Branch,
+    Release,
+    branch_files,
+    load_facts,
+    quantized_config,
+    read_branch,
+)
+from dbrx_quant.quantize.source_card import CARD_NAME, front_matter, read_source_card
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.evaluations import EVALUATION_NAME
+from dbrx_quant.runtime.verify import CHECKSUMS_NAME
+
+if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
+
+Notify = Callable[[str], None]  # told in a line what is going on
+
+_CHUNK_BYTES = 16 << 20
+_CURVE_POINTS = 16
+_MARGIN_BPW = 0.5
+_WEIGHTS = (".safetensors", ".safetensors.index.json")  # leftovers of an earlier upload would be loaded
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a branch is going to hold.
+
+    Attributes:
+        name: of the branch.
+        files: path in the repository → the file here.
+        card: the text of its README.md.
+        digests: path → SHA-256, where known.
+    """
+
+    name: str
+    files: Mapping[str, Path]
+    card: str
+    digests: Mapping[str, str]
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files and the card."""
+        return sum(path.stat().st_size for path in self.files.values()) + len(self.card.encode())
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What was done to a branch.
+
+    Attributes:
+        branch: its name.
+        sent: files that were sent.
+        sent_bytes: their size.
+        kept: number of files that were up already.
+        removed: weights of an earlier upload that are gone now.
+        commit: the branch's newest.
+    """
+
+    branch: str
+    sent: tuple[str, ...]
+    sent_bytes: int
+    kept: int
+    removed: tuple[str, ...]
+    commit: str
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the repository was like before.
+
+    Attributes:
+        exists: whether it was there.
+        heads: branch → its newest commit.
+        others: models on branches that are not being uploaded.
+        kept: branch → what somebody wrote below our part of its card.
+        gated: whether access to it has to be asked for.
+        gate: whether the original's has to be.
+    """
+
+    exists: bool
+    heads: Mapping[str, str]
+    others: tuple[Branch, ...]
+    kept: Mapping[str, str]
+    gated: bool
+    gate: bool
+
+
+NOTHING = Remote(False, {}, (), {}, False, False)
+
+
+def branch_contents(release: Release, branch: Branch, kept: str = "") -> Contents:
+    """The files of a branch with weights."""
+    folder = release.folders[branch.name]
+    card = branch_card(release.repository, release.model, branch, kept)
+    return Contents(
+        branch.name, {name: folder / name for name in branch_files(folder)}, card, _digests(folder)
+    )
+
+
+def main_contents(release: Release, remote: Remote, folder: Path, notify: Notify) -> Contents:
+    """The files of main; pictures are drawn into `folder`. With weights on main, theirs as well."""
+    known = {branch.name: branch for branch in (*remote.others, *release.branches)}
+    branches = sorted(known.values(), key=lambda branch: (branch.bpw, branch.name))
+    files: dict[str, Path] = {}
+    if MAIN in release.folders:
+        files |= branch_contents(release, known[MAIN]).files
+    home = release.folders[release.branches[0].name]
+    files |= {name: home / name for name in release.model.term_files}
+    if release.measurement:
+        files[MEASUREMENT_NAME] = release.measurement
+    if _draw(branches, release, folder / PICTURE_NAME, notify):
+        files[PICTURE_NAME] = folder / PICTURE_NAME
+    card = main_card(
+        release.repository,
+        release.model,
+        branches,
+        picture=PICTURE_NAME in files,
+        measurement=MEASUREMENT_NAME in files,
+        kept=remote.kept.get(MAIN, ""),
+    )
+    return Contents(MAIN, files, card, _digests(release.folders[MAIN]) if MAIN in release.folders else {})
+
+
+def look(release: Release, hub: Hub, *, private: bool, replace_card: bool) -> Remote:
+    """The account, the original and the repository as they are; nothing is changed.
+
+    Raises:
+        HubError: there is no token, or it may not write, or the Hub cannot be asked.
+        ValueError: the original's terms are others than the folders say, or the repository is not one to
+            upload this to.
+    """
+    api, repository = hub.api, release.repository
+    access = hub.ask(api.whoami).get("auth", {}).get("accessToken", {})
+    if access.get("role") == "read":
+        raise HubError(
+            f"the token may only read: make one with write access at {api.endpoint}/settings/tokens and run "
+            "`hf auth login` again, or put it into HF_TOKEN, which goes first"
+        )
+    gate = _original_gate(release, hub) or bool(release.model.card.gate)
+    info = hub.find(lambda: api.model_info(repository))
+    if info is None:
+        return Remote(False, {}, (), {}, False, gate)
+    if private and not info.private:
+        raise ValueError(
+            f"{repository} is there and public; --private is for new repositories: make it private at "
+            f"{api.endpoint}/{repository}/settings first"
+        )
+    heads = {ref.name: ref.target_commit for ref in hub.ask(lambda: api.list_repo_refs(repository)).branches}
+    with tempfile.TemporaryDirectory() as name:
+        kept = _kept_texts(release, hub, heads, Path(name), replace_card)
+        others = tuple(
+            branch
+            for head in sorted(set(heads) - set(release.folders))
+            if (branch := _remote_branch(hub, head, Path(name) / f"branch-{head}"))
+        )
+    return Remote(True, heads, others, kept, bool(info.gated), gate)
+
+
+def publish(release: Release, hub: Hub, remote: Remote, *, private: bool, notify: Notify) -> list[Sent]:
+    """Upload; returns what was done to each branch, main last.
+
+    Args:
+        release: what to upload.
+        hub: where.
+        remote: what `look` found there.
+        private: whether a new repository is private; False: as the account does it.
+        notify: told in a line what is being sent.
+
+    Raises:
+        HubError: the Hub refused something, or what is there afterwards is not what was sent. What is up
+            already stays, and the same call goes on with the rest.
+        OSError: a file here cannot be read.
+    """
+    api, repository = hub.api, release.repository
+    if not remote.exists:
+        hub.ask(lambda: api.create_repo(repository, private=private or None, exist_ok=True))
+    if remote.gate and not remote.gated:  # before the first file is there
+        hub.ask(lambda: api.update_repo_settings(repository, gated="auto"))
+    done = []
+    for branch in release.branches:
+        if branch.name == MAIN:
+            continue
+        if branch.name not in remote.heads:
+            _create_branch(hub, branch.name)
+        contents = branch_contents(release, branch, remote.kept.get(branch.name, ""))
+        done.append(_send(hub, contents, f"Upload {branch.bpw:.2f} bits per weight", notify))
+    with tempfile.TemporaryDirectory() as name:
+        contents = main_contents(release, remote, Path(name), notify)
+        done.append(_send(hub, contents, "Upload the model card", notify))
+    return done
+
+
+def _create_branch(hub: Hub, branch: str) -> None:
+    """A new branch from the empty repository, so that nothing of main's comes along."""
+    api, repository = hub.api, hub.repository
+    first = hub.ask(lambda: api.list_repo_commits(repository))[-1].commit_id
+    hub.ask(lambda: api.create_branch(repository, branch=branch, revision=first, exist_ok=True))
+
+
+def _draw(branches: Sequence[Branch], release: Release, path: Path, notify: Notify) -> bool:
+    """The picture of error over size: what was measured, and the curve that the measurement predicts."""
+    key = common_evaluation(branches)
+    measured = [(branch, found) for branch in branches if (found := evaluation_of(branch, key))]
+    points = [SizePoint(branch.bpw, found.kl, branch.name) for branch, found in measured if found.kl > 0]
+    predicted = _predicted(branches, release)
+    if not points and not predicted:
+        return False
+    try:
+        error_curve_png(points, path, predicted=predicted, title=release.model.base_model)
+    except ImportError as error:
+        notify(f"no picture in the card: {error}")
+        return False
+    return True
+
+
+def _predicted(branches: Sequence[Branch], release: Release) -> list[SizePoint]:
+    """KL divergence that the measurement predicts over the range that the branches span, and a bit more."""
+    if release.measurement is None:
+        return []
+    measurement = load_facts(release.measurement)
+    low, high = reachable_bpw(measurement["linears"])
+    low = max(low, branches[0].bpw - _MARGIN_BPW)
+    high = min(high, branches[-1].bpw + _MARGIN_BPW)
+    targets = [low + (high - low) * i / _CURVE_POINTS for i in range(_CURVE_POINTS + 1)]
+    head_bits = release.branches[0].head_bits
+    curve = [allocate(measurement, target, head_bits) for target in targets]
+    return [SizePoint(strategy.bpw, strategy.kl) for strategy in curve if strategy.kl > 0]
+
+
+def _send(hub: Hub, contents: Contents, message: str, notify: Notify) -> Sent:
+    """Bring a branch up to date in one commit."""
+    api, repository = hub.api, hub.repository
+    with tempfile.TemporaryDirectory() as name:
+        staged = Path(name)  # holds links, so that the folder goes up as it is but with our card
+        (staged / CARD_NAME).write_text(contents.card, encoding="utf-8")
+        files = {**contents.files, CARD_NAME: staged / CARD_NAME}
+        there = _remote_files(hub, contents.name)
+        digests = dict(contents.digests)
+        missing = _missing(files, there, digests)
+        weights = any(path.endswith(_WEIGHTS) for path in files)  # main without any leaves those there alone
+        stale = sorted(path for path in there if weights and path.endswith(_WEIGHTS) and path not in files)
+        sent_bytes = sum(files[path].stat().st_size for path in missing)
+        if missing or stale:
+            gone = f", removing {', '.join(stale)}" if stale else ""
+            notify(
+                f"{contents.name}: sending {len(missing)} of {len(files)} files, {sent_bytes:,} bytes{gone}"
+            )
+            for path in missing:
+                if path != CARD_NAME:
+                    (staged / path).symlink_to(files[path].resolve())
+            if CARD_NAME not in missing:
+                (staged / CARD_NAME).unlink()
+            hub.ask(
+                lambda: api.upload_folder(
+                    repo_id=repository,
+                    folder_path=staged,
+                    revision=contents.name,
+                    commit_message=message,
+                    delete_patterns=stale or None,
+                )
+            )
+            lost = _missing(contents.files, _remote_files(hub, contents.name), digests)
+            if lost:
+                raise HubError(
+                    f"{repository}, branch {contents.name}: {lost[0]} is not there as it was sent; run the "
+                    "same command again"
+                )
+        commit = hub.ask(lambda: api.model_info(repository, revision=contents.name)).sha or ""
+    kept = len(files) - len(missing)
+    return Sent(contents.name, tuple(missing), sent_bytes, kept, tuple(stale), commit)
+
+
+def _remote_files(hub: Hub, branch: str) -> "dict[str, RepoFile]":
+    from huggingface_hub import RepoFile
+
+    listed = hub.ask(lambda: list(hub.api.list_repo_tree(hub.repository, recursive=True, revision=branch)))
+    return {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
+
+
+def _missing(
+    files: Mapping[str, Path], there: "Mapping[str, RepoFile]", digests: dict[str, str]
+) -> list[str]:
+    """The files that are not there, or not the same; digests that had to be computed are added."""
+    return [
+        path
+        for path, file in sorted(files.items())
+        if path not in there or not _same(path, file, there[path], digests)
+    ]
+
+
+def _same(path: str, file: Path, entry: "RepoFile", digests: dict[str, str]) -> bool:
+    if entry.lfs is None:
+        content = file.read_bytes()
+        header = f"blob {len(content)}\0".encode()  # how git names a file's contents
+        return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == entry.blob_id
+    if entry.lfs.size != file.stat().st_size:
+        return False
+    if path not in digests:
+        hasher = hashlib.sha256()
+        with file.open("rb") as stream:
+            while piece := stream.read(_CHUNK_BYTES):
+                hasher.update(piece)
+        digests[path] = hasher.hexdigest()
+    return digests[path] == entry.lfs.sha256
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What `checksums.json` says, which `verify` has compared with the files."""
+    path = folder / CHECKSUMS_NAME
+    if not path.exists():
+        return {}
+    return {name: entry["sha256"] for name, entry in load_facts(path)["files"].items()}
+
+
+def _original_gate(release: Release, hub: Hub) -> bool:
+    """Whether the original is gated on the Hub; its card there must not ask for more than ours says.
+
+    Raises:
+        ValueError: it does.
+    """
+    api, base = hub.api, release.model.base_model
+    info = hub.find(lambda: api.model_info(base))
+    if info is None:
+        return False  # not published, or hidden; its terms are those of the folders
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            path = hub.find(lambda: api.hf_hub_download(base, CARD_NAME, local_dir=name))
+        except HubError:
+            path = None  # a gate may hide the card too
+        theirs = read_source_card(Path(path)).terms if path else {}
+    ours = release.model.card.terms
+    wanted = [key for key in theirs if key.startswith("extra_") or key == "license"]
+    different = [key for key in wanted if ours.get(key) != theirs[key]]
+    if different:
+        raise ValueError(
+            f"the card of {base} on the Hub has other terms than the folder's README.md "
+            f"({', '.join(different)}): run `hf download {base} README.md --local-dir DIR`, look at its "
+            "LICENSE files too, and give --card DIR/README.md"
+        )
+    return bool(info.gated)
+
+
+def _kept_texts(
+    release: Release, hub: Hub, heads: Mapping[str, str], folder: Path, replace_card: bool
+) -> dict[str, str]:
+    """What people wrote below our text; refuses to write over a card that isn't ours."""
+    kept = {}
+    for branch in sorted({MAIN, *release.folders} & set(heads)):
+        path = _fetch(hub, CARD_NAME, branch, folder / f"card-{branch}")
+        text = path.read_text(encoding="utf-8") if path else ""
+        facts = front_matter(text, f"{release.repository}, branch {branch}: {CARD_NAME}")
+        below = kept_text(text)
+        if text.strip() and below is None and not replace_card:
+            raise ValueError(
+                f"{release.repository}, branch {branch}: has a README.md that this program did not write; "
+                "--replace-card puts ours in its place (the old one stays in the history)"
+            )
+        base = facts.get("base_model")
+        if below is not None and base != release.model.base_model and not replace_card:
+            raise ValueError(
+                f"{release.repository} holds quantizations of {base}, these are of "
+                f"{release.model.base_model}; choose another repository"
+            )
+        kept[branch] = below or ""
+    return kept
+
+
+def _remote_branch(hub: Hub, branch: str, folder: Path) -> Branch | None:
+    """What is known about a model that was uploaded before; None if the branch holds none."""
+    files = _remote_files(hub, branch)
+    if "config.json" not in files:
+        return None
+    for name in ("config.json", STRATEGY_NAME, EVALUATION_NAME):
+        if name in files:
+            _fetch(hub, name, branch, folder)
+    try:
+        config = quantized_config(folder)
+    except CheckpointError:
+        return None  # another kind of model; none of our business
+    size = sum(entry.size for path, entry in files.items() if path.endswith(".safetensors"))
+    return read_branch(folder, branch, config, size)
+
+
+def _fetch(hub: Hub, name: str, branch: str, folder: Path) -> Path | None:
+    path = hub.find(lambda: hub.api.hf_hub_download(hub.repository, name, revision=branch, local_dir=folder))
+    return Path(path) if path else None

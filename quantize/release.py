@@ -1,0 +1,364 @@
+"""Quantized folders on their way to the Hub: what each branch will hold, and what is known about it."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dbrx_quant.quantize.conversion import target_name
+from dbrx_quant.quantize.record import read_record
+from dbrx_quant.quantize.source_card import (
+    CARD_NAME,
+    SourceCard,
+    read_source_card,
+    term_faults,
+    term_files,
+)
+from dbrx_quant.runtime.config import read_config
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.evaluations import EVALUATION_NAME, read_evaluations
+
+MEASUREMENT_NAME = "measurement.json"
+STRATEGY_NAME = "strategy.json"
+KEPT_OUT = "calibration text that was not calibrated on"  # the text of what the conversion itself measured
+MAIN = "main"
+
+_SAME_BPW = 1e-3  # an evaluation of the same folder differs by rounding only
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A comparison with the original: an entry of `evaluation.json`, or the conversion's own.
+
+    Attributes:
+        text: name of the text; `KEPT_OUT` for the conversion's own.
+        windows: pieces of it.
+        length: tokens of each.
+        tokens: predictions compared.
+        ppl: perplexity of the quantized model.
+        ppl_original: of the original.
+        kl: KL divergence to the original, nats per token.
+        kl_stderr: its standard error, where known.
+        top1: share of tokens whose likeliest successor is the original's.
+        router_topk: share of routing choices that are the original's; None without experts.
+    """
+
+    text: str
+    windows: int
+    length: int
+    tokens: int
+    ppl: float
+    ppl_original: float
+    kl: float
+    kl_stderr: float | None
+    top1: float
+    router_topk: float | None
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What two evaluations must share for their figures to be comparable."""
+        return self.text, self.windows, self.length
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What is known about one quantized model.
+
+    Attributes:
+        name: of its branch.
+        target: bits per weight that were asked for.
+        bpw: bits per weight of the decoder's linears, overhead included.
+        head_bits: width of the head.
+        shard_bytes: size of the weights' files.
+        predicted_kl: what the conversion predicted, nats per token; None where it left no strategy.json.
+        evaluations: what was measured.
+        command: the command line that makes it again; empty where it is not known.
+    """
+
+    name: str
+    target: float
+    bpw: float
+    head_bits: int
+    shard_bytes: int
+    predicted_kl: float | None
+    evaluations: tuple[Evaluation, ...]
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What all branches have in common.
+
+    Attributes:
+        base_model: the original's id on the Hub.
+        card: what is inherited from its card.
+        config: its config, without the quantization.
+        chat: whether the tokenizer has a chat template.
+        term_files: licence and notice files that go along.
+        calibration: as the config describes it.
+        producer: what converted it.
+    """
+
+    base_model: str
+    card: SourceCard
+    config: Mapping[str, Any]
+    chat: bool
+    term_files: tuple[str, ...]
+    calibration: Mapping[str, Any]
+    producer: str
+
+
+@dataclass(frozen=True)
+class Release:
+    """All that goes to one repository in one call.
+
+    Attributes:
+        repository: NAMESPACE/NAME.
+        model: what the branches have in common.
+        branches: by rising bits.
+        folders: branch → its folder.
+        measurement: the measurement that all share, for main; None if there is none, or several.
+    """
+
+    repository: str
+    model: Model
+    branches: tuple[Branch, ...]
+    folders: Mapping[str, Path]
+    measurement: Path | None
+
+
+def find_checkpoints(folders: Iterable[Path]) -> list[Path]:
+    """The quantized folders: those given, and in place of a folder of several (`convert --bpw a,b`) these.
+
+    Raises:
+        CheckpointError: a folder is none and has none.
+        ValueError: one is there twice.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            found.append(folder)
+            continue
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder")
+        inner = sorted(path.parent for path in folder.glob("*bpw/config.json"))
+        if not inner:
+            raise CheckpointError(
+                f"{folder}: no quantized folder: neither config.json nor *bpw folders in it"
+            )
+        found += inner
+    resolved = [folder.resolve() for folder in found]
+    twice = [str(folder) for i, folder in enumerate(found) if resolved[i] in resolved[:i]]
+    if twice:
+        raise ValueError(f"{twice[0]}: given twice")
+    return found
+
+
+def gather(
+    repository: str,
+    folders: Sequence[Path],
+    base_model: str | None = None,
+    card: Path | None = None,
+    branch: str | None = None,
+) -> Release:
+    """What uploading these folders means.
+
+    Args:
+        repository: NAMESPACE/NAME.
+        folders: quantized folders.
+        base_model: the original's id on the Hub; None: as the folders say.
+        card: the original's README.md; None: that in each folder.
+        branch: its name, for one folder; None: from the target, such as `3.0bpw`.
+
+    Raises:
+        CheckpointError: a folder is no EXL2 checkpoint, or one of its files is damaged.
+        ValueError: the folders are of different models, two want the same branch, the original is unknown, or
+            it may not be passed on like this.
+    """
+    if card is not None and not card.is_file():
+        raise ValueError(f"{card}: no such file")
+    models: list[Model] = []
+    branches: dict[str, tuple[Branch, Path]] = {}
+    for folder in folders:
+        config = quantized_config(folder)
+        name = branch or target_name(_number(config["quantization_config"], "bits", folder / "config.json"))
+        if name in branches:
+            raise ValueError(
+                f"{folder} and {branches[name][1]} both want the branch {name}; upload one of them by itself "
+                "with --revision NAME"
+            )
+        branches[name] = (read_branch(folder, name, config, shard_bytes(folder)), folder)
+        models.append(_model(folder, config, base_model, card))
+    for folder, model in zip(folders, models, strict=True):
+        _check_alike(folders[0], models[0], folder, model)
+    ordered = sorted(branches.values(), key=lambda pair: (pair[0].bpw, pair[0].name))
+    return Release(
+        repository,
+        models[0],
+        tuple(known for known, _ in ordered),
+        {known.name: folder for known, folder in ordered},
+        _shared_measurement(folders),
+    )
+
+
+def branch_files(folder: Path) -> list[str]:
+    """The files of a folder that go to its branch; the card is written anew.
+
+    Hidden files, subfolders and what a killed writer left behind stay.
+    """
+    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    return sorted(name for name in names if name != CARD_NAME)
+
+
+def shard_bytes(folder: Path) -> int:
+    """Size of a folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def quantized_config(folder: Path) -> dict[str, Any]:
+    """The config of an EXL2 folder.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    config = read_config(folder)
+    section = config.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != "exl2":
+        raise CheckpointError(f"{folder / 'config.json'}: no quantization_config with quant_method exl2")
+    return config
+
+
+def read_branch(folder: Path, name: str, config: Mapping[str, Any], size: int) -> Branch:
+    """What the small files of a quantized folder say about it.
+
+    Args:
+        folder: where `evaluation.json`, `strategy.json` and `conversion.json` are, if they are.
+        name: of the branch.
+        config: its config.
+        size: of its weights, in bytes.
+
+    Raises:
+        CheckpointError: a file is damaged, or the evaluation is that of another conversion.
+    """
+    path = folder / "config.json"
+    section = config["quantization_config"]
+    target = _number(section, "bits", path)
+    bpw = _number(section, "bpw", path) if "bpw" in section else target
+    strategy = load_facts(folder / STRATEGY_NAME)
+    predicted = _number(strategy, "predicted_kl", folder / STRATEGY_NAME) if strategy else None
+    evaluations = _evaluations(folder, bpw) + _own_evaluation(folder, strategy, section)
+    head_bits = int(section.get("head_bits", 6))
+    command = (read_record(folder) or {}).get("command", "")
+    return Branch(name, target, bpw, head_bits, size, predicted, evaluations, command)
+
+
+def _evaluations(folder: Path, bpw: float) -> tuple[Evaluation, ...]:
+    found = []
+    for entry in read_evaluations(folder):
+        if abs(entry["bpw"] - bpw) > _SAME_BPW:
+            raise CheckpointError(
+                f"{folder / EVALUATION_NAME}: evaluated at {entry['bpw']:.4f} bits per weight, the model has "
+                f"{bpw:.4f}; it is that of another conversion: remove the file and run eval again"
+            )
+        found.append(Evaluation(**{name: entry[name] for name in Evaluation.__dataclass_fields__}))
+    return tuple(found)
+
+
+def _own_evaluation(
+    folder: Path, strategy: Mapping[str, Any], section: Mapping[str, Any]
+) -> tuple[Evaluation, ...]:
+    """What the conversion measured on rows that it kept out; nothing where these were too few."""
+    scores = strategy.get("measured")
+    if not scores:
+        return ()
+    try:
+        length = int(section["calibration"]["length"])
+        tokens = int(scores["positions"])
+        return (
+            Evaluation(
+                KEPT_OUT,
+                windows=tokens // (length - 1),
+                length=length,
+                tokens=tokens,
+                ppl=float(scores["ppl"]),
+                ppl_original=float(scores["reference_ppl"]),
+                kl=float(scores["kl"]),
+                kl_stderr=None if scores["kl_stderr"] is None else float(scores["kl_stderr"]),
+                top1=float(scores["top1"]),
+                router_topk=None,
+            ),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{folder / STRATEGY_NAME}: measured is damaged ({error!r})") from None
+
+
+def _model(folder: Path, config: Mapping[str, Any], base_model: str | None, card: Path | None) -> Model:
+    inherited = read_source_card(card or folder / CARD_NAME)
+    base = base_model or inherited.base_model or _recorded_original(folder)
+    if not base:
+        raise ValueError(f"{folder}: doesn't say which model it was made from; give --base-model ORG/NAME")
+    names = branch_files(folder)
+    faults = term_faults(inherited, names)
+    if faults:
+        raise ValueError(f"{folder}: cannot be published: {'; '.join(faults)}")
+    section = config["quantization_config"]
+    tokenizer = load_facts(folder / "tokenizer_config.json")
+    return Model(
+        base_model=str(base),
+        card=inherited,
+        config={key: value for key, value in config.items() if key != "quantization_config"},
+        chat="chat_template.jinja" in names or bool(tokenizer.get("chat_template")),
+        term_files=tuple(term_files(names)),
+        calibration=section.get("calibration") or {},
+        producer=str(section.get("version", "unknown")),
+    )
+
+
+def _recorded_original(folder: Path) -> str | None:
+    """The original's id on the Hub, where the conversion was given one."""
+    record = read_record(folder)
+    name = str(record["settings"].get("model", "")) if record else ""
+    return name if "/" in name else None
+
+
+def _check_alike(first: Path, model: Model, folder: Path, other: Model) -> None:
+    for what in ("base_model", "config", "card", "term_files"):
+        if getattr(model, what) != getattr(other, what):
+            named = {"base_model": "original", "card": "terms", "term_files": "licence files"}.get(what, what)
+            raise ValueError(
+                f"{first} and {folder} differ in their {named}; branches of a repository are one model in "
+                "several sizes: upload them to different repositories"
+            )
+
+
+def _shared_measurement(folders: Sequence[Path]) -> Path | None:
+    paths = [folder / MEASUREMENT_NAME for folder in folders]
+    if not all(path.is_file() for path in paths):
+        return None
+    contents = {path.read_bytes() for path in paths}
+    return paths[0] if len(contents) == 1 else None
+
+
+def load_facts(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return content
+
+
+def _number(values: Mapping[str, Any], key: str, path: Path) -> float:
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"{path}: {key} is {value!r}, expected a number")
+    return float(value)

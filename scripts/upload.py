@@ -1,0 +1,209 @@
+"""`dbrx-quant upload`: quantized folders onto the Hub, a branch each, with a model card."""
+
+import argparse
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbrx_quant.scripts.output import bytes_text, counter, print_json, print_table, say
+from dbrx_quant.scripts.verb import UsageError, Verb, add_quiet_argument
+
+if TYPE_CHECKING:
+    from dbrx_quant.quantize.publish import Contents, Sent
+    from dbrx_quant.quantize.release import Release
+
+CHECK_FAILED = 3
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "folders",
+        metavar="DIR",
+        nargs="+",
+        type=Path,
+        help="quantized folders, or the parent of several that convert --bpw a,b,c wrote",
+    )
+    parser.add_argument("repository", metavar="REPO", help="NAMESPACE/NAME on the Hub; made if needed")
+    parser.add_argument("--revision", metavar="BRANCH", help="of one DIR (default: its target, like 3.0bpw)")
+    parser.add_argument(
+        "--base-model", metavar="ORG/NAME", help="the original's id (default: as the folders say)"
+    )
+    parser.add_argument(
+        "--card", type=Path, metavar="FILE", help="the original's README.md (default: that in DIR)"
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository a private one")
+    parser.add_argument("--replace-card", action="store_true", help="write over a README.md that isn't ours")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show branches, files and card; ask nobody, send nothing"
+    )
+    add_quiet_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Upload, or tell what uploading would do; 3 where a folder is not sound."""
+    if not _REPOSITORY.fullmatch(arguments.repository) or Path(arguments.repository).is_dir():
+        raise UsageError(f"the last argument is a repository, NAMESPACE/NAME: {arguments.repository}")
+    from dbrx_quant.quantize.release import find_checkpoints, gather
+
+    folders = find_checkpoints(arguments.folders)
+    if arguments.revision and len(folders) > 1:
+        raise UsageError("--revision names the branch of one folder; without it each gets its own")
+    release = gather(arguments.repository, folders, arguments.base_model, arguments.card, arguments.revision)
+    if not _all_sound(folders, arguments.quiet):
+        return CHECK_FAILED
+    return _dry_run(arguments, release) if arguments.dry_run else _upload(arguments, release)
+
+
+def _all_sound(folders: list[Path], quiet: bool) -> bool:
+    """Verify the folders; False, with the faults on stdout, if one is not to be published."""
+    from dbrx_quant.runtime.verify import verify
+
+    sound = True
+    for folder in folders:
+        with counter(f"verify {folder.name}", "B", quiet) as progress:
+            report = verify(folder, progress=progress)
+        for warning in report.warnings:
+            say(f"warning: {folder}: {warning}")
+        for fault in report.faults:
+            print(f"{folder}: {fault}")
+        sound &= report.ok
+    if not sound:
+        say("dbrx-quant: nothing was uploaded: what `verify` rejects is not published")
+    return sound
+
+
+def _dry_run(arguments: argparse.Namespace, release: "Release") -> int:
+    """Show everything that would go up, the repository taken to be new."""
+    from dbrx_quant.quantize.publish import NOTHING, branch_contents, main_contents
+    from dbrx_quant.quantize.source_card import CARD_NAME
+
+    with tempfile.TemporaryDirectory() as name:
+        contents = [branch_contents(release, branch) for branch in release.branches if branch.name != "main"]
+        contents.append(main_contents(release, NOTHING, Path(name), say))
+        listed = [_listing(branch) for branch in contents]
+        if arguments.json:
+            print_json(
+                {
+                    "dry_run": True,
+                    "repository": release.repository,
+                    "base_model": release.model.base_model,
+                    "private": arguments.private,
+                    "gated": bool(release.model.card.gate),
+                    "branches": listed,
+                }
+            )
+            return 0
+        for branch, facts in zip(contents, listed, strict=True):
+            title = f"branch {branch.name}: {bytes_text(branch.total_bytes)}"
+            rows = [[path, bytes_text(size), origin] for path, size, origin in facts["files"]]
+            print_table(title, ["file", "size", "from"], rows)
+        for branch in contents:
+            print(f"{'=' * 20} {CARD_NAME} of {branch.name} {'=' * 20}\n{branch.card}")
+    kind = "private" if arguments.private else "public"
+    gate = "; access has to be asked for, as for the original" if release.model.card.gate else ""
+    print(f"dry run: nothing was sent or asked; a new repository would be {kind}{gate}")
+    return 0
+
+
+def _listing(contents: "Contents") -> dict[str, Any]:
+    from dbrx_quant.quantize.model_card import PICTURE_NAME
+    from dbrx_quant.quantize.source_card import CARD_NAME
+
+    made = {PICTURE_NAME: "drawn"}
+    files = [
+        [path, file.stat().st_size, made.get(path, str(file.parent))] for path, file in contents.files.items()
+    ]
+    files.append([CARD_NAME, len(contents.card.encode()), "written"])
+    return {
+        "branch": contents.name,
+        "files": sorted(files),
+        "bytes": contents.total_bytes,
+        "card": contents.card,
+    }
+
+
+def _upload(arguments: argparse.Namespace, release: "Release") -> int:
+    import traceback
+
+    from dbrx_quant.quantize.hub import Hub, HubError
+    from dbrx_quant.quantize.publish import look, publish
+
+    hub = Hub(release.repository, say)
+    with _huggingface_tidied(hub.clean, arguments.quiet):
+        try:
+            remote = look(release, hub, private=arguments.private, replace_card=arguments.replace_card)
+            sent = publish(release, hub, remote, private=arguments.private, notify=say)
+        except HubError as error:
+            if arguments.debug:
+                say(hub.clean(traceback.format_exc()))
+            raise HubError(str(error)) from None  # what lies behind it may hold the token
+    url = f"{hub.api.endpoint}/{release.repository}"
+    if arguments.json:
+        branches = [
+            {
+                "branch": s.branch,
+                "sent": list(s.sent),
+                "sent_bytes": s.sent_bytes,
+                "kept": s.kept,
+                "removed": list(s.removed),
+                "commit": s.commit,
+            }
+            for s in sent
+        ]
+        print_json({"repository": release.repository, "url": url, "branches": branches})
+    else:
+        print_table(
+            url, ["branch", "sent", "size", "there already", "removed", "commit"], [_row(s) for s in sent]
+        )
+    return 0
+
+
+def _row(sent: "Sent") -> list[str]:
+    return [
+        sent.branch,
+        f"{len(sent.sent)} files",
+        bytes_text(sent.sent_bytes),
+        f"{sent.kept} files",
+        f"{len(sent.removed)} files",
+        sent.commit[:8],
+    ]
+
+
+@contextmanager
+def _huggingface_tidied(clean: Callable[[str], str], quiet: bool) -> Iterator[None]:
+    """Have huggingface_hub say what it says without tokens and signed addresses, and no bars when quiet."""
+    import logging
+
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    def tidy(record: logging.LogRecord) -> bool:
+        record.msg, record.args = clean(re.sub(r"\?[^\s'\"]+", "", record.getMessage())), ()
+        return True
+
+    handlers = list(logging.getLogger("huggingface_hub").handlers)
+    for handler in handlers:
+        handler.addFilter(tidy)
+    if quiet:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(tidy)
+        if quiet:
+            enable_progress_bars()
+
+
+VERB = Verb(
+    "upload",
+    "put quantized folders on the Hub, a branch each, with a model card",
+    "dbrx-quant upload out/dbrx me/dbrx-instruct-exl2 --base-model databricks/dbrx-instruct --dry-run",
+    add_arguments,
+    run,
+    resumable=True,
+)

@@ -1,0 +1,550 @@
+"""Uploads over real HTTP to a Hub on this machine: what lands there, what is refused, what is tried again."""
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import time
+from os import environ
+
+import hub_server
+import pytest
+from hub_server import TOKEN
+from tiny_output import make_output
+
+from dbrx_quant.quantize import publish
+from dbrx_quant.scripts.main import main
+
+REPO = "me/tiny-exl2"
+BASE = "databricks/tiny"
+CARD = """---
+license: other
+license_name: databricks-open-model-license
+license_link: https://www.databricks.com/legal/open-model-license
+extra_gated_heading: Share your contact information
+extra_gated_prompt: |
+  ### Terms
+
+  Use is governed by the licence.
+extra_gated_fields:
+  Name: text
+  I accept: checkbox
+language: no
+---
+# Tiny
+
+Made for tests.
+"""
+STRATEGY = {"target_bpw": 3.0, "bpw": 3.3, "predicted_kl": 0.04, "linears": {}, "notes": []}
+OPTIONS = [[2000, 0.3, ""], [3000, 0.1, ""], [4000, 0.02, ""], [6000, 0.001, ""]]
+LINEARS = {"a": {"shape": [32, 32], "options": OPTIONS}, "lm_head": {"shape": [32, 32], "options": OPTIONS}}
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def retarget(folder, bits):
+    """Say that a folder was made for another target, which is all that an upload looks at."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"]["bits"] = bits
+    write_json(path, config)
+    write_json(folder / "strategy.json", {**STRATEGY, "target_bpw": bits, "predicted_kl": 0.12 / bits})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two quantized folders as `convert --bpw 3.0,4.0` leaves them, of a gated original."""
+    folder = tmp_path_factory.mktemp("upload")
+    out = make_output(folder, max_shard_bytes=40_000)
+    (out / "README.md").write_text(CARD, encoding="utf-8")
+    (out / "LICENSE.txt").write_text("the licence\n", encoding="utf-8")
+    (out / "NOTICE.txt").write_text("the notice\n", encoding="utf-8")
+    (out / ".cache").mkdir()
+    (out / ".token").write_text(TOKEN, encoding="utf-8")
+    write_json(out / "measurement.json", {"format_version": 1, "linears": LINEARS})
+    both = folder / "both"
+    for bits in (3.0, 4.0):
+        shutil.copytree(out, both / f"{bits}bpw")
+        retarget(both / f"{bits}bpw", bits)
+    return both
+
+
+@pytest.fixture
+def both(made, tmp_path):
+    """A copy of them to change."""
+    return shutil.copytree(made, tmp_path / "both")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A running Hub that huggingface_hub takes for the real one; waiting takes no time."""
+    from huggingface_hub import constants
+
+    with hub_server.serve() as hub:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        hub.waits = []
+        monkeypatch.setattr(time, "sleep", hub.waits.append)
+        monkeypatch.setattr(publish, "error_curve_png", draw)
+        yield hub
+
+
+def draw(points, path, **_):
+    """In place of the picture, which takes matplotlib half a second."""
+    path.write_bytes(b"png" + repr(points).encode())
+
+
+@pytest.fixture
+def upload(capsys, hub):
+    """Runs the command; gives its exit code, stdout and stderr, which never hold the token."""
+
+    def run(*arguments):
+        code = main(["upload", *map(str, arguments), REPO, "--base-model", BASE, "--quiet"])
+        captured = capsys.readouterr()
+        for text in (captured.out, captured.err):
+            assert TOKEN not in text
+            assert "signedSecret" not in text
+        return code, captured.out, captured.err
+
+    return run
+
+
+def sent(output):
+    """Branch → the files that were sent to it, from the JSON that was printed."""
+    return {branch["branch"]: branch["sent"] for branch in json.loads(output)["branches"]}
+
+
+def test_each_folder_becomes_a_branch_with_its_files_and_main_has_card_measurement_and_terms(
+    made, hub, upload
+):
+    code, output, _ = upload(made)
+    assert code == 0
+    assert hub.endpoint in output
+    repo = hub.repos[REPO]
+    assert sorted(repo.history) == ["3.0bpw", "4.0bpw", "main"]
+    for bits in ("3.0", "4.0"):
+        files = repo.files(f"{bits}bpw")
+        folder = made / f"{bits}bpw"
+        here = {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
+        assert set(files) == here | {".gitattributes"}
+        assert all(files[name] == (folder / name).read_bytes() for name in here - {"README.md"})
+        assert f"{bits}bpw" in files["README.md"].decode()
+        assert len(repo.history[f"{bits}bpw"]) == 2, "the files and the card are one commit"
+    main_files = repo.files("main")
+    expected = {"LICENSE.txt", "NOTICE.txt", "README.md", "measurement.json", "error-vs-size.png"}
+    assert set(main_files) == expected | {".gitattributes"}
+    card = main_files["README.md"].decode()
+    assert "/tree/3.0bpw" in card
+    assert "/tree/4.0bpw" in card
+
+
+def test_a_gated_originals_quant_is_gated_before_the_first_file_is_there(made, hub, upload):
+    assert upload(made)[0] == 0
+    assert hub.repos[REPO].gated == "auto"
+    settings = next(i for i, (method, path) in enumerate(hub.requests) if path.endswith("/settings"))
+    first_commit = next(i for i, (method, path) in enumerate(hub.requests) if "/commit/" in path)
+    assert settings < first_commit
+
+
+def test_running_again_sends_nothing_and_a_changed_file_alone_is_sent(both, hub, upload):
+    assert upload(both)[0] == 0
+    before = {branch: list(commits) for branch, commits in hub.repos[REPO].history.items()}
+    code, output, _ = upload(both, "--json")
+    assert code == 0
+    assert sent(output) == {"3.0bpw": [], "4.0bpw": [], "main": []}
+    assert hub.repos[REPO].history == before
+    puts = hub.asked("PUT", "/lfs/")
+    (both / "3.0bpw" / "NOTES.md").write_text("new\n", encoding="utf-8")
+    assert sent(upload(both, "--json")[1]) == {"3.0bpw": ["NOTES.md"], "4.0bpw": [], "main": []}
+    assert hub.asked("PUT", "/lfs/") == puts
+
+
+def test_an_upload_that_was_cut_off_goes_on_where_it_was(made, hub, upload):
+    shards = len(list((made / "3.0bpw").glob("*.safetensors")))
+    assert shards > 2
+    hub.fail("POST", "/commit/4.0bpw", 403)
+    assert upload(made)[0] == 1
+    assert hub.asked("POST", "/commit/3.0bpw") == 1
+    puts = hub.asked("PUT", "/lfs/")
+    code, output, _ = upload(made, "--json")
+    assert code == 0
+    assert sent(output)["3.0bpw"] == []
+    assert len(sent(output)["4.0bpw"]) > shards
+    assert hub.asked("PUT", "/lfs/.*") - puts <= 1, "the picture at most: all shards were in the store"
+
+
+def test_shards_of_an_earlier_upload_are_removed_but_other_files_stay(both, hub, upload):
+    assert upload(both / "3.0bpw")[0] == 0
+    repo = hub.repos[REPO]
+    files = {**repo.files("3.0bpw"), "model-00099-of-00099.safetensors": b"old", "photo.jpg": b"mine"}
+    repo.commit("3.0bpw", files, "by hand")
+    code, output, _ = upload(both / "3.0bpw", "--json")
+    assert code == 0
+    assert json.loads(output)["branches"][0]["removed"] == ["model-00099-of-00099.safetensors"]
+    assert "photo.jpg" in repo.files("3.0bpw")
+    assert "model-00099-of-00099.safetensors" not in repo.files("3.0bpw")
+
+
+def test_a_size_that_is_added_later_joins_the_others_in_the_table(made, hub, upload):
+    assert upload(made / "3.0bpw")[0] == 0
+    assert "/tree/4.0bpw" not in hub.repos[REPO].files("main")["README.md"].decode()
+    assert upload(made / "4.0bpw")[0] == 0
+    card = hub.repos[REPO].files("main")["README.md"].decode()
+    assert card.index("/tree/3.0bpw") < card.index("/tree/4.0bpw")
+    assert "0.04000 (predicted)" in card
+    assert "0.03000 (predicted)" in card
+    assert "measurement.json" not in hub.repos[REPO].files("main")["README.md"].decode().split("---")[1]
+    assert sorted(hub.repos[REPO].files("4.0bpw")) == sorted({*hub.repos[REPO].files("3.0bpw")}), (
+        "the new branch has nothing of main's"
+    )
+
+
+def test_what_people_write_below_our_card_stays(both, hub, upload):
+    assert upload(both / "3.0bpw")[0] == 0
+    repo = hub.repos[REPO]
+    files = dict(repo.files("main"))
+    repo.commit("main", {**files, "README.md": files["README.md"] + b"\nMy own remark.\n"}, "by hand")
+    assert upload(both)[0] == 0
+    card = repo.files("main")["README.md"].decode()
+    assert card.rstrip().endswith("My own remark.")
+    assert "/tree/4.0bpw" in card
+    assert sent(upload(both, "--json")[1])["main"] == []
+
+
+def test_a_card_that_somebody_else_wrote_is_not_written_over_unasked(made, hub, upload):
+    repo = hub.add(REPO)
+    repo.commit("main", {**repo.files("main"), "README.md": b"# Mine\n"}, "by hand")
+    code, _, error = upload(made)
+    assert code == 1
+    assert "--replace-card" in error
+    assert repo.files("main")["README.md"] == b"# Mine\n"
+    assert hub.asked("POST", "/(commit|branch|preupload)/") == 0
+    assert upload(made, "--replace-card")[0] == 0
+    assert b"EXL2" in repo.files("main")["README.md"]
+
+
+def test_a_repository_of_another_model_is_left_alone(made, hub, upload):
+    assert upload(made)[0] == 0
+    hub.requests.clear()
+    card = hub.repos[REPO].files("main")["README.md"].decode().replace(BASE, "mistralai/Mixtral")
+    hub.repos[REPO].commit("main", {**hub.repos[REPO].files("main"), "README.md": card.encode()}, "other")
+    code, _, error = upload(made)
+    assert code == 1
+    assert "holds quantizations of mistralai/Mixtral" in error
+    assert hub.asked("POST", "/commit/") == 0
+
+
+def test_private_makes_a_private_repository_and_does_not_pretend_for_a_public_one(made, hub, upload):
+    assert upload(made / "3.0bpw", "--private")[0] == 0
+    assert hub.repos[REPO].private
+    assert upload(made / "3.0bpw", "--private")[0] == 0
+    hub.repos[REPO].private = False
+    code, _, error = upload(made / "3.0bpw", "--private")
+    assert code == 1
+    assert "is there and public" in error
+
+
+def test_revision_names_the_branch_of_one_folder(made, hub, upload):
+    assert upload(made / "3.0bpw", "--revision", "best")[0] == 0
+    assert sorted(hub.repos[REPO].history) == ["best", "main"]
+    assert upload(made, "--revision", "best")[0] == 2
+    assert upload(made / "4.0bpw", "--revision", "main")[0] == 0
+    files = hub.repos[REPO].files("main")
+    assert "model.safetensors.index.json" in files
+    assert "/tree/best" in files["README.md"].decode()
+    assert upload(made / "3.0bpw")[0] == 0, "weights on main stay where only a branch is uploaded"
+    assert "model.safetensors.index.json" in hub.repos[REPO].files("main")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "headers", "wait"),
+    [
+        ("GET", "/api/whoami-v2", 500, {}, 1),
+        ("POST", "/api/repos/create", 502, {}, 1),
+        ("POST", "/branch/3.0bpw", 429, {"Retry-After": "7"}, 7),
+        ("POST", "/branch/3.0bpw", 429, {"ratelimit": '"api";r=0;t=55'}, 56),
+        ("GET", "/refs", 503, {}, 1),
+        ("POST", "/preupload/", 500, {}, 1),
+        ("POST", "/objects/batch", 429, {"Retry-After": "3"}, 4),
+        ("PUT", "/lfs/", 500, {}, 1),
+        ("PUT", "/lfs/", 0, {}, 1),
+        ("POST", "/commit/3.0bpw", 500, {}, 1),
+        ("POST", "/commit/3.0bpw", 429, {"Retry-After": "9"}, 9),
+        ("POST", "/commit/3.0bpw", 0, {}, 1),
+        ("GET", "/tree/3.0bpw", 0, {}, 1),
+    ],
+)
+def test_what_fails_once_is_tried_again_after_the_wait_that_the_hub_asks_for(
+    made, hub, upload, method, path, status, headers, wait
+):
+    if path == "/refs":
+        hub.add(REPO)
+    hub.fail(method, path, status, headers=headers)
+    code, _, error = upload(made / "3.0bpw")
+    assert code == 0, error
+    assert hub.failures[0].times == 0, "the failure was met"
+    assert wait in hub.waits
+    folder = made / "3.0bpw"
+    files = hub.repos[REPO].files("3.0bpw")
+    assert all(files[path.name] == path.read_bytes() for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "headers", "advice"),
+    [
+        ("GET", "/api/whoami-v2", 401, {}, "hf auth login"),
+        ("POST", "/api/repos/create", 403, {}, "needs write access to me"),
+        ("POST", "/commit/3.0bpw", 403, {}, "needs write access to me"),
+        ("PUT", "/lfs/", 403, {}, "needs write access to me"),
+        ("HEAD", "/resolve/main/README.md", 403, {"X-Error-Code": "GatedRepo"}, "is gated"),
+        ("POST", "/commit/3.0bpw", 429, {"Retry-After": "1"}, "run the same command again"),
+        ("POST", "/branch/3.0bpw", 429, {"Retry-After": "86400"}, "run the same command again"),
+        ("POST", "/commit/3.0bpw", 500, {}, "run the same command again"),
+        ("PUT", "/lfs/", 0, {}, "run the same command again"),
+        ("POST", "/commit/3.0bpw", 413, {}, "refused with status 413"),
+    ],
+)
+def test_what_fails_for_good_ends_in_one_line_that_says_what_to_do(
+    made, hub, upload, method, path, status, headers, advice
+):
+    if "resolve" in path:
+        hub.add(REPO)
+    hub.fail(method, path, status, times=1000, headers=headers)
+    code, output, error = upload(made / "3.0bpw")
+    assert code == 1
+    assert output == ""
+    errors = [line for line in error.splitlines() if line.startswith("dbrx-quant: error: ")]
+    assert len(errors) == 1
+    assert advice in errors[0]
+    assert "Traceback" not in error
+
+
+def test_a_branch_and_a_repository_that_are_there_already_are_fine(made, hub, upload):
+    hub.add(REPO)
+    hub.fail("GET", f"/api/models/{REPO}$", 404, headers={"X-Error-Code": "RepoNotFound"})
+    hub.repos[REPO].history["3.0bpw"] = list(hub.repos[REPO].history["main"])
+    assert upload(made / "3.0bpw")[0] == 0  # both answer 409
+    assert hub.asked("POST", "/api/repos/create") == 1
+    assert hub.asked("POST", "/branch/3.0bpw") == 1
+
+
+def test_without_a_token_or_with_one_that_only_reads_nothing_is_tried(
+    made, hub, upload, monkeypatch, tmp_path
+):
+    hub.role = "read"
+    code, _, error = upload(made)
+    assert code == 1
+    assert "may only read" in error
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    code, _, error = upload(made)
+    assert code == 1
+    assert "hf auth login" in error
+    assert {path for _, path in hub.requests} == {"/api/whoami-v2"}
+
+
+def test_a_token_is_not_printed_even_where_a_library_or_the_server_repeats_it(
+    made, hub, upload, monkeypatch, capsys
+):
+    hub.fail("POST", "/api/repos/create", 403, body=json.dumps({"error": f"bad token {TOKEN}"}).encode())
+    code, _, error = upload(made, "--debug")
+    assert code == 1
+    assert "<token>" in error
+    assert "Traceback" in error
+    broken = "hf_broken\x7fToken12345678"  # httpx refuses the header, and repeats it
+    monkeypatch.setenv("HF_TOKEN", broken)
+    for debug in ([], ["--debug"]):
+        assert main(["upload", str(made), REPO, "--base-model", BASE, "--quiet", *debug]) == 1
+        shown = capsys.readouterr()
+        assert "Token12345678" not in shown.out + shown.err
+        assert "hf_broken" not in shown.out + shown.err
+    hub.fail("POST", "/commit/", 500, times=1)
+
+
+def test_warnings_of_the_library_lose_tokens_and_signatures_while_we_upload(made, hub, upload):
+    hub.fail("PUT", "/lfs/", 500)
+    records = []
+    logger = logging.getLogger("huggingface_hub")
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        assert upload(made / "3.0bpw")[0] == 0
+    finally:
+        logger.removeHandler(handler)
+    assert any("HTTP Error 500" in text for text in records)
+    assert not [text for text in records if "signedSecret" in text]
+
+
+def test_a_folder_that_does_not_verify_is_not_published(both, hub, upload):
+    shard = sorted((both / "4.0bpw").glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    code, output, error = upload(both)
+    assert code == 3
+    assert f"4.0bpw: {shard.name}: its SHA-256 differs" in output
+    assert "nothing was uploaded" in error
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda d: (d / "README.md").unlink(), "licence is unknown"),
+        (lambda d: (d / "README.md").write_text("# no front matter\n"), "licence is unknown"),
+        (lambda d: (d / "README.md").write_text("---\nlicense: [\n---\n"), "front matter is no YAML"),
+        (lambda d: (d / "LICENSE.txt").unlink(), "no LICENSE file"),
+        (lambda d: (d / "NOTICE.txt").unlink(), "NOTICE"),
+        (
+            lambda d: (d / "README.md").write_text("---\nlicense: other\nlicense_link: TERMS\n---\n"),
+            "not there: TERMS",
+        ),
+        (lambda d: write_json(d / "config.json", {"model_type": "dbrx"}), "quant_method exl2"),
+        (
+            lambda d: write_json(d / "evaluation.json", evaluation(bpw=2.5)),
+            "evaluated at 2.5000 bits per weight",
+        ),
+    ],
+)
+def test_what_may_or_can_not_be_published_is_refused_before_anything_is_sent(
+    both, hub, upload, change, complaint
+):
+    change(both / "3.0bpw")
+    for options in ([], ["--dry-run"]):
+        code, _, error = upload(both / "3.0bpw", *options)
+        assert code == 1
+        assert complaint in error
+    assert hub.requests == []
+
+
+def evaluation(**changes):
+    entry = {"text": "wiki.txt", "windows": 8, "length": 64, "tokens": 504, "ppl": 9.5, "ppl_original": 9.1}
+    scores = {"kl": 0.04, "kl_stderr": 0.003, "top1": 0.91, "router_topk": 0.95}
+    return {"format_version": 1, "evaluations": [{**entry, **scores, **changes}]}
+
+
+def test_terms_that_the_original_has_on_the_hub_and_the_folder_lacks_are_noticed(both, hub, upload):
+    original = hub.add(BASE, gated="auto")
+    stricter = CARD.replace("Use is governed", "Commercial use is forbidden; it is governed")
+    original.commit("main", {"README.md": stricter.encode()}, "card")
+    code, _, error = upload(both)
+    assert code == 1
+    assert "other terms" in error
+    assert "extra_gated_prompt" in error
+    assert REPO not in hub.repos
+    original.commit("main", {"README.md": CARD.encode()}, "card")
+    assert upload(both)[0] == 0
+
+
+def test_a_gate_of_the_original_that_its_card_does_not_mention_is_taken_over(both, hub, upload):
+    for folder in both.iterdir():
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    hub.add(BASE, gated="manual")
+    assert upload(both)[0] == 0
+    assert hub.repos[REPO].gated == "auto"
+
+
+def test_folders_of_different_models_do_not_go_to_one_repository(both, hub, upload):
+    (both / "4.0bpw" / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    code, _, error = upload(both)
+    assert code == 1
+    assert "differ in their terms" in error
+    retarget(both / "4.0bpw", 3.0)
+    code, _, error = upload(both)
+    assert code == 1
+    assert "both want the branch 3.0bpw" in error
+    code, _, error = upload(both / "3.0bpw", both / "3.0bpw")
+    assert code == 1
+    assert "given twice" in error
+
+
+def test_the_original_must_be_known_and_a_downloaded_quant_knows_it(both, hub, capsys):
+    arguments = ["upload", str(both / "3.0bpw"), REPO, "--quiet"]
+    assert main(arguments) == 1
+    assert "--base-model ORG/NAME" in capsys.readouterr().err
+    record = {"format_version": 1, "command": "dbrx-quant convert", "settings": {"model": BASE}}
+    write_json(both / "3.0bpw" / "conversion.json", {**record, "versions": {}, "relative_errors": {}})
+    assert main(arguments) == 0
+    card = hub.repos[REPO].files("3.0bpw")["README.md"]
+    assert f"base_model: {BASE}\n" in card.decode()
+    write_json(
+        both / "3.0bpw" / "conversion.json",
+        {**record, "settings": {"model": "tiny"}, "versions": {}, "relative_errors": {}},
+    )
+    (both / "3.0bpw" / "README.md").write_bytes(card)  # as a download leaves it
+    assert main([*arguments, "--json"]) == 0
+    again = hub.repos[REPO].files("3.0bpw")["README.md"]
+    assert again == card
+
+
+def test_dry_run_shows_files_card_and_branches_and_asks_nobody(made, hub, upload):
+    code, output, _ = upload(made, "--dry-run")
+    assert code == 0
+    assert hub.requests == []
+    for path in (made / "3.0bpw").iterdir():
+        assert (path.name in output) == (not path.name.startswith("."))
+    for branch in ("3.0bpw", "4.0bpw", "main"):
+        assert f"branch {branch}: " in output
+        assert f"README.md of {branch}" in output
+    code, output, _ = upload(made, "--dry-run", "--json")
+    facts = json.loads(output)
+    assert facts["gated"] is True
+    assert [branch["branch"] for branch in facts["branches"]] == ["3.0bpw", "4.0bpw", "main"]
+    assert upload(made)[0] == 0
+    for branch in facts["branches"]:
+        files = hub.repos[REPO].files(branch["branch"])
+        assert {name for name, _, _ in branch["files"]} == set(files) - {".gitattributes"}
+        assert branch["card"].encode() == files["README.md"]
+
+
+def test_a_folder_in_place_of_the_repository_is_a_usage_error(both, capsys, monkeypatch):
+    monkeypatch.chdir(both.parent)
+    assert main(["upload", str(both / "3.0bpw"), "both/3.0bpw"]) == 2
+    assert "NAMESPACE/NAME" in capsys.readouterr().err
+    assert main(["upload", str(both / "3.0bpw"), "name-alone"]) == 2
+
+
+RUN = """
+import os, sys, torch
+from dbrx_quant.quantize import publish
+from dbrx_quant.scripts.main import main
+folder = sys.argv[1]
+assert main(["upload", folder, "me/tiny-exl2", "--base-model", "databricks/tiny", "--quiet"]) == 0
+from dbrx_quant.runtime import load_model
+from transformers import AutoModelForCausalLM
+ids = torch.arange(40).reshape(2, 20)
+ours = load_model(folder + "/3.0bpw")
+theirs = load_model("me/tiny-exl2", revision="3.0bpw")
+through = AutoModelForCausalLM.from_pretrained("me/tiny-exl2", revision="3.0bpw", dtype=torch.float32)
+with torch.no_grad():
+    logits = [model(ids).logits for model in (ours, theirs, through)]
+assert torch.isfinite(logits[0]).all() and logits[0].std() > 0
+assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+text = [model.generate(ids[:1], max_new_tokens=8, do_sample=False) for model in (ours, theirs)]
+assert torch.equal(*text)
+"""
+
+
+def test_what_landed_is_loaded_by_id_and_revision_and_gives_the_same_logits(made, tmp_path):
+    with hub_server.serve() as hub:
+        settings = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, str(made)],
+            env={**environ, **settings, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert not re.search("random|MISSING|newly initialized", done.stderr)
