@@ -29,9 +29,10 @@ SHAPES = {
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 33)
 
 # Weights are code * scale, without the rounding to half: at most 2^-11 of a weight. Activations: half a step,
-# the largest of a segment over 127 or 16256 steps.
+# the largest of a segment over 127 steps, or the largest of a token over 16256.
 HALF_ROUNDING = 2.0**-11
 STEPS = {"int8": 127, "int16": 16256}
+EIGHT_BITS = 0.005  # rounding error of 8-bit weights over the weights, rms
 
 
 @pytest.fixture(params=ISAS)
@@ -60,7 +61,7 @@ def bound(x, tensors, mode, out_features):
         one_byte = mode == "int8" and widths[rows[0]] <= 4
         for start in range(0, len(rows), 128):
             channels = packed[torch.from_numpy(rows[start : start + 128])]
-            largest = x[:, channels].abs().amax(1, keepdim=True).double()
+            largest = (x[:, channels] if one_byte else x).abs().amax(1, keepdim=True).double()
             step[:, channels] = largest / STEPS["int8" if one_byte else "int16"]
     absolute = x.double().abs()
     return (step / 2 * 1.01 + absolute * HALF_ROUNDING + absolute * 1e-6) @ weight + 1e-9
@@ -142,6 +143,17 @@ def test_one_byte_costs_less_than_a_tenth_of_the_rounding_of_the_weights(bits):
     exact = oracle.linear(x, tensors, 64)
     activations_rounded = oracle.rms(ours.double() - exact) / oracle.rms(exact)
     assert activations_rounded < weights_rounded / 10
+
+
+@pytest.mark.parametrize("outlier", [10.0, 1000.0, 1e5])
+def test_two_bytes_lose_less_to_one_huge_activation_than_8_bits_of_weight_do(outlier):
+    tensors = oracle.random_tensors([(8, 4096)], 64, seed=3)
+    x = torch.randn(4, 4096, generator=torch.Generator().manual_seed(4))
+    x[:, 77] = outlier
+    exact = oracle.linear(x, tensors, 64)
+    with use_activations("int16"):
+        error = ops.linear(x, tensors).double() - exact
+    assert error.norm() < 0.3 * EIGHT_BITS * exact.norm()
 
 
 def test_linear_trims_padded_columns(mode):
