@@ -79,7 +79,6 @@ def plan(options: "ConvertOptions") -> Plan:
     tokens = rows * length
     measure_flops, quantize_flops = _flops(architecture, tokens, options.repair is not None)
     speed = machine_flops() * LOADED_FACTOR
-    states = 4 * tokens * architecture.hidden
     targets = tuple(
         Target(t, total_bytes(architecture, t, options.head_bits), low <= t <= high) for t in options.targets
     )
@@ -90,7 +89,7 @@ def plan(options: "ConvertOptions") -> Plan:
         high,
         targets,
         peak_bytes(architecture, tokens),
-        2 * states * (len(architecture.blocks) + 2) + max((t.total_bytes for t in targets), default=0),
+        states_bytes(architecture, tokens) + max((t.total_bytes for t in targets), default=0),
         measure_flops / speed,
         quantize_flops / speed,
     )
@@ -157,6 +156,18 @@ def total_bytes(architecture: Architecture, bpw: float, head_bits: int) -> int:
     return int(bpw * decoder_weights(architecture) / 8) + fixed_bytes(architecture, head_bits)
 
 
+def states_bytes(architecture: Architecture, tokens: int) -> int:
+    """The hidden states and gradients before every block that are on disk while it is measured."""
+    return 2 * 4 * tokens * architecture.hidden * (len(architecture.blocks) + 2)
+
+
+def cache_bytes(architecture: Architecture, context: int) -> int:
+    """Keys and values of so many tokens in half precision."""
+    first = architecture.blocks[0]
+    cached = sum(spec.shape[1] for stage in first.stages for spec in stage if spec.role in ("k", "v"))
+    return 2 * cached * context * len(architecture.blocks)
+
+
 def bpw_for_size(options: "ConvertOptions", size: int) -> float:
     """The bits per weight at which the checkpoint takes `size` bytes.
 
@@ -176,9 +187,7 @@ def bpw_for_vram(options: "ConvertOptions", vram: int, context: int) -> float:
         ValueError: the cache alone, or the fewest bits, take more.
     """
     architecture = _architecture(options.model)
-    first = architecture.blocks[0]
-    cached = sum(spec.shape[1] for stage in first.stages for spec in stage if spec.role in ("k", "v"))
-    cache = 2 * cached * context * len(architecture.blocks)
+    cache = cache_bytes(architecture, context)
     embedding = 2 * architecture.vocabulary * architecture.hidden
     size = int(0.95 * vram) - cache + embedding
     return _bpw(
