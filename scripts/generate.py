@@ -27,12 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Generate; the text appears as it is made."""
+    """Generate; the text appears as it is made, and stays when Ctrl-C ends it."""
     import torch
-    from transformers import TextStreamer
 
+    from dbrx_quant.runtime.conversation import end_ids, sampling
     from dbrx_quant.runtime.loader import find_folder, load_model
     from dbrx_quant.runtime.text import load_tokenizer
+    from dbrx_quant.runtime.text_stream import TextStream
 
     hush_loading(arguments.quiet)
     folder = find_folder(arguments.folder, None)
@@ -41,32 +42,44 @@ def run(arguments: argparse.Namespace) -> int:
     ids = _encode(tokenizer, prompt, arguments.chat)
     model = load_model(folder, device=arguments.device)
     torch.manual_seed(arguments.seed)
-    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
+    stream = TextStream(tokenizer, (lambda piece: None) if arguments.json else _write)
+    interrupted = False
     started = time.monotonic()
-    output = model.generate(
-        ids.to(model.device),
-        attention_mask=torch.ones_like(ids).to(model.device),
-        max_new_tokens=arguments.max_new_tokens,
-        streamer=None
-        if arguments.json
-        else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **(sampling or {"do_sample": False}),
-    )
+    try:
+        model.generate(
+            ids.to(model.device),
+            attention_mask=torch.ones_like(ids).to(model.device),
+            max_new_tokens=arguments.max_new_tokens,
+            streamer=stream,
+            **sampling(arguments.temperature),
+        )
+    except KeyboardInterrupt:
+        interrupted = True
+        stream.end()
     seconds = time.monotonic() - started
     if arguments.json:
-        new = output[0, ids.shape[1] :].tolist()
+        ended = bool(stream.ids) and stream.ids[-1] in end_ids(model)
         print_json(
             {
                 "prompt": prompt,
-                "text": tokenizer.decode(new, skip_special_tokens=True),
+                "text": stream.text,
                 "prompt_tokens": ids.shape[1],
-                "new_tokens": len(new),
-                "stopped": "length" if not _ended(model, new) else "end of text",
+                "new_tokens": len(stream.ids),
+                "stopped": "interrupted" if interrupted else "end of text" if ended else "length",
                 "seconds": seconds,
-                "tokens_per_second": len(new) / seconds,
+                "tokens_per_second": len(stream.ids) / seconds,
             }
         )
+    else:
+        _write("\n")
+    if interrupted:
+        raise KeyboardInterrupt
     return 0
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> "Tensor":
@@ -88,11 +101,6 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> "Tensor":
     if not ids.shape[1]:
         raise ValueError("the prompt is empty")
     return ids
-
-
-def _ended(model: Any, new: list[int]) -> bool:
-    eos = model.generation_config.eos_token_id
-    return bool(new) and new[-1] in (eos if isinstance(eos, list) else [eos])
 
 
 VERB = Verb(

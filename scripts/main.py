@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from dbrx_quant.scripts import (
+    chat,
     completion,
     convert,
     doctor,
@@ -43,6 +44,7 @@ VERBS: tuple[Verb, ...] = (
     tokenizer.VERB,
     evaluate.VERB,
     generate.VERB,
+    chat.VERB,
     upload.VERB,
     doctor.VERB,
     completion.VERB,

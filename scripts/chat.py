@@ -1,0 +1,132 @@
+"""`dbrx-quant chat`: talk to a quantized model in the terminal."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dbrx_quant.scripts.chat_screen import PlainScreen, TerminalScreen
+from dbrx_quant.scripts.chat_session import Screen, Session
+from dbrx_quant.scripts.output import hush_loading, print_json
+from dbrx_quant.scripts.verb import Verb, add_quiet_argument, natural, positive, temperature
+
+_PROMPT = "\001\033[1;36m\002> \001\033[0m\002"  # \001 … \002: no columns, for readline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=512, help="of an answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=temperature,
+        default=0.7,
+        help="0 takes the likeliest token (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="of sampling (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    parser.add_argument("--plain", action="store_true", help="show answers as they are, not as Markdown")
+    add_quiet_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Chat until the input ends."""
+    import torch
+
+    from dbrx_quant.runtime.conversation import Conversation
+    from dbrx_quant.runtime.loader import find_folder, load_model
+    from dbrx_quant.runtime.text import load_tokenizer
+
+    folder = find_folder(arguments.folder, None)
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise ValueError(f"{folder}: no chat template; 'dbrx-quant generate' goes on from a text")
+    typed = sys.stdin.isatty() and sys.stdout.isatty() and not arguments.json
+    hush_loading(arguments.quiet or typed)
+    model = load_model(folder, device=arguments.device)
+    torch.manual_seed(arguments.seed)
+    conversation = Conversation(
+        model,
+        tokenizer,
+        system=arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+    )
+    screen: Screen
+    if typed:
+        from rich.console import Console
+
+        screen = TerminalScreen(Console(highlight=False), markdown=not arguments.plain)
+        screen.note(_greeting(folder, model, conversation.context))
+    else:
+        screen = PlainScreen(answers=not arguments.json)
+    session = Session(conversation, screen)
+    for line in _typed_lines(screen) if typed else _piped_lines():
+        if not session.handle(line):
+            break
+        if not typed and session.answers and session.answers[-1].stopped == "interrupted":
+            raise KeyboardInterrupt  # nobody is there to go on
+    if arguments.json:
+        print_json(_told(session))
+    return 0
+
+
+def _greeting(folder: Path, model: Any, context: int | None) -> str:
+    quantization = getattr(model.config, "quantization_config", None)
+    bits = getattr(quantization, "bits", None)
+    parts = [folder.resolve().name]
+    parts += [f"{bits:g} bits per weight"] if bits else []
+    parts += [f"{context} tokens of context"] if context else []
+    return f"{', '.join(parts)}; /help shows the commands, Ctrl-D leaves"
+
+
+def _typed_lines(screen: Screen) -> Iterator[str]:
+    """Lines from the keyboard, with history and editing; those that end with a backslash are joined."""
+    import readline  # noqa: F401  # importing it is what gives input() its editing
+
+    parts: list[str] = []
+    while True:
+        try:
+            line = input("… " if parts else _PROMPT)
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            parts = []
+            print()
+            screen.note("Ctrl-D or /quit leaves")
+            continue
+        if line.endswith("\\"):
+            parts.append(line[:-1])
+            continue
+        yield "\n".join([*parts, line])
+        parts = []
+
+
+def _piped_lines() -> Iterator[str]:
+    """Lines from a pipe or file, each a message or a command."""
+    for line in sys.stdin:
+        yield line.rstrip("\n")
+
+
+def _told(session: Session) -> dict[str, Any]:
+    """The conversation and its answers, for --json."""
+    return {
+        "messages": session.conversation.all_messages(),
+        "answers": [
+            {**vars(answer), "tokens_per_second": answer.tokens_per_second} for answer in session.answers
+        ],
+    }
+
+
+VERB = Verb(
+    "chat",
+    "talk to a model in the terminal",
+    'dbrx-quant chat out/dbrx --system "Answer in one sentence."',
+    add_arguments,
+    run,
+)
