@@ -102,8 +102,8 @@ def head_option(entry: Mapping[str, Any], head_bits: int) -> Option:
     return int(bits), float(error), str(groups)
 
 
-def spend(curves: Sequence[Sequence[Option]], budget: int) -> list[int]:
-    """The option of each curve, convex and by rising bits, with the least total error in `budget` bits."""
+def steps_by_gain(curves: Sequence[Sequence[Option]]) -> list[tuple[int, int]]:
+    """All steps (curve, option it leads to), those first that take off the most error for a bit."""
     steps = []
     for at, curve in enumerate(curves):
         gain = math.inf
@@ -112,10 +112,15 @@ def spend(curves: Sequence[Sequence[Option]], budget: int) -> list[int]:
             gain = min(gain, (curve[i][1] - curve[i + 1][1]) / (curve[i + 1][0] - curve[i][0]))
             steps.append((gain, at, i + 1))
     steps.sort(key=lambda step: (-step[0], step[1], step[2]))
+    return [(at, target) for _, at, target in steps]
+
+
+def spend(curves: Sequence[Sequence[Option]], budget: int) -> list[int]:
+    """The option of each curve, convex and by rising bits, with the least total error in `budget` bits."""
     chosen = [0] * len(curves)
     left = budget - sum(curve[0][0] for curve in curves)
     blocked: set[int] = set()
-    for _, at, target in steps:
+    for at, target in steps_by_gain(curves):
         cost = curves[at][target][0] - curves[at][target - 1][0]
         if at in blocked:
             continue

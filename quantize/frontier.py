@@ -1,0 +1,68 @@
+"""Error against size over all targets at once: what each further bit would buy, and who would get it."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dbrx_quant.quantize.allocate import HEAD, head_option, steps_by_gain, weights_of
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """The best allocation at one size.
+
+    Attributes:
+        bpw: bits per weight of the decoder's linears, at most what was asked for.
+        kl: predicted KL divergence in nats per token, head included.
+        bits: kind of linear → bits of all of that kind.
+    """
+
+    bpw: float
+    kl: float
+    bits: Mapping[str, int]
+
+
+def frontier(
+    measurement: Mapping[str, Any],
+    head_bits: int,
+    targets: Sequence[float],
+    kind: Callable[[str], str],
+) -> list[FrontierPoint]:
+    """The best allocations at rising targets, from one walk over the steps that `allocate` takes.
+
+    A step too large for what is left of a target ends it there, where `allocate` looks for smaller ones: the
+    difference is less than that step.
+
+    Args:
+        measurement: from `measure`.
+        head_bits: width of the head.
+        targets: bits per weight, rising; those below the least possible give the least possible.
+        kind: name of a linear → the kind that its bits are counted under.
+    """
+    linears = measurement["linears"]
+    names = [name for name in linears if name != HEAD]
+    curves = [linears[name]["options"] for name in names]
+    kinds = [kind(name) for name in names]
+    weights = weights_of(linears)
+    bits = Counter[str]()
+    for at, curve in enumerate(curves):
+        bits[kinds[at]] += curve[0][0]
+    total = sum(bits.values())
+    error = math.fsum(curve[0][1] for curve in curves)
+    head = head_option(linears[HEAD], head_bits)[1] if HEAD in linears else 0.0
+    points, steps = [], iter(steps_by_gain(curves))
+    step = next(steps, None)
+    for target in targets:
+        while step is not None:
+            at, to = step
+            before, after = curves[at][to - 1], curves[at][to]
+            if total + after[0] - before[0] > target * weights:
+                break
+            total += after[0] - before[0]
+            bits[kinds[at]] += after[0] - before[0]
+            error -= before[1] - after[1]
+            step = next(steps, None)
+        points.append(FrontierPoint(total / weights, error + head, dict(bits)))
+    return points
