@@ -1,0 +1,1 @@
+"""The report on quantized folders: its data, its page, its pictures."""

@@ -1,0 +1,300 @@
+"""What the report shows, as one JSON-ready object, gathered from the small files of a quantized folder.
+
+    config.json, strategy.json, measurement.json, conversion.json, evaluation.json and the shards' headers
+
+Folders of other converters have only the first and the last; what cannot be known is null or empty then.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from dbrx_quant.quantize.frontier import FrontierPoint, frontier
+from dbrx_quant.quantize.recipe import render_groups
+from dbrx_quant.quantize.record import read_record
+from dbrx_quant.runtime.config import read_config
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.evaluations import read_evaluations
+from dbrx_quant.runtime.inspect import FolderFacts, LinearFacts, inspect_folder
+
+REPORT_VERSION = 1
+
+ATTENTION = "attention"  # the kind of the linears with these roles; others are called by their own names
+_ATTENTION_ROLES = ("q", "k", "v", "o")
+
+_SIZE_NAME = re.compile(r"[\d.]+bpw")
+_FILE_SUFFIXES = (".safetensors", ".txt", ".jsonl", ".parquet")  # of calibration files; datasets have none
+_STEP = 0.1  # bits between the points of the curve
+_LEAST_END = 5.0  # where the curve ends at the earliest, bits
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The small files of one quantized folder.
+
+    Attributes:
+        name: what to call it.
+        facts: from its shards' headers.
+        config: `config.json`.
+        strategy: `strategy.json`, None where there is none of ours; likewise the next two.
+        measurement: `measurement.json`.
+        record: `conversion.json`.
+        evaluations: the entries of `evaluation.json`.
+    """
+
+    name: str
+    facts: FolderFacts
+    config: Mapping[str, Any]
+    strategy: Mapping[str, Any] | None = None
+    measurement: Mapping[str, Any] | None = None
+    record: Mapping[str, Any] | None = None
+    evaluations: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+
+def read_folder(folder: Path, name: str | None = None) -> Folder:
+    """Read the small files of a quantized folder; `name` is what to call it if not by its own name.
+
+    Raises:
+        CheckpointError: it is no EXL2 checkpoint, or one of the files is damaged.
+    """
+    return Folder(
+        name=name or _folder_name(folder.resolve()),
+        facts=inspect_folder(folder),
+        config=read_config(folder),
+        strategy=_read_ours(folder / "strategy.json", ("error", "bits")),
+        measurement=_read_ours(folder / "measurement.json", ("options", "energy", "tokens")),
+        record=read_record(folder),
+        evaluations=read_evaluations(folder),
+    )
+
+
+def gather(folder: Folder) -> Report:
+    """All that the report says about one folder.
+
+    Returns:
+        `name`, `model`, `headline`, `linears` {`columns`, `rows`}, `errors` (what the linears' errors are:
+        "measured", "predicted" or null), `coverage` block → tokens of each expert, `curve` [[bpw, KL]],
+        `bits_bought` (per step of the curve), `block_kl`, `evaluations`, `calibration`, `command`,
+        `settings`, `versions`, `notes`.
+    """
+    facts, strategy, measurement = folder.facts, folder.strategy or {}, folder.measurement or {}
+    quantization = folder.config.get("quantization_config") or {}
+    record = folder.record or {}
+    rows, errors = _linears(folder)
+    points = _frontier(folder)
+    return {
+        "format_version": REPORT_VERSION,
+        "name": folder.name,
+        "model": {
+            "name": (record.get("settings") or {}).get("model"),
+            "family": facts.family,
+            "blocks": len(facts.blocks),
+            "experts": len({linear.expert for linear in facts.decoder if linear.expert is not None}),
+            "weights": sum(linear.weights for linear in facts.decoder),
+            "producer": str(quantization.get("version", "unknown")),
+        },
+        "headline": {
+            "target_bpw": strategy.get("target_bpw"),
+            "bpw": facts.bpw,
+            "head_bpw": facts.head_bpw,
+            "total_bytes": facts.total_bytes,
+            "predicted_kl": strategy.get("predicted_kl"),
+            "held_out": strategy.get("measured"),
+        },
+        "linears": {"columns": list(LINEAR_COLUMNS), "rows": rows},
+        "errors": errors,
+        "coverage": {
+            block: [int(expert["tokens"]) for expert in experts]
+            for block, experts in (measurement.get("coverage") or {}).items()
+        },
+        "curve": [[point.bpw, point.kl] for point in points],
+        "bits_bought": _bits_bought(points),
+        "block_kl": _block_kl(facts, strategy),
+        "evaluations": list(folder.evaluations),
+        "calibration": _calibration(measurement, quantization),
+        "command": record.get("command"),
+        "settings": dict(record.get("settings") or {}),
+        "versions": dict(record.get("versions") or {}),
+        "notes": [str(note) for note in strategy.get("notes", [])],
+    }
+
+
+LINEAR_COLUMNS = ("name", "block", "expert", "kind", "bpw", "error", "nats", "tokens", "groups")
+NAME, BLOCK, EXPERT, KIND, BPW, ERROR, NATS, TOKENS, GROUPS = range(len(LINEAR_COLUMNS))
+
+
+def compare(reports: Sequence[Report]) -> Report:
+    """Several reports, and for each after the first how many more bits it gives to what."""
+    return {
+        "format_version": REPORT_VERSION,
+        "reports": list(reports),
+        "differences": [_difference(reports[0], other) for other in reports[1:]],
+    }
+
+
+def label(report: Report) -> str:
+    """A checkpoint's name for people: model and size, as far as they are known."""
+    model = report["model"]["name"]
+    if not model:
+        return str(report["name"])
+    return f"{str(model).rpartition('/')[2]} {report['headline']['bpw']:.2f} bpw"
+
+
+def measured_kl(report: Report) -> tuple[float, str] | None:
+    """The measured KL to show first and what on: the evaluation of the most tokens, else held-out rows."""
+    if report["evaluations"]:
+        entry = max(report["evaluations"], key=lambda entry: entry["tokens"])
+        return entry["kl"], entry["text"]
+    held_out = report["headline"]["held_out"]
+    return (held_out["kl"], "held-out calibration rows") if held_out else None
+
+
+def kinds(report: Report) -> list[str]:
+    """The kinds of the decoder's linears that the bars tell apart, attention first."""
+    found = dict.fromkeys(kind for block in report["block_kl"] for kind in block["kl"])
+    found |= dict.fromkeys(kind for step in report["bits_bought"] for kind in step["bits"])
+    return sorted(found, key=lambda kind: kind != ATTENTION)
+
+
+def _read_ours(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
+    """A JSON file with `linears`; None where there is none, or one of another converter."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict) or "linears" not in content:
+        return None
+    linears = content["linears"]
+    if not isinstance(linears, dict):
+        raise CheckpointError(f"{path}: linears is {type(linears).__name__}, expected an object")
+    for name, entry in linears.items():
+        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+        if missing:
+            raise CheckpointError(f"{path}: {name}: {missing[0]} is missing")
+    return content
+
+
+def _linears(folder: Folder) -> tuple[list[list[Any]], str | None]:
+    """Rows of LINEAR_COLUMNS in the order of the data, and what their errors are."""
+    chosen = (folder.strategy or {}).get("linears", {})
+    measured = (folder.measurement or {}).get("linears", {})
+    recorded = (folder.record or {}).get("relative_errors", {})
+    rows, predicted = [], False
+    for linear in folder.facts.linears:
+        nats = chosen[linear.name]["error"] if linear.name in chosen else None
+        entry = measured.get(linear.name)
+        error = recorded.get(linear.name)
+        if not recorded and nats is not None and entry and entry["energy"] > 0:
+            error, predicted = float(f"{nats / entry['energy']:.4g}"), True
+        rows.append(
+            [
+                linear.name,
+                linear.block,
+                linear.expert,
+                _own_name(linear.name),
+                round(linear.bpw, 4),
+                error,
+                nats,
+                entry["tokens"] if entry else None,
+                render_groups(linear.groups) if linear.groups else "16-bit",
+            ]
+        )
+    return rows, "measured" if recorded else "predicted" if predicted else None
+
+
+def _folder_name(folder: Path) -> str:
+    """`3.0bpw` alone tells little: with its parent's name it tells the model."""
+    return f"{folder.parent.name}/{folder.name}" if _SIZE_NAME.fullmatch(folder.name) else folder.name
+
+
+def _own_name(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _kind(linear: LinearFacts) -> str:
+    return ATTENTION if linear.role in _ATTENTION_ROLES else _own_name(linear.name)
+
+
+def _frontier(folder: Folder) -> list[FrontierPoint]:
+    """The curve at every tenth of a bit, from the least possible to well beyond this folder's size."""
+    if not folder.measurement:
+        return []
+    linears, found = folder.measurement["linears"], {linear.name for linear in folder.facts.linears}
+    if linears.keys() != found:
+        missing = sorted(linears.keys() ^ found)
+        raise CheckpointError(f"measurement.json: of another model than the shards: {missing[0]}")
+    bpw = folder.facts.bpw
+    last = max(_LEAST_END, bpw + 1)
+    targets = [round(2 + _STEP * i, 1) for i in range(round((last - 2) / _STEP) + 1)]
+    kind_of = {linear.name: _kind(linear) for linear in folder.facts.decoder}
+    head_bits = (folder.config.get("quantization_config") or {}).get("head_bits", 6)
+    points = frontier(folder.measurement, head_bits, targets, kind_of.__getitem__)
+    return [
+        point for at, point in enumerate(points) if at + 1 == len(points) or points[at + 1].bpw > point.bpw
+    ]
+
+
+def _bits_bought(points: Sequence[FrontierPoint]) -> list[dict[str, Any]]:
+    """What each step of the curve costs and gains: KL before and after it, and the added bits by kind."""
+    steps, kept = [], list(points[:1])
+    for point in points[1:]:  # the least possible size lies between tenths of a bit
+        if point.bpw - kept[-1].bpw > _STEP / 2:
+            kept.append(point)
+    for before, after in pairwise(kept):
+        added = {kind: after.bits[kind] - before.bits[kind] for kind in after.bits}
+        steps.append(
+            {
+                "from_bpw": before.bpw,
+                "to_bpw": after.bpw,
+                "from_kl": before.kl,
+                "to_kl": after.kl,
+                "bits": {kind: bits for kind, bits in added.items() if bits},
+            }
+        )
+    return steps
+
+
+def _block_kl(facts: FolderFacts, strategy: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Predicted nats of each block by kind, and of the head, whose block is null."""
+    chosen = strategy.get("linears", {})
+    sums: dict[int | None, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for linear in facts.linears:
+        if linear.name in chosen:
+            sums[linear.block][_kind(linear)].append(chosen[linear.name]["error"])
+    return [
+        {"block": block, "kl": {kind: math.fsum(errors) for kind, errors in by_kind.items()}}
+        for block, by_kind in sums.items()
+    ]
+
+
+def _calibration(measurement: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+    described = {**(quantization.get("calibration") or {}), **(measurement.get("calibration") or {})}
+    source = str(described.get("source", described.get("dataset", "unknown")))
+    return {
+        "source": Path(source).name if source.endswith(_FILE_SUFFIXES) else source,
+        "rows": described.get("rows"),
+        "length": described.get("length"),
+        "seed": described.get("seed"),
+        "tokens": measurement.get("tokens"),
+    }
+
+
+def _difference(first: Report, other: Report) -> dict[str, Any]:
+    """Bits per weight that `other` gives more than `first`, linear by linear; null for another model."""
+    rows, others = first["linears"]["rows"], other["linears"]["rows"]
+    same = [row[NAME] for row in rows] == [row[NAME] for row in others]
+    return {
+        "from": first["name"],
+        "to": other["name"],
+        "bpw": [round(b[BPW] - a[BPW], 4) for a, b in zip(rows, others, strict=True)] if same else None,
+    }
