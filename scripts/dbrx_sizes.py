@@ -100,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("|---|---|---|---|---|")
     for bpw in BPWS:
         smallest = next((f"{gib} GiB" for gib in MEMORIES if gib * GIB >= wanted[bpw][-1]), "more")
-        memory = " | ".join(f"{count / 1e9:.1f} GB" for count in wanted[bpw])
-        print(f"| {bpw} | {sizes[bpw] / 1e9:.1f} GB | {memory} | {smallest} |")
+        cells = " | ".join(f"{count / 1e9:.1f} GB" for count in wanted[bpw])
+        print(f"| {bpw} | {sizes[bpw] / 1e9:.1f} GB | {cells} | {smallest} |")
     print("\n| memory | most bits per weight, 4k tokens | 8k tokens |\n|---|---|---|")
     for gib, values in most.items():
         print(f"| {gib} GiB | {' | '.join('-' if bpw is None else f'{bpw:.2f}' for bpw in values)} |")

@@ -1,0 +1,379 @@
+"""Draws the pictures of docs/how-it-works.md from a conversion of the small DBRX in tests/data.
+
+`python -m dbrx_quant.scripts.plot_how_it_works [--out docs]`; needs matplotlib (`pip install -e '.[plots]'`)
+and takes about two minutes. Every figure in a picture is measured in that run.
+"""
+
+import argparse
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dbrx_quant.calibration.data import load_saved, split_unseen
+from dbrx_quant.calibration.experts import activation, expert_inner, tokens_of
+from dbrx_quant.calibration.hessian import Moments, Shrinkage, hessian
+from dbrx_quant.calibration.streamed import Routing, StreamedModel
+from dbrx_quant.quantize import ConvertOptions, convert
+from dbrx_quant.quantize.conversion import target_name
+from dbrx_quant.quantize.curve import Prepared, prepare
+from dbrx_quant.quantize.grid import scale_table, search_group
+from dbrx_quant.quantize.ldlq import EFFORTS, Factor, quantize_matrix
+from dbrx_quant.quantize.recipe import parse_groups
+from dbrx_quant.runtime.families.facts import LinearSpec
+from dbrx_quant.runtime.format import uniform_groups
+
+TARGETS = (2.35, 2.5, 2.75, 3.0, 3.5, 4.25)
+SHOWN = 3.0  # the target that pictures of one checkpoint show
+BLOCK, EXPERT = 1, 12  # the expert whose matrices are looked at
+GROUP_ROWS = 64
+ROLES = {"w1": "w1 (gate)", "v1": "v1 (up)", "w2": "w2 (down)"}
+INK, GREEN, ORANGE, GREY, PALE = "#1e293b", "#0b6e4f", "#c2410c", "#64748b", "#e2e8f0"
+COLORS = (GREEN, ORANGE, "#1d4ed8", "#7c3aed")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One matrix of an expert with the second moments of what is routed to it.
+
+    Attributes:
+        name: of the linear.
+        ordered: [K, N] weight, rows in packed order.
+        diagonal: [K] of the Hessian, in that order.
+        prepared: order and factor.
+        held: [K, K] mean of x x^T over tokens that were kept out of calibration, in that order.
+    """
+
+    name: str
+    ordered: Tensor
+    diagonal: Tensor
+    prepared: Prepared
+    held: Tensor
+
+
+def make_checkpoints(model: Path, work: Path) -> None:
+    """Convert the model to all targets; a second call finds everything done."""
+    convert(
+        ConvertOptions(
+            model=model,
+            out=work / "out",
+            targets=TARGETS,
+            calibration="offline",
+            rows=64,
+            length=256,
+            quiet=True,
+        )
+    )
+
+
+def read(work: Path, target: float, name: str) -> dict[str, Any]:
+    """A JSON file of a finished target."""
+    found: dict[str, Any] = json.loads(
+        (work / "out" / target_name(target) / name).read_text(encoding="utf-8")
+    )
+    return found
+
+
+def look_at_expert(model: Path, tokens: Tensor, measurement: dict[str, Any]) -> tuple[Expert, Expert]:
+    """The gate and the down projection of EXPERT with their Hessians, as the measurement had them."""
+    source = StreamedModel(model)
+    calibration, unseen = split_unseen(tokens)
+    with torch.no_grad():
+        states = source.embed(torch.cat([calibration, unseen]))
+        for index in range(BLOCK):
+            states = _through(source, index, states)
+        _, routing = source.block(BLOCK)(states)
+    experts = source.architecture.blocks[BLOCK].experts
+    assert routing is not None
+    assert experts is not None
+    gate, up, down = experts.linears[EXPERT]
+    weights, act = (source.dense(gate), source.dense(up)), activation(experts.activation)
+    fit, held = (
+        Routing(*(part[span] for part in (routing.x, routing.index, routing.weight)))
+        for span in (slice(calibration.numel()), slice(calibration.numel(), None))
+    )
+
+    def look(spec: LinearSpec, inputs: Callable[[Tensor], Tensor]) -> Expert:
+        moments = {part: Moments.zero(spec.shape[0]) for part in ("own", "others", "held")}
+        for part, seen in (("own", fit), ("held", held)):
+            mine = tokens_of(seen, EXPERT)
+            moments[part].add(inputs(seen.x[mine.index]), mine.weight.square())
+        moments["others"].add(inputs(fit.x[tokens_of(fit, EXPERT).others]))
+        entry = measurement["linears"][spec.name]
+        chosen = Shrinkage(entry["damping"], entry["prior"])
+        matrix = hessian(moments["own"], moments["others"], chosen)
+        diagonal = matrix.diagonal().clone()
+        prepared = prepare(matrix)
+        order = prepared.permutation
+        unseen_matrix = moments["held"].matrix / moments["held"].weight
+        ordered = source.dense(spec).T[order].contiguous()
+        return Expert(spec.name, ordered, diagonal[order], prepared, unseen_matrix[order][:, order])
+
+    return look(gate, lambda x: x), look(down, lambda x: expert_inner(x, *weights, act))
+
+
+def _through(source: StreamedModel, index: int, states: Tensor) -> Tensor:
+    """The states after a whole block, experts included."""
+    from dbrx_quant.quantize.measure import dense_shares
+
+    output, routing = source.block(index)(states)
+    experts = source.architecture.blocks[index].experts
+    if experts is not None and routing is not None:
+        for at, share in dense_shares(source, experts, routing):
+            output.view(-1, output.shape[-1])[at] += share
+    return output
+
+
+def rounding_errors(expert: Expert) -> dict[str, list[float]]:
+    """Way of rounding → error on tokens kept out, relative to the output's power, at 2, 3 and 4 bits."""
+    k = expert.ordered.shape[0]
+    alone = Factor(torch.eye(k), expert.diagonal)  # no feedback: every row by itself
+    power = float(((expert.held @ expert.ordered) * expert.ordered).sum())
+    ways: list[tuple[str, Factor, str]] = [("nearest value", alone, "fast")]
+    ways += [(f"feedback, effort {effort}", expert.prepared.factor, effort) for effort in EFFORTS]
+    found: dict[str, list[float]] = {}
+    for label, factor, effort in ways:
+        for bits in (2, 3, 4):
+            groups = uniform_groups(k, bits, GROUP_ROWS)
+            solved = quantize_matrix(expert.ordered, factor, groups, effort=effort)  # type: ignore[arg-type]
+            error = expert.ordered - solved.dequantized.float()
+            found.setdefault(label, []).append(float(((expert.held @ error) * error).sum()) / power)
+    return found
+
+
+def scale_errors(expert: Expert, bits: int, column: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Error of a column of the first group over its scale; the stored scales, and the one that is chosen."""
+    x, pivots = expert.ordered[:GROUP_ROWS], expert.prepared.factor.pivots[:GROUP_ROWS]
+    maximum, codes, _ = search_group(x, bits, pivots)
+    stored = scale_table(maximum).float().numpy()
+    scales = np.geomspace(stored[2], stored[-1] * 1.1, 400)
+    values, half = x[:, column].numpy()[:, None], 1 << (bits - 1)
+    rounded = np.clip(np.round(values / scales), -half, half - 1) * scales
+    errors = (pivots.numpy()[:, None] * (values - rounded) ** 2).sum(0)
+    return scales, errors, stored, int(codes[column])
+
+
+def draw_order(pyplot: Any, matrices: Sequence[Expert], strategy: dict[str, Any], file: Path) -> None:
+    """Variances of the input channels in packed order, what is left of them, and the bits they get."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(7.4, 3.5))
+    shades = {2: "#f8fafc", 3: "#eef2f7", 4: "#dbe6f0", 5: "#c5d5e4", 6: "#b0c6da", 8: "#9ab5cd"}
+    for axes, matrix in zip(panels, matrices, strict=True):
+        start, before = 0, 0
+        for group in parse_groups(strategy["linears"][matrix.name]["groups"]):
+            axes.axvspan(start, start + group.rows, color=shades[group.bits], linewidth=0)
+            if group.bits != before:
+                place = (start + 2, 0.97)
+                axes.text(
+                    *place, f"{group.bits} bits", transform=axes.get_xaxis_transform(), va="top", fontsize=9
+                )
+            start, before = start + group.rows, group.bits
+        pivots = matrix.prepared.factor.pivots
+        axes.plot(matrix.diagonal, color=GREY, linewidth=1.8, label="variance of the channel")
+        axes.plot(pivots, color=GREEN, linewidth=1.4, label="pivot: what later channels\ndo not explain")
+        axes.set(xlabel="input channel, in packed order", yscale="log", xlim=(0, start))
+        axes.set_ylim(float(pivots.min()) / 3, float(matrix.diagonal.max()) * 2.5)
+        axes.set_title(f"expert {EXPERT}, {matrix.name.rpartition('.')[2]}", loc="left", fontsize=10)
+        _plain(axes, grid=False)
+    panels[0].legend(loc="lower left", frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110, facecolor="white")
+
+
+def draw_scales(pyplot: Any, expert: Expert, file: Path) -> None:
+    """The error of one column of a group over its scale, with the scales that can be stored."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(7.4, 3.1))
+    for axes, bits in zip(panels, (2, 4), strict=True):
+        scales, errors, stored, chosen = scale_errors(expert, bits, column=5)
+        axes.plot(scales, errors / errors.min(), color=GREEN, linewidth=1.8)
+        for index, scale in enumerate(stored):
+            if scales[0] <= scale <= scales[-1]:
+                color = ORANGE if index == chosen else "#cbd5e1"
+                axes.axvline(scale, color=color, linewidth=1.6 if index == chosen else 0.9, zorder=0)
+        axes.set(ylim=(0.9, 4), xlabel="scale")
+        axes.set_title(f"{bits} bits", loc="left", fontsize=10)
+    panels[0].set_ylabel("error / least error")
+    for axes in panels:
+        _plain(axes)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110, facecolor="white")
+
+
+def draw_rounding(pyplot: Any, errors: dict[str, list[float]], file: Path) -> None:
+    """Error by way of rounding, as bars."""
+    figure, axes = _figure(pyplot)
+    width = 0.8 / len(errors)
+    for index, (label, values) in enumerate(errors.items()):
+        at = np.arange(3) + (index - (len(errors) - 1) / 2) * width
+        color = (GREY, "#86b8a4", "#3d8f72", GREEN)[index]
+        bars = axes.bar(at, [100 * value for value in values], width * 0.92, color=color, label=label)
+        axes.bar_label(bars, fmt="{:.2g}", fontsize=8, color=INK, padding=1)
+    axes.set_xticks(range(3), ["2 bits", "3 bits", "4 bits"])
+    axes.set(ylabel="error of the output, % of its power", yscale="log")
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, ncols=2, fontsize=9)
+    _save(figure, axes, f"block {BLOCK}, expert {EXPERT}, w1: on tokens that were kept out", file)
+
+
+def draw_curves(pyplot: Any, measurement: dict[str, Any], strategy: dict[str, Any], file: Path) -> None:
+    """Error over bits of matrices of one size, the chosen points, and the price as a slope."""
+    figure, axes = _figure(pyplot)
+    names = _spread_of_experts(measurement)
+    weights = int(np.prod(measurement["linears"][names[0]]["shape"]))
+    price = _price(measurement, strategy)
+    for name, color in zip(names, COLORS, strict=True):
+        options = measurement["linears"][name]["options"]
+        bits = np.array([option[0] for option in options]) / weights
+        errors = 1e3 * np.array([option[1] for option in options])
+        block, expert, matrix = name.split(".")[2], name.split(".")[5], name.split(".")[6]
+        axes.plot(bits, errors, color=color, linewidth=1.8, label=f"block {block}, expert {expert}, {matrix}")
+        chosen = strategy["linears"][name]
+        x, y = chosen["bits"] / weights, 1e3 * chosen["error"]
+        reach = np.array([-0.33, 0.33])
+        axes.plot(x + reach, y - 1e3 * price * weights * reach, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+        axes.plot(x, y, "o", color=color, markersize=8, markeredgecolor="white", zorder=3)
+    axes.set(
+        xlim=(2.1, 5.2), ylim=(0, None), xlabel="bits per weight of the matrix", ylabel="error, 0.001 nats"
+    )
+    axes.legend(frameon=False)
+    _save(figure, axes, f"{SHOWN:g} bits per weight on average: one slope for all", file)
+
+
+def _spread_of_experts(measurement: dict[str, Any]) -> list[str]:
+    """Four matrices of experts, from one that costs much to one that costs little."""
+    experts = {n: e for n, e in measurement["linears"].items() if ".experts." in n}
+    middle = {n: np.interp(3.0, *_curve(e)) for n, e in experts.items()}
+    ranked = sorted(middle, key=lambda name: -middle[name])
+    return [ranked[round(share * (len(ranked) - 1))] for share in (0.0, 0.2, 0.55, 1.0)]
+
+
+def _curve(entry: dict[str, Any]) -> tuple[list[float], list[float]]:
+    weights = float(np.prod(entry["shape"]))
+    return [o[0] / weights for o in entry["options"]], [o[1] for o in entry["options"]]
+
+
+def _price(measurement: dict[str, Any], strategy: dict[str, Any]) -> float:
+    """Nats per bit between the last step that was taken and the first that was not."""
+    taken, refused = [], []
+    for name, chosen in strategy["linears"].items():
+        options = measurement["linears"][name]["options"]
+        gains = [(a[1] - b[1]) / (b[0] - a[0]) for a, b in pairwise(options)]
+        at = next(i for i, option in enumerate(options) if option[0] == chosen["bits"])
+        if name != "lm_head":
+            taken += gains[at - 1 : at] if at else []
+            refused += gains[at : at + 1]
+    return float(np.sqrt(np.median(sorted(taken)[:5]) * np.median(sorted(refused)[-5:])))
+
+
+def draw_bits(pyplot: Any, measurement: dict[str, Any], strategy: dict[str, Any], file: Path) -> None:
+    """Bits of every matrix of every expert, with the experts' shares of the tokens above."""
+    coverage = measurement["coverage"]
+    shares = np.array([[expert["share"] for expert in coverage[block]] for block in coverage])
+    rows, labels = [], []
+    for block in coverage:
+        for role, label in ROLES.items():
+            stem = f"model.layers.{block}.block_sparse_moe.experts"
+            names = [f"{stem}.{expert}.{role}" for expert in range(shares.shape[1])]
+            sizes = [np.prod(measurement["linears"][name]["shape"]) for name in names]
+            rows.append([strategy["linears"][n]["bits"] / size for n, size in zip(names, sizes, strict=True)])
+            labels.append(f"block {block}  {label}")
+    figure, (above, axes) = pyplot.subplots(
+        2, 1, figsize=(7.4, 4.4), sharex=True, height_ratios=(1, 2.2), layout="constrained"
+    )
+    places = np.arange(shares.shape[1])
+    for index, values in enumerate(shares):
+        offset = (index - (len(shares) - 1) / 2) * 0.4
+        above.bar(
+            places + offset, 100 * values, 0.38, color=(GREEN, ORANGE)[index % 2], label=f"block {index}"
+        )
+    above.axhline(100 / shares.shape[1], color=GREY, linewidth=1, linestyle=(0, (4, 2)))
+    above.set_ylabel("% of routing")
+    above.legend(frameon=False, ncols=2, fontsize=8, loc="upper right", bbox_to_anchor=(1, 1.3))
+    _plain(above)
+    picture = axes.imshow(rows, aspect="auto", cmap="YlGnBu")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xticks(places, places)
+    axes.set_xlabel("expert")
+    middle = (np.min(rows) + np.max(rows)) / 2
+    for y, values in enumerate(rows):
+        for x, value in enumerate(values):
+            color = "white" if value > middle else INK
+            axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(picture, ax=axes, label="bits per weight", fraction=0.03, pad=0.01)
+    figure.savefig(file, dpi=110, facecolor="white")
+
+
+def draw_sizes(pyplot: Any, strategies: Sequence[dict[str, Any]], file: Path) -> None:
+    """KL divergence over bits per weight: predicted, and measured on rows that were kept out."""
+    figure, axes = _figure(pyplot)
+    bpw = [strategy["bpw"] for strategy in strategies]
+    measured = [strategy["measured"]["kl"] for strategy in strategies]
+    predicted = [strategy["predicted_kl"] for strategy in strategies]
+    axes.plot(bpw, measured, "o-", color=GREEN, linewidth=2, label="measured on rows that were kept out")
+    axes.plot(
+        bpw, predicted, "s--", color=ORANGE, linewidth=1.4, markersize=4, label="predicted by the measurement"
+    )
+    axes.set(
+        xlabel="bits per weight, all overhead counted", ylabel="KL divergence, nats per token", yscale="log"
+    )
+    axes.legend(frameon=False)
+    _save(figure, axes, "", file)
+
+
+def _figure(pyplot: Any) -> Any:
+    return pyplot.subplots(figsize=(7.4, 3.7))
+
+
+def _plain(axes: Any, grid: bool = True) -> None:
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(importlib.import_module("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if grid:
+        axes.grid(True, axis="y", color=PALE, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Any, axes: Any, title: str, file: Path, grid: bool = True) -> None:
+    _plain(axes, grid)
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110, facecolor="white")  # white: to be read on a dark page, too
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert, measure, draw."""
+    root = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(description="Draw the pictures of docs/how-it-works.md.")
+    parser.add_argument("--model", type=Path, default=root / "tests" / "data" / "tiny-dbrx", help="a DBRX")
+    parser.add_argument("--out", type=Path, default=root / "docs", help="where the pictures go")
+    parser.add_argument("--work", type=Path, default=root / "build" / "how-it-works", help="for checkpoints")
+    options = parser.parse_args(arguments)
+    matplotlib = importlib.import_module("matplotlib")  # by name: an optional library, unknown to checkers
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"font.size": 10, "text.color": INK, "axes.edgecolor": GREY})
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    make_checkpoints(options.model, options.work)
+    measurement, strategy = (read(options.work, SHOWN, f"{n}.json") for n in ("measurement", "strategy"))
+    tokens = load_saved(options.work / "out.work" / "tokens.safetensors").input_ids
+    gate, down = look_at_expert(options.model, tokens, measurement)
+    out = options.out
+    draw_order(pyplot, (gate, down), strategy, out / "how-order.png")
+    draw_scales(pyplot, gate, out / "how-scales.png")
+    draw_rounding(pyplot, rounding_errors(gate), out / "how-rounding.png")
+    draw_curves(pyplot, measurement, strategy, out / "how-curves.png")
+    draw_bits(pyplot, measurement, strategy, out / "how-bits.png")
+    draw_sizes(pyplot, [read(options.work, t, "strategy.json") for t in TARGETS], out / "how-sizes.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
