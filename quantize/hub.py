@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
 Result = TypeVar("Result")
 
@@ -18,7 +17,8 @@ ATTEMPTS = 5
 LONGEST_WAIT_S = 900  # the Hub's rate limits are reset after five minutes
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
-_SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}|(?<=Bearer )[^\s'\"]+")
+_XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
+_SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}|(?<=Bearer )[^\s'\"]+")
 
 
 class HubError(RuntimeError):
@@ -29,8 +29,8 @@ class Hub:
     """The Hub as one account sees it.
 
     Args:
-        repository: NAMESPACE/NAME, for messages.
-        notify: told in a line when something is tried again.
+        repository: NAMESPACE/NAME.
+        notify: told in a line what people should know, such as that something is tried again.
         api: huggingface_hub's client; None: one with the endpoint and the token of the environment.
     """
 
@@ -39,7 +39,7 @@ class Hub:
 
         self.repository = repository
         self.api = api or HfApi()
-        self._notify = notify
+        self.notify = notify
         token = self.api.token
         self._token = token if isinstance(token, str) else get_token()
 
@@ -59,7 +59,7 @@ class Hub:
                 wait = _wait(cause, attempt)
                 if wait is None or wait > LONGEST_WAIT_S or attempt == ATTEMPTS:
                     raise HubError(self._explain(cause)) from error
-                self._notify(f"{self._explain(cause)}; trying again in {wait:.0f} s")
+                self.notify(f"{self._explain(cause)}; trying again in {wait:.0f} s")
             time.sleep(wait)
         raise AssertionError("unreachable")
 
@@ -94,23 +94,30 @@ class Hub:
         return " ".join(self.clean(self._advice(error)).split())
 
     def _advice(self, error: BaseException) -> str:
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalTokenNotFoundError
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalTokenNotFoundError,
+            OfflineModeIsEnabled,
+        )
 
         endpoint = self.api.endpoint
         tokens = f"{endpoint}/settings/tokens"
         later = "run the same command again: what is up already is kept"
         if isinstance(error, LocalTokenNotFoundError):
             return f"no token for {endpoint}: run `hf auth login`, or set HF_TOKEN, with one of {tokens}"
+        if isinstance(error, OfflineModeIsEnabled):
+            return f"no upload to {endpoint} in offline mode: HF_HUB_OFFLINE is set"
         if _is_transport(error):
             return f"no connection to {endpoint} ({error or type(error).__name__}); {later}"
-        if not isinstance(error, HfHubHTTPError):
+        status = _status(error)
+        if status is None:
             return f"{endpoint}: {error or type(error).__name__}"
-        status = error.response.status_code
-        said = f" ({error.server_message})" if error.server_message else ""
+        server_message = error.server_message if isinstance(error, HfHubHTTPError) else None
+        said = f" ({server_message})" if server_message else ""
+        where = _where(error, self.repository)
         if isinstance(error, GatedRepoError):
-            return (
-                f"{_where(error)} is gated{said}: ask for access on its page, with the account of this token"
-            )
+            return f"{where} is gated{said}: ask for access on its page, with the account of this token"
         if status == 401:
             return (
                 f"{endpoint} does not accept the token{said}: make one with write access at {tokens} and run "
@@ -122,7 +129,7 @@ class Hub:
                 f"{self.repository.split('/')[0]}; see {tokens}"
             )
         if status == 404:
-            return f"{_where(error)} is not there, or hidden from this token{said}"
+            return f"{where} is not there, or hidden from this token{said}"
         if status == 429:
             return f"{endpoint} limits the rate of requests{said}; {later}"
         if status >= 500:
@@ -132,27 +139,39 @@ class Hub:
 
 def _cause(error: BaseException) -> BaseException:
     """The answer or the broken connection at the root of an error, or the error itself."""
-    from huggingface_hub.errors import HfHubHTTPError
-
     at: BaseException | None = error
     while at is not None:
-        if isinstance(at, HfHubHTTPError) or _is_transport(at):
+        if _status(at) is not None or _is_transport(at):
             return at
         at = at.__cause__
     return error.__cause__ if isinstance(error, HubError) and error.__cause__ else error
 
 
 def _is_transport(error: BaseException) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import httpx
 
+    if isinstance(error, OfflineModeIsEnabled) or _status(error) is not None:
+        return False
     lost = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
     return isinstance(error, (*lost, ConnectionError, TimeoutError))
 
 
-def _where(error: "HfHubHTTPError") -> str:
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error stands for; hf_xet has it in the text of a ConnectionError only."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    found = _XET_STATUS.search(str(error)) if isinstance(error, ConnectionError) else None
+    return int(found[1]) if found else None
+
+
+def _where(error: BaseException, repository: str) -> str:
     """The repository that an error is about."""
-    found = re.search(r"https?://[^/]+/(?:api/models/)?([\w.-]+/[\w.-]+)", str(error.response.url))
-    return found[1] if found else str(error.response.url)
+    address = str(getattr(getattr(error, "response", None), "url", ""))
+    found = re.search(r"https?://[^/]+/(?:api/models/)?([\w.-]+/[\w.-]+)", address)
+    return found[1] if found else repository
 
 
 def _wait(error: BaseException, attempt: int) -> float | None:
@@ -163,11 +182,12 @@ def _wait(error: BaseException, attempt: int) -> float | None:
     usual = float(2 ** (attempt - 1))
     if _is_transport(error):
         return usual
-    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in _TRANSIENT:
+    status = _status(error)
+    if status not in _TRANSIENT:
         return None
-    headers = error.response.headers
+    headers = error.response.headers if isinstance(error, HfHubHTTPError) else {}
     limits = parse_ratelimit_headers(headers)
-    if error.response.status_code == 429 and limits is not None and limits.remaining == 0:
+    if status == 429 and limits is not None and limits.remaining == 0:
         return float(limits.reset_in_seconds + 1)
     asked = headers.get("Retry-After", "")
     return float(asked) if asked.isdigit() else usual

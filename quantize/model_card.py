@@ -9,6 +9,7 @@ from typing import Any
 
 from dbrx_quant.quantize.release import KEPT_OUT, MAIN, MEASUREMENT_NAME, Branch, Evaluation, Model
 from dbrx_quant.quantize.source_card import dump_front_matter
+from dbrx_quant.runtime.verify import PRODUCER
 
 PICTURE_NAME = "error-vs-size.png"
 KEPT_BELOW = "<!-- written by dbrx-quant upload; what you write below this line stays when it runs again -->"
@@ -49,6 +50,11 @@ def main_card(
     ]
     if picture:
         parts.append(f"![KL divergence from the original over bits per weight]({PICTURE_NAME})")
+        if measurement:
+            parts.append(
+                "Dashed: what the conversion's measurement predicts for any size, on the text that it was "
+                "calibrated with."
+            )
     parts += _other_evaluations(branches, key)
     parts += _usage(repository, model, example)
     parts += _making(model)
@@ -143,7 +149,7 @@ def _introduction(model: Model, branches: Sequence[Branch]) -> str:
         else "Every matrix has its own bits, out of one budget: more where they save error, fewer where they "
         "don't."
     )
-    if not model.producer.startswith("dbrx-quant"):
+    if not model.producer.startswith(PRODUCER):
         shape = ""
     sizes = f"{len(branches)} sizes" if len(branches) > 1 else "one size"
     return (
@@ -198,7 +204,7 @@ def _explanation(branches: Sequence[Branch], key: _EvaluationKey | None) -> str:
     if found:
         lines.append(
             f"Measured against the original on {_text(found)}, {found.windows} windows of {found.length} "
-            f"tokens ({found.tokens:,} predictions), where the original's perplexity is "
+            f"tokens, where the original's perplexity is "
             f"{found.ppl_original:.3f}. KL divergence is in nats per token, ± its standard error; 0 is the "
             "original."
         )
@@ -239,8 +245,8 @@ def _usage(repository: str, model: Model, branch: str) -> list[str]:
     folder = f"{repository.split('/')[1]}-{branch}"
     prompt = (
         "messages = [{'role': 'user', 'content': 'What is a mixture of experts?'}]\n"
-        "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, "
-        "return_tensors='pt', return_dict=True)"
+        "inputs = tokenizer.apply_chat_template(\n"
+        "    messages, add_generation_prompt=True, return_tensors='pt', return_dict=True\n)"
         if model.chat
         else "inputs = tokenizer('A mixture of experts is', return_tensors='pt')"
     ).replace("'", '"')
@@ -264,7 +270,13 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(repository, revision=branch)
 ```"""
-    download = f"```sh\nhf download {repository} --revision {branch} --local-dir {folder}\n```"
+    question = '"What is a mixture of experts?" --chat' if model.chat else '"A mixture of experts is"'
+    commands = f"""\
+```sh
+hf download {repository} --revision {branch} --local-dir {folder}
+dbrx-quant generate {folder} {question}
+dbrx-quant verify {folder}
+```"""
     exllamav2 = f"""\
 ```python
 from exllamav2 import ExLlamaV2, ExLlamaV2Cache, ExLlamaV2Config, ExLlamaV2Tokenizer
@@ -289,8 +301,7 @@ print(generator.generate(prompt="A mixture of experts is", max_new_tokens=200))
         "**transformers**, with dbrx-quant installed:",
         transformers,
         "As a folder, to run, check or compare from the command line:",
-        download[:-4] + f'\ndbrx-quant generate {folder} "A mixture of experts is"\n'
-        f"dbrx-quant verify {folder}\n```",
+        commands,
         "**exllamav2**, from that folder, on NVIDIA GPUs. The files keep to its format; that loader was not "
         f"run on these.{caveat}",
         exllamav2,

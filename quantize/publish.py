@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbrx_quant.quantize.allocate import allocate, reachable_bpw
+from dbrx_quant.quantize.allocate import reachable_bpw
+from dbrx_quant.quantize.frontier import frontier
 from dbrx_quant.quantize.hub import Hub, HubError
 from dbrx_quant.quantize.model_card import (
     PICTURE_NAME,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 Notify = Callable[[str], None]  # told in a line what is going on
 
 _CHUNK_BYTES = 16 << 20
-_CURVE_POINTS = 16
+_CURVE_POINTS = 40
 _MARGIN_BPW = 0.5
 _WEIGHTS = (".safetensors", ".safetensors.index.json")  # leftovers of an earlier upload would be loaded
 
@@ -203,6 +204,7 @@ def publish(release: Release, hub: Hub, remote: Remote, *, private: bool, notify
     if not remote.exists:
         hub.ask(lambda: api.create_repo(repository, private=private or None, exist_ok=True))
     if remote.gate and not remote.gated:  # before the first file is there
+        hub.notify(f"{repository}: access has to be asked for, as for {release.model.base_model}")
         hub.ask(lambda: api.update_repo_settings(repository, gated="auto"))
     done = []
     for branch in release.branches:
@@ -213,7 +215,7 @@ def publish(release: Release, hub: Hub, remote: Remote, *, private: bool, notify
         contents = branch_contents(release, branch, remote.kept.get(branch.name, ""))
         done.append(_send(hub, contents, f"Upload {branch.bpw:.2f} bits per weight", notify))
     with tempfile.TemporaryDirectory() as name:
-        contents = main_contents(release, remote, Path(name), notify)
+        contents = main_contents(release, remote, Path(name), hub.notify)
         done.append(_send(hub, contents, "Upload the model card", notify))
     return done
 
@@ -250,9 +252,8 @@ def _predicted(branches: Sequence[Branch], release: Release) -> list[SizePoint]:
     low = max(low, branches[0].bpw - _MARGIN_BPW)
     high = min(high, branches[-1].bpw + _MARGIN_BPW)
     targets = [low + (high - low) * i / _CURVE_POINTS for i in range(_CURVE_POINTS + 1)]
-    head_bits = release.branches[0].head_bits
-    curve = [allocate(measurement, target, head_bits) for target in targets]
-    return [SizePoint(strategy.bpw, strategy.kl) for strategy in curve if strategy.kl > 0]
+    curve = frontier(measurement, release.branches[0].head_bits, targets, kind=str)
+    return [SizePoint(bpw, kl) for bpw, kl in {point.bpw: point.kl for point in curve}.items() if kl > 0]
 
 
 def _send(hub: Hub, contents: Contents, message: str, notify: Notify) -> Sent:
@@ -406,7 +407,12 @@ def _remote_branch(hub: Hub, branch: str, folder: Path) -> Branch | None:
     except CheckpointError:
         return None  # another kind of model; none of our business
     size = sum(entry.size for path, entry in files.items() if path.endswith(".safetensors"))
-    return read_branch(folder, branch, config, size)
+    try:
+        return read_branch(folder, branch, config, size)
+    except CheckpointError as error:
+        said = str(error).replace(f"{folder}/", "")
+        hub.notify(f"warning: the card leaves out branch {branch} of {hub.repository}: {said}")
+        return None
 
 
 def _fetch(hub: Hub, name: str, branch: str, folder: Path) -> Path | None:

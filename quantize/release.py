@@ -18,10 +18,11 @@ from dbrx_quant.quantize.source_card import (
 from dbrx_quant.runtime.config import read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import EVALUATION_NAME, read_evaluations
+from dbrx_quant.runtime.verify import PRODUCER
 
 MEASUREMENT_NAME = "measurement.json"
 STRATEGY_NAME = "strategy.json"
-KEPT_OUT = "calibration text that was not calibrated on"  # the text of what the conversion itself measured
+KEPT_OUT = "calibration text kept out of the calibration"  # the text of what the conversion itself measured
 MAIN = "main"
 
 _SAME_BPW = 1e-3  # an evaluation of the same folder differs by rounding only
@@ -35,7 +36,7 @@ class Evaluation:
         text: name of the text; `KEPT_OUT` for the conversion's own.
         windows: pieces of it.
         length: tokens of each.
-        tokens: predictions compared.
+        tokens: in all.
         ppl: perplexity of the quantized model.
         ppl_original: of the original.
         kl: KL divergence to the original, nats per token.
@@ -273,12 +274,11 @@ def _own_evaluation(
     if not scores:
         return ()
     try:
-        length = int(section["calibration"]["length"])
-        tokens = int(scores["positions"])
+        length, tokens = int(section["calibration"]["length"]), int(scores["positions"])
         return (
             Evaluation(
                 KEPT_OUT,
-                windows=tokens // (length - 1),
+                windows=tokens // length,
                 length=length,
                 tokens=tokens,
                 ppl=float(scores["ppl"]),
@@ -311,8 +311,15 @@ def _model(folder: Path, config: Mapping[str, Any], base_model: str | None, card
         chat="chat_template.jinja" in names or bool(tokenizer.get("chat_template")),
         term_files=tuple(term_files(names)),
         calibration=section.get("calibration") or {},
-        producer=str(section.get("version", "unknown")),
+        producer=_producer(str(section.get("version", ""))),
     )
+
+
+def _producer(version: str) -> str:
+    """What converted the model; exllamav2 writes its bare version."""
+    if version.startswith(PRODUCER):
+        return version
+    return f"exllamav2 {version}" if version[:1].isdigit() else "another converter"
 
 
 def _recorded_original(folder: Path) -> str | None:

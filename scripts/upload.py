@@ -54,9 +54,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.revision and len(folders) > 1:
         raise UsageError("--revision names the branch of one folder; without it each gets its own")
     release = gather(arguments.repository, folders, arguments.base_model, arguments.card, arguments.revision)
+    _tell_left_out(folders)
     if not _all_sound(folders, arguments.quiet):
         return CHECK_FAILED
     return _dry_run(arguments, release) if arguments.dry_run else _upload(arguments, release)
+
+
+def _tell_left_out(folders: list[Path]) -> None:
+    for folder in folders:
+        inner = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+        if inner:
+            say(f"note: {folder}: folders in it are not uploaded: {', '.join(inner)}")
 
 
 def _all_sound(folders: list[Path], quiet: bool) -> bool:
@@ -137,7 +145,8 @@ def _upload(arguments: argparse.Namespace, release: "Release") -> int:
     with _huggingface_tidied(hub.clean, arguments.quiet):
         try:
             remote = look(release, hub, private=arguments.private, replace_card=arguments.replace_card)
-            sent = publish(release, hub, remote, private=arguments.private, notify=say)
+            progress = (lambda line: None) if arguments.quiet else say
+            sent = publish(release, hub, remote, private=arguments.private, notify=progress)
         except HubError as error:
             if arguments.debug:
                 say(hub.clean(traceback.format_exc()))

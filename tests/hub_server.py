@@ -7,6 +7,7 @@ they were put there before; requests can be made to fail.
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -56,7 +57,10 @@ class Repo:
 
 @dataclass
 class Failure:
-    """An answer in place of the real one, `times` times; status 0 drops the connection amid the body."""
+    """What happens in place of the real answer, `times` times.
+
+    Status 0 drops the connection amid the body; a negative one is a signal to this process, and then that.
+    """
 
     method: str
     path: str
@@ -155,8 +159,10 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlparse(self.path)
         path = unquote(url.path)
         failure = self.state.failure(self.command, path)
-        if failure and failure.status == 0:
+        if failure and failure.status <= 0:
             self.read_body(0.5)
+            if failure.status < 0:
+                os.kill(os.getpid(), -failure.status)
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return
@@ -231,6 +237,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for branch, commits in repo.history.items()
             ]
             self.reply(200, {"branches": refs, "tags": [], "converts": []})
+        elif what == "tree" and "/" in rest:  # no repository here has folders
+            self.reply(404, {"error": "no such folder"}, X_Error_Code="EntryNotFound")
         elif repo.resolve(rest) is None:
             self.reply(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
         elif what == "commits":

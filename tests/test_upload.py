@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -180,6 +181,19 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_was(made, hub, upload):
     assert hub.asked("PUT", "/lfs/.*") - puts <= 1, "the picture at most: all shards were in the store"
 
 
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_amid_a_shard_ends_with_what_to_do_and_the_same_command_goes_on(
+    made, hub, upload, number, expected
+):
+    hub.fail("PUT", "/lfs/", -number)
+    code, _, error = upload(made / "3.0bpw")
+    assert code == expected
+    assert error.splitlines()[-1] == "dbrx-quant: interrupted; run the same command again to go on"
+    assert "3.0bpw" not in [b for b, commits in hub.repos[REPO].history.items() if len(commits) > 1]
+    assert upload(made / "3.0bpw")[0] == 0
+    assert hub.repos[REPO].files("3.0bpw")["NOTICE.txt"] == b"the notice\n"
+
+
 def test_shards_of_an_earlier_upload_are_removed_but_other_files_stay(both, hub, upload):
     assert upload(both / "3.0bpw")[0] == 0
     repo = hub.repos[REPO]
@@ -324,6 +338,21 @@ def test_what_fails_for_good_ends_in_one_line_that_says_what_to_do(
     assert len(errors) == 1
     assert advice in errors[0]
     assert "Traceback" not in error
+
+
+def test_with_xet_small_files_go_up_and_a_refusal_of_its_storage_is_explained(both, hub, upload, monkeypatch):
+    pytest.importorskip("hf_xet")
+    from huggingface_hub import constants
+
+    assert upload(both / "3.0bpw")[0] == 0
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)  # its storage has no double here
+    (both / "3.0bpw" / "NOTES.md").write_text("new\n", encoding="utf-8")
+    assert sent(upload(both / "3.0bpw", "--json")[1])["3.0bpw"] == ["NOTES.md"]
+    assert hub.repos[REPO].files("3.0bpw")["NOTES.md"] == b"new\n"
+    hub.fail("GET", "/xet-write-token/", 403)
+    code, _, error = upload(both / "4.0bpw")
+    assert code == 1
+    assert "needs write access to me" in error
 
 
 def test_a_branch_and_a_repository_that_are_there_already_are_fine(made, hub, upload):
@@ -507,6 +536,25 @@ def test_dry_run_shows_files_card_and_branches_and_asks_nobody(made, hub, upload
         assert branch["card"].encode() == files["README.md"]
 
 
+def test_the_card_has_a_picture_where_matplotlib_is_and_says_so_where_it_is_not(made, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    command = ["upload", str(made), REPO, "--base-model", BASE, "--dry-run", "--json", "--quiet"]
+    assert main(command) == 0
+    branch = json.loads(capsys.readouterr().out)["branches"][-1]
+    sizes = {path: size for path, size, _ in branch["files"]}
+    assert sizes["error-vs-size.png"] > 10_000
+    assert "](error-vs-size.png)" in branch["card"]
+
+    def missing(*_, **__):
+        raise ImportError("pictures need matplotlib")
+
+    monkeypatch.setattr(publish, "error_curve_png", missing)
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "no picture in the card: pictures need matplotlib" in shown.err
+    assert "error-vs-size.png" not in shown.out
+
+
 def test_a_folder_in_place_of_the_repository_is_a_usage_error(both, capsys, monkeypatch):
     monkeypatch.chdir(both.parent)
     assert main(["upload", str(both / "3.0bpw"), "both/3.0bpw"]) == 2
@@ -515,19 +563,29 @@ def test_a_folder_in_place_of_the_repository_is_a_usage_error(both, capsys, monk
 
 
 RUN = """
-import os, sys, torch
-from dbrx_quant.quantize import publish
+import re
+import sys
+
+import torch
+from huggingface_hub import hf_hub_download
+
+from dbrx_quant.runtime import load_model
 from dbrx_quant.scripts.main import main
+
 folder = sys.argv[1]
 assert main(["upload", folder, "me/tiny-exl2", "--base-model", "databricks/tiny", "--quiet"]) == 0
-from dbrx_quant.runtime import load_model
-from transformers import AutoModelForCausalLM
-ids = torch.arange(40).reshape(2, 20)
+card = open(hf_hub_download("me/tiny-exl2", "README.md", revision="3.0bpw")).read()
+snippets = re.findall("```python\\n(.*?)```", card, re.DOTALL)
+shown = {}
+exec(snippets[0].replace("max_new_tokens=200", "max_new_tokens=8"), shown)  # as a visitor would
+theirs = shown["model"]
+exec(snippets[1].replace("revision=branch", "revision=branch, dtype='float32'"), shown)
+through = shown["model"]
 ours = load_model(folder + "/3.0bpw")
-theirs = load_model("me/tiny-exl2", revision="3.0bpw")
-through = AutoModelForCausalLM.from_pretrained("me/tiny-exl2", revision="3.0bpw", dtype=torch.float32)
+ids = torch.arange(40).reshape(2, 20)
 with torch.no_grad():
     logits = [model(ids).logits for model in (ours, theirs, through)]
+assert theirs is not through
 assert torch.isfinite(logits[0]).all() and logits[0].std() > 0
 assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 text = [model.generate(ids[:1], max_new_tokens=8, do_sample=False) for model in (ours, theirs)]
