@@ -9,7 +9,7 @@ from dbrx_quant.scripts.output import print_json
 from dbrx_quant.scripts.verb import Verb
 
 SHELLS = ("bash", "zsh", "fish")
-FOLDERS = ("DIR", "MODEL", "OUT")  # metavars: what the argument is
+FOLDERS = ("DIR", "FOLDER", "MODEL", "OUT")  # metavars: what the argument is
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The pictures of docs/how-it-works.md: all that the script draws are on the page, and it still draws them."""
+"""The pictures of docs/how-it-works.md: the page shows all that the script draws, and it still draws them."""
 
 import re
 from pathlib import Path

@@ -12,10 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("runtime", "calibration", "quantize", "scripts")
-SOURCES = {
-    f"dbrx_quant/{file.relative_to(ROOT)}" for name in PACKAGES for file in (ROOT / name).rglob("*.py")
+LEFT_OUT = (".sh", ".pyc")
+FILES = {
+    f"dbrx_quant/{file.relative_to(ROOT)}"
+    for name in PACKAGES
+    for file in (ROOT / name).rglob("*")
+    if file.is_file() and file.suffix not in LEFT_OUT
 }
-MARKERS = {f"dbrx_quant/{name}/py.typed" for name in PACKAGES}
 LIBRARIES = {"dbrx_quant/runtime/libdbrxq_cpu.so", "dbrx_quant/runtime/libdbrxq_cuda.so"}
 
 USE_IT = """
@@ -32,8 +35,8 @@ def wheel_faults(names):
     """What is missing from the files of a wheel, and what should not be there."""
     information = [name for name in names if PurePosixPath(name).parts[0].endswith(".dist-info")]
     package = {name for name in names if name not in information}
-    faults = [f"missing: {name}" for name in sorted(SOURCES | MARKERS) if name not in package]
-    faults += [f"extra: {name}" for name in sorted(package - SOURCES - MARKERS - LIBRARIES)]
+    faults = [f"missing: {name}" for name in sorted(FILES) if name not in package]
+    faults += [f"extra: {name}" for name in sorted(package - FILES - LIBRARIES)]
     if not package & LIBRARIES:
         faults.append("missing: the native library")
     for wanted in ("LICENSE", "entry_points.txt", "METADATA"):
@@ -53,7 +56,8 @@ def test_an_installed_wheel_is_complete():
 
 
 def test_faults_are_seen():
-    complete = [*SOURCES, *MARKERS, "dbrx_quant/runtime/libdbrxq_cpu.so"]
+    assert {f"dbrx_quant/{name}/py.typed" for name in PACKAGES} < FILES
+    complete = [*FILES, "dbrx_quant/runtime/libdbrxq_cpu.so"]
     complete += [f"x.dist-info/{name}" for name in ("licenses/LICENSE", "entry_points.txt", "METADATA")]
     assert wheel_faults(complete) == []
     assert wheel_faults(complete[:-1]) == ["missing: METADATA"]
