@@ -3,12 +3,11 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from dbrx_quant.scripts.chat_screen import PlainScreen, TerminalScreen
 from dbrx_quant.scripts.chat_session import Screen, Session
-from dbrx_quant.scripts.output import hush_loading, print_json
+from dbrx_quant.scripts.output import hush_loading, model_title, print_json
 from dbrx_quant.scripts.verb import Verb, add_quiet_argument, natural, positive, temperature
 
 _PROMPT = "\001\033[1;36m\002> \001\033[0m\002"  # \001 … \002: no columns, for readline
@@ -61,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         from rich.console import Console
 
         screen = TerminalScreen(Console(highlight=False), markdown=not arguments.plain)
-        screen.note(_greeting(folder, model, conversation.context))
+        screen.note(_greeting(arguments.folder, model, conversation.context))
     else:
         screen = PlainScreen(answers=not arguments.json)
     session = Session(conversation, screen)
@@ -75,10 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _greeting(folder: Path, model: Any, context: int | None) -> str:
+def _greeting(source: str, model: Any, context: int | None) -> str:
     quantization = getattr(model.config, "quantization_config", None)
     bits = getattr(quantization, "bits", None)
-    parts = [folder.resolve().name]
+    parts = [model_title(source)]
     parts += [f"{bits:g} bits per weight"] if bits else []
     parts += [f"{context} tokens of context"] if context else []
     return f"{', '.join(parts)}; /help shows the commands, Ctrl-D leaves"
@@ -90,6 +89,8 @@ def _typed_lines(screen: Screen) -> Iterator[str]:
 
     parts: list[str] = []
     while True:
+        if not parts:
+            print()
         try:
             line = input("… " if parts else _PROMPT)
         except EOFError:

@@ -1,9 +1,11 @@
 """What the command prints: results on stdout, for people or as JSON; progress on stderr."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 _PIPE_WIDTH = 200  # columns where no terminal sets them: wide enough that nothing is cut off
@@ -50,6 +52,15 @@ def print_table(
     console.print(table)
     if note:
         console.print(Text(note))
+
+
+def model_title(source: str) -> str:
+    """What to call a model: the name of its folder, with the one above where that only tells the size."""
+    path = Path(source)
+    if not path.is_dir():
+        return source  # on the Hub
+    path = path.resolve()
+    return f"{path.parent.name}-{path.name}" if re.fullmatch(r"[\d.]+bpw", path.name) else path.name
 
 
 def bytes_text(count: float) -> str:

@@ -1,0 +1,141 @@
+"""`dbrx-quant serve`: an OpenAI-compatible server for a quantized model."""
+
+import argparse
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from dbrx_quant.scripts.output import hush_loading, model_title, print_json, say
+from dbrx_quant.scripts.verb import Verb, add_quiet_argument
+
+API_KEY = "DBRXQ_API_KEY"
+_STOP_SECONDS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
+    parser.add_argument("--port", type=port, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--name", help="what clients call the model (default: the folder's name, or the id)")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help=f"what clients must send (default: ${API_KEY}, or nothing)"
+    )
+    parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    add_quiet_argument(parser)
+
+
+def port(text: str) -> int:
+    """A number from 0 to 65535."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 65535")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until Ctrl-C."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ImportError("serving wants fastapi, uvicorn and openai: pip install 'dbrx-quant[serve]'")
+    listening = _bind(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
+    with listening:
+        from dbrx_quant.runtime.loader import find_folder
+
+        hush_loading(arguments.quiet)
+        folder = find_folder(arguments.folder, None)
+        name = arguments.name or model_title(arguments.folder)
+        try:
+            from dbrx_quant.runtime.server import build_app
+        except ImportError as error:
+            import transformers
+
+            raise ImportError(
+                f"the server of transformers {transformers.__version__} is another than this was made for "
+                f"({error}); transformers 5.23 is known to work"
+            ) from error
+        api_key = arguments.api_key or os.environ.get(API_KEY) or None
+        app = build_app(folder, name, arguments.device, api_key)
+        host, number = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{number}/v1"
+
+        def announce() -> None:
+            if arguments.json:
+                print_json({"url": url, "model": name})
+            else:
+                print(f"{name} is served at {url}; Ctrl-C stops it. Try\n  {example(url, name, api_key)}")
+            sys.stdout.flush()
+
+        try:
+            _serve(app, listening, announce, arguments.quiet)
+        except KeyboardInterrupt:
+            say("stopped")
+    return 0
+
+
+def example(url: str, name: str, api_key: str | None) -> str:
+    """A command line that asks the server something."""
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    key = f' -H "Authorization: Bearer ${API_KEY}"' if api_key else ""
+    return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+
+
+def _bind(host: str, number: int) -> socket.socket:
+    """A socket on that address that takes no connections yet.
+
+    Raises:
+        OSError: the address is in use or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, number))
+    except OSError as error:
+        made.close()
+        raise OSError(
+            f"cannot listen on {host}:{number}: {error.strerror or error}; see --host, --port"
+        ) from error
+    return made
+
+
+def _serve(app: Any, listening: socket.socket, announce: Callable[[], None], quiet: bool) -> None:
+    """Serve on a bound socket until a signal comes; `announce` is called when connections are taken."""
+    import copy
+
+    import uvicorn
+    from uvicorn.config import LOGGING_CONFIG
+
+    logging = copy.deepcopy(LOGGING_CONFIG)
+    logging["handlers"]["access"]["stream"] = "ext://sys.stderr"
+
+    class Server(uvicorn.Server):  # type: ignore[misc]
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            announce()
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning" if quiet else "info",
+        log_config=logging,
+        access_log=not quiet,
+        timeout_graceful_shutdown=_STOP_SECONDS,
+    )
+    Server(config).run(sockets=[listening])
+
+
+VERB = Verb(
+    "serve",
+    "serve a model to OpenAI's clients",
+    "dbrx-quant serve out/dbrx --port 8000",
+    add_arguments,
+    run,
+)
