@@ -215,7 +215,8 @@ def named(measured, name):
     "hostile", ["</script><script>alert(1)<!--", "\"'><b onload=x>&amp;", "${x}`{{y}}\\"]
 )
 def test_hostile_names_stay_text(hostile, measured):
-    for data, harmless in zip(named(measured, hostile), named(measured, "harmless"), strict=True):
+    plain = re.sub(r"\S", "x", hostile)
+    for data, harmless in zip(named(measured, hostile), named(measured, plain), strict=True):
         page, expected = Reader(render(data)), Reader(render(harmless))
         assert json.loads(page.data) == json.loads(json.dumps(data))
         assert [(tag, found.keys()) for tag, found in page.tags] == [

@@ -23,7 +23,12 @@ class Mark:
 
 
 def log_chart(
-    name: str, lines: Sequence[Sequence[Sequence[float]]], marks: Sequence[Mark], x_title: str, y_title: str
+    name: str,
+    lines: Sequence[Sequence[Sequence[float]]],
+    marks: Sequence[Mark],
+    x_title: str,
+    y_title: str,
+    joined: Sequence[Sequence[float]] = (),
 ) -> str:
     """Lines and marks over a linear x and a logarithmic y.
 
@@ -33,6 +38,7 @@ def log_chart(
         marks: drawn over them.
         x_title: of the x axis.
         y_title: of the y axis.
+        joined: points that a thin line connects.
     """
     points = [(x, y) for line in lines for x, y in line] + [(mark.x, mark.y) for mark in marks]
     low_x, high_x = min(p[0] for p in points), max(p[0] for p in points)
@@ -59,9 +65,9 @@ def log_chart(
         parts.append(f'<text class="x" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 20}">{value:g}</text>')
     parts.append(f'<text class="x title" x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 6}">{escape(x_title)}</text>')
     parts.append(f'<text class="title" x="0" y="18">{escape(y_title)}</text>')
-    for number, line in enumerate(lines):
+    for style, line in [(f"l{i % 4}", line) for i, line in enumerate(lines)] + [("joined", joined)]:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
-        parts.append(f'<polyline class="line l{number % 4}" points="{path}"/>')
+        parts.append(f'<polyline class="line {style}" points="{path}"/>')
     parts += [_mark(mark, *place(mark.x, mark.y)) for mark in marks]
     return "".join([*parts, "</svg>"])
 

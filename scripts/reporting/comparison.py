@@ -100,7 +100,7 @@ def curve(reports: Sequence[Report]) -> str:
     lines: list[Any] = []
     for report in reports:
         line = [point for point in report["curve"] if point[1] > 0]
-        if line and line not in lines:
+        if line and not any(_same_curve(line, other) for other in lines):
             lines.append(line)
     text, marks, cells = common_text(reports), [], []
     for report in reports:
@@ -120,14 +120,20 @@ def curve(reports: Sequence[Report]) -> str:
     joined = sorted((mark.x, mark.y) for mark in marks if mark.style == "measured")
     chart = log_chart(
         "KL divergence against bits per weight, all checkpoints",
-        [*lines, *([joined] if len(joined) > 1 else [])],
+        lines,
         marks,
         "bits per weight",
         "KL divergence, nats",
+        joined,
     )
     table = data_table("KL divergence by size", ["checkpoint", "bits", "how", "KL, nats"], cells)
     said = "Filled points were measured, hollow ones predicted; a line is the best a measurement knows."
     return section("curve", "Error against size", said, f"<figure>{chart}{details(table)}</figure>")
+
+
+def _same_curve(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two curves are of one measurement: they end apart, each beyond its checkpoint's size."""
+    return all(a == b for a, b in zip(one, other, strict=False))
 
 
 def differences(comparison: Report) -> str:
@@ -149,7 +155,7 @@ def differences(comparison: Report) -> str:
                 "difference in bits",
                 values,
                 Scale(-reach, reach),
-                "{:+.2f}".format,
+                "{:+.1f}".format,
             )
             for grid in columns
         ]

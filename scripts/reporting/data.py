@@ -25,6 +25,7 @@ from dbrx_quant.runtime.inspect import FolderFacts, LinearFacts, inspect_folder
 
 REPORT_VERSION = 1
 
+HEAD_KIND = "head"
 ATTENTION = "attention"  # the kind of the linears with these roles; others are called by their own names
 _ATTENTION_ROLES = ("q", "k", "v", "o")
 
@@ -222,7 +223,9 @@ def _own_name(name: str) -> str:
 
 
 def _kind(linear: LinearFacts) -> str:
-    return ATTENTION if linear.role in _ATTENTION_ROLES else _own_name(linear.name)
+    if linear.block is None:
+        return HEAD_KIND
+    return ATTENTION if linear.role in _ATTENTION_ROLES else _own_name(linear.name).removesuffix("_proj")
 
 
 def _frontier(folder: Folder) -> list[FrontierPoint]:

@@ -102,12 +102,12 @@ def heat_table(
         scale: of the colours.
         text: what a cell says.
     """
+    rest = f'<span class="unseen"> {escape(what)} by block and {grid.across}</span>'
     lines = [
         f'<div class="map" style="--columns:{len(grid.columns)}">',
         f'<table class="heat {kind}{" roomy" if len(grid.columns) <= 8 else ""}" role="grid" '
         f'aria-readonly="true" style="--rows:{len(grid.blocks)}">',
-        f"<caption>{escape(grid.title)}",
-        f'<span class="unseen">: {escape(what)} by block and {grid.across}</span></caption>',
+        f"<caption>{escape(grid.title)}{rest}</caption>",
         f'<thead><tr><th scope="col"><span class="unseen">block</span></th>{_heads(grid)}</tr></thead>',
         "<tbody>",
     ]

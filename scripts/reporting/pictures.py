@@ -14,7 +14,7 @@ from dbrx_quant.quantize.pictures import (
     save_figure,
 )
 from dbrx_quant.scripts.reporting.comparison import common_text, evaluation_on
-from dbrx_quant.scripts.reporting.data import BPW, ERROR, Report, kinds, label, measured_kl
+from dbrx_quant.scripts.reporting.data import BPW, ERROR, HEAD_KIND, Report, kinds, label, measured_kl
 from dbrx_quant.scripts.reporting.heatmaps import Grid, grids
 
 _KINDS = ("#41557a", "#d48a1c", "#1f8a7d", "#a84a80", "#9a9484")
@@ -165,7 +165,7 @@ def _blocks(report: Report, path: Path) -> Path:
 
 
 def _bought(report: Report, path: Path) -> Path:
-    steps, used = report["bits_bought"], [kind for kind in kinds(report) if kind != "lm_head"]
+    steps, used = report["bits_bought"], [kind for kind in kinds(report) if kind != HEAD_KIND]
     figure = new_figure(7.2, 5.0)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     falls = [100 * (1 - step["to_kl"] / step["from_kl"]) for step in steps]

@@ -117,6 +117,7 @@
   for (const table of document.querySelectorAll("table.heat")) {
     walkable([...table.tBodies[0].querySelectorAll("td")], table.tBodies[0].rows[0].cells.length - 1);
   }
+  for (const table of document.querySelectorAll("table.bought")) walkable([...table.querySelectorAll(".shares")], 1);
   for (const chart of document.querySelectorAll("svg.chart")) {
     const marks = [...chart.querySelectorAll(".mark")];
     walkable(marks, marks.length);

@@ -11,6 +11,7 @@ from dbrx_quant.scripts.reporting.data import (
     BPW,
     ERROR,
     EXPERT,
+    HEAD_KIND,
     KIND,
     TOKENS,
     Report,
@@ -249,7 +250,7 @@ def bits_bought(report: Report) -> str:
     steps = [step for step in report["bits_bought"] if step["from_kl"] > 0]
     if not steps:
         return ""
-    used, bpw = [kind for kind in kinds(report) if kind != "lm_head"], report["headline"]["bpw"]
+    used, bpw = [kind for kind in kinds(report) if kind != HEAD_KIND], report["headline"]["bpw"]
     reached = min(range(len(steps)), key=lambda i: abs(steps[i]["to_bpw"] - bpw))
     lines, steepest = [], max(1 - step["to_kl"] / step["from_kl"] for step in steps) or 1.0
     for i, step in enumerate(steps):
@@ -274,7 +275,8 @@ def bits_bought(report: Report) -> str:
     table = (
         '<div class="scroll" tabindex="0" role="region" aria-label="What each bit bought">'
         '<table class="bought"><caption class="unseen">What each further tenth of a bit buys</caption><thead>'
-        '<tr><th scope="col">bits</th><th scope="col">KL, nats</th><th scope="col">error falls by</th>'
+        '<tr><th scope="col">bits a weight</th><th scope="col">KL, nats</th>'
+        '<th scope="col">error falls by</th>'
         f'<th scope="col">who gets them</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
     )
     return section("bought", "What each bit bought", said, f"{legend(used)}{table}")
@@ -300,7 +302,7 @@ def provenance(report: Report) -> str:
     if report["command"]:
         parts.append(
             "<h3>The command that makes it again</h3>"
-            f'<pre class="command" tabindex="0"><code>{escape(report["command"])}</code></pre>'
+            f'<pre class="command" tabindex="0"><code>{_words(report["command"])}</code></pre>'
         )
     calibration = report["calibration"]
     settings = report["settings"]
@@ -322,8 +324,16 @@ def provenance(report: Report) -> str:
     return section("made", "How it was made", "", "".join(parts))
 
 
+def _words(command: str) -> str:
+    """A command line that breaks between its words, not after the dashes of an option."""
+    return " ".join(f"<span>{escape(word)}</span>" for word in command.split(" "))
+
+
 def _facts(facts: dict[str, Any]) -> str:
-    items = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    items = (
+        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in facts.items()
+    )
     return f'<dl class="facts">{"".join(items)}</dl>'
 
 
