@@ -27,7 +27,7 @@ from dbrx_quant.quantize.patch_config import Summary, generation_config, patched
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.plan import check_channels, check_memory, shape_range
 from dbrx_quant.quantize.progress import bar
-from dbrx_quant.quantize.record import RECORD_NAME, Settings, write_record
+from dbrx_quant.quantize.record import RECORD_NAME, Settings, plain_name, write_record
 from dbrx_quant.quantize.repair import DEFAULT_REPAIR, Repair
 from dbrx_quant.quantize.shards import write_shards
 from dbrx_quant.quantize.side_files import copy_side_files
@@ -234,7 +234,7 @@ def _measurement(options: ConvertOptions, model: StreamedModel, tokens: TokenRow
             ids, _ = split_unseen(tokens.input_ids)
             job = MeasureJob(model, ids, folder, progress, options.seed, options.effort)
             found = measure(job)
-        described = {k: v for k, v in tokens.description.items() if k != "notices"}
+        described = {k: _public(v) for k, v in tokens.description.items() if k != "notices"}
         facts = {
             "format_version": MEASUREMENT_VERSION,
             "model": source_facts(options.model),
@@ -243,6 +243,11 @@ def _measurement(options: ConvertOptions, model: StreamedModel, tokens: TokenRow
         write_json(path, {**facts, **found})
         shutil.rmtree(folder)
     return load_measurement(path, options.model)
+
+
+def _public(value: Any) -> Any:
+    """A value of the tokens' description, without the folder of a file."""
+    return plain_name(value) if isinstance(value, str) else value
 
 
 def load_measurement(path: Path, model: Path) -> dict[str, Any]:
@@ -379,7 +384,7 @@ def _write_output(
         head_bits=options.head_bits,
         rows=tokens.input_ids.shape[0],
         length=tokens.input_ids.shape[1],
-        dataset=str(tokens.description.get("source", options.calibration)),
+        dataset=plain_name(str(tokens.description.get("source", options.calibration))),
     )
     skipped = copy_side_files(options.model, out).skipped
     notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]

@@ -41,7 +41,7 @@ class Hub:
         self.api = api or HfApi()
         self.notify = notify
         token = self.api.token
-        self._token = token if isinstance(token, str) else get_token()
+        self.token = token if isinstance(token, str) else get_token()
 
     def ask(self, call: Callable[[], Result]) -> Result:
         """What `call` returns; tried again where the Hub is busy or the connection breaks.
@@ -63,10 +63,10 @@ class Hub:
             time.sleep(wait)
         raise AssertionError("unreachable")
 
-    def find(self, call: Callable[[], Result]) -> Result | None:
+    def find(self, call: Callable[[], Result], *, behind_gate: bool = False) -> Result | None:
         """Likewise, but None where there is no such repository, revision or file.
 
-        A gate counts as an error: what is behind it is there.
+        What a gate hides is there, so that is an error; with `behind_gate`, None too.
         """
         from huggingface_hub.errors import (
             GatedRepoError,
@@ -80,14 +80,14 @@ class Hub:
         except HubError as error:
             cause = _cause(error)
             absent = (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError)
-            if isinstance(cause, absent) and not isinstance(cause, GatedRepoError):
+            if isinstance(cause, absent) and (behind_gate or not isinstance(cause, GatedRepoError)):
                 return None
             raise
 
     def clean(self, text: str) -> str:
         """The text without the token, and without anything that looks like one."""
-        if self._token:
-            text = text.replace(self._token, "<token>")
+        if self.token:
+            text = text.replace(self.token, "<token>")
         return _SECRET.sub("<token>", text)
 
     def _explain(self, error: BaseException) -> str:

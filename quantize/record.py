@@ -42,7 +42,7 @@ class Settings:
     def command(self) -> str:
         """The command line that makes this checkpoint again, paths reduced to names."""
         words = ["dbrx-quant", "convert", source_name(self.model), "OUT", "--bpw", str(self.bpw)]
-        words += ["--head-bits", str(self.head_bits), "--calibration", _plain(self.calibration)]
+        words += ["--head-bits", str(self.head_bits), "--calibration", plain_name(self.calibration)]
         for option, value in (("--rows", self.rows), ("--length", self.length)):
             words += [option, str(value)] if value is not None else []
         words += ["--seed", str(self.seed), "--effort", self.effort]
@@ -55,7 +55,7 @@ class Settings:
             "model": source_name(self.model),
             "bpw": self.bpw,
             "head_bits": self.head_bits,
-            "calibration": _plain(self.calibration),
+            "calibration": plain_name(self.calibration),
             "rows": self.rows,
             "length": self.length,
             "seed": self.seed,
@@ -128,6 +128,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _plain(calibration: str) -> str:
+def plain_name(calibration: str) -> str:
+    """A calibration source as others may see it: of a file, the name alone."""
     path = Path(calibration)
     return path.name if path.is_file() else calibration

@@ -25,6 +25,7 @@ STRATEGY_NAME = "strategy.json"
 KEPT_OUT = "calibration text kept out of the calibration"  # the text of what the conversion itself measured
 MAIN = "main"
 
+_SMALL_BYTES = 32 << 20
 _SAME_BPW = 1e-3  # an evaluation of the same folder differs by rounding only
 
 
@@ -210,6 +211,13 @@ def branch_files(folder: Path) -> list[str]:
     """
     names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     return sorted(name for name in names if name != CARD_NAME)
+
+
+def files_that_mention(folder: Path, text: str) -> list[str]:
+    """The small files of a folder that hold a text, such as the name of a folder of this machine."""
+    wanted = text.encode()
+    small = [name for name in branch_files(folder) if (folder / name).stat().st_size <= _SMALL_BYTES]
+    return [name for name in small if wanted in (folder / name).read_bytes()]
 
 
 def shard_bytes(folder: Path) -> int:

@@ -54,17 +54,26 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.revision and len(folders) > 1:
         raise UsageError("--revision names the branch of one folder; without it each gets its own")
     release = gather(arguments.repository, folders, arguments.base_model, arguments.card, arguments.revision)
-    _tell_left_out(folders)
+    _tell_surprises(release)
     if not _all_sound(folders, arguments.quiet):
         return CHECK_FAILED
     return _dry_run(arguments, release) if arguments.dry_run else _upload(arguments, release)
 
 
-def _tell_left_out(folders: list[Path]) -> None:
+def _tell_surprises(release: "Release") -> None:
+    """What stays behind, and what others learn about this machine."""
+    from dbrx_quant.quantize.release import MEASUREMENT_NAME, files_that_mention
+
+    folders = list(release.folders.values())
     for folder in folders:
         inner = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
         if inner:
             say(f"note: {folder}: folders in it are not uploaded: {', '.join(inner)}")
+        home = f"{Path.home()}/"
+        if found := files_that_mention(folder, home):
+            say(f"note: {folder}: names a folder below {home}, for all to see: {', '.join(found)}")
+    if not release.measurement and all((folder / MEASUREMENT_NAME).exists() for folder in folders):
+        say(f"note: the folders' {MEASUREMENT_NAME} differ: each goes to its branch, none to main")
 
 
 def _all_sound(folders: list[Path], quiet: bool) -> bool:
@@ -87,7 +96,8 @@ def _all_sound(folders: list[Path], quiet: bool) -> bool:
 
 def _dry_run(arguments: argparse.Namespace, release: "Release") -> int:
     """Show everything that would go up, the repository taken to be new."""
-    from dbrx_quant.quantize.publish import NOTHING, branch_contents, main_contents
+    from dbrx_quant.quantize.publish import branch_contents, main_contents
+    from dbrx_quant.quantize.remote import NOTHING
     from dbrx_quant.quantize.source_card import CARD_NAME
 
     with tempfile.TemporaryDirectory() as name:
@@ -139,9 +149,14 @@ def _upload(arguments: argparse.Namespace, release: "Release") -> int:
     import traceback
 
     from dbrx_quant.quantize.hub import Hub, HubError
-    from dbrx_quant.quantize.publish import look, publish
+    from dbrx_quant.quantize.publish import publish
+    from dbrx_quant.quantize.release import files_that_mention
+    from dbrx_quant.quantize.remote import look
 
     hub = Hub(release.repository, say)
+    for folder in release.folders.values():
+        if hub.token and (found := files_that_mention(folder, hub.token)):
+            raise ValueError(f"{folder / found[0]}: holds your token; take it out before this is published")
     with _huggingface_tidied(hub.clean, arguments.quiet):
         try:
             remote = look(release, hub, private=arguments.private, replace_card=arguments.replace_card)

@@ -34,7 +34,14 @@ def test_the_record_holds_the_settings_and_the_versions(converted):
     assert record["settings"]["model"] == "my model"
     assert record["settings"]["calibration"] == "tokens.safetensors"
     assert record["versions"]["torch"] == importlib.metadata.version("torch")
-    assert str(options.out.parent) not in (out / "conversion.json").read_text()
+
+
+def test_no_file_of_the_result_tells_where_model_and_calibration_text_were(converted):
+    options, out = converted
+    where = str(options.out.parent).encode()
+    assert [path.name for path in out.iterdir() if where in path.read_bytes()] == []
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["calibration"]["dataset"] == "tokens.safetensors"
 
 
 def test_its_command_is_one_that_the_parser_takes_to_the_same_settings(converted):

@@ -475,6 +475,40 @@ def test_terms_that_the_original_has_on_the_hub_and_the_folder_lacks_are_noticed
     assert upload(both)[0] == 0
 
 
+def test_a_gate_may_hide_the_originals_card_but_a_hub_that_fails_is_not_taken_for_one(both, hub, upload):
+    hub.add(BASE, gated="auto")
+    hub.fail("HEAD", f"/{BASE}/resolve/", 503, times=1000)
+    code, _, error = upload(both)
+    assert code == 1
+    assert "failed with status 503" in error
+    assert REPO not in hub.repos
+    hub.failures[0].status, hub.failures[0].headers = 403, {"X-Error-Code": "GatedRepo"}
+    assert upload(both)[0] == 0
+
+
+def test_a_file_that_holds_the_token_stays_here(both, hub, upload):
+    (both / "4.0bpw" / "notes.txt").write_text(f"HF_TOKEN={TOKEN}\n", encoding="utf-8")
+    code, _, error = upload(both)
+    assert code == 1
+    assert "notes.txt: holds your token" in error
+    assert hub.requests == []
+
+
+def test_what_may_surprise_is_told_before_anything_is_sent(both, hub, upload, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    folder = both / "3.0bpw"
+    (folder / "figures").mkdir()
+    (folder / "notes.txt").write_text("from /home/someone/private/texts\n", encoding="utf-8")
+    write_json(folder / "measurement.json", {"format_version": 1, "linears": LINEARS, "seed": 1})
+    code, _, error = upload(both)
+    assert code == 0
+    assert "folders in it are not uploaded: figures" in error
+    assert "below /home/someone/, for all to see: notes.txt" in error
+    assert "measurement.json differ" in error
+    assert "measurement.json" not in hub.repos[REPO].files("main")
+    assert "measurement.json" in hub.repos[REPO].files("4.0bpw")
+
+
 def test_a_gate_of_the_original_that_its_card_does_not_mention_is_taken_over(both, hub, upload):
     for folder in both.iterdir():
         (folder / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
