@@ -179,7 +179,7 @@ def _mark(mark: Mark, x: float, y: float) -> str:
         "measured": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>',
         "predicted": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>',
     }[mark.style]
-    late = x > 0.75 * WIDTH
+    late = x + 12 + 11 * len(mark.text) > WIDTH  # as wide as its letters are on a phone
     label = (
         f'<text class="name{" late" if late else ""}" x="{x + (-12 if late else 12):.1f}" y="{y - 8:.1f}">'
         f"{escape(mark.text)}</text>"

@@ -5,10 +5,10 @@ from typing import Any
 
 from dbrx_quant.scripts.output import bytes_text
 from dbrx_quant.scripts.reporting.charts import Mark, log_chart
-from dbrx_quant.scripts.reporting.data import BLOCK, Report, label, measured_kl
-from dbrx_quant.scripts.reporting.heatmaps import Scale, grids, heat_table, key
+from dbrx_quant.scripts.reporting.data import BLOCK, BPW, Report, label, measured_kl
+from dbrx_quant.scripts.reporting.heatmaps import Scale, grids, heat_table, key, stripes
 from dbrx_quant.scripts.reporting.marks import MINUS, MISSING, count_text, digits, escape, percent
-from dbrx_quant.scripts.reporting.sections import data_table, details, section
+from dbrx_quant.scripts.reporting.sections import bits_scale, data_table, details, section
 
 Evaluation = dict[str, Any]
 
@@ -20,16 +20,37 @@ def masthead(reports: Sequence[Report]) -> str:
         f"{len(reports)} checkpoints, {bytes_text(_bytes(smallest))} to {bytes_text(_bytes(largest))}, "
         f"of {count_text(reports[0]['model']['weights'])} weights."
     )
-    return f"<h1>{escape(heading(reports))}</h1>\n<p class='lead'>{escape(said)}</p>"
+    scale = bits_scale(*reports)
+    strips = (
+        f"<div class='strip'><span>{escape(name)}</span>"
+        f"{stripes(report, [row[BPW] for row in report['linears']['rows']], scale)}</div>"
+        for name, report in zip(names(reports), reports, strict=True)
+    )
+    return (
+        f"<h1>{escape(heading(reports))}</h1>\n<p class='lead'>{escape(said)}</p>\n{''.join(strips)}"
+        "<p class='fine'>Each model from its first block to its last, coloured by the bits it got.</p>"
+    )
 
 
 def heading(reports: Sequence[Report]) -> str:
     """`dbrx-instruct at 2.25, 3.00 and 4.00 bits`, or all names where the models differ."""
-    model = reports[0]["model"]["name"]
-    if model and all(report["model"]["name"] == model for report in reports):
+    model = _one_model(reports)
+    if model:
         *sizes, last = (f"{report['headline']['bpw']:.2f}" for report in reports)
         return f"{model.rpartition('/')[2]} at {', '.join(sizes)} and {last} bits"
     return ", ".join(label(report) for report in reports)
+
+
+def names(reports: Sequence[Report]) -> list[str]:
+    """What to call each: by its size where all are of one model."""
+    if _one_model(reports):
+        return [f"{report['headline']['bpw']:.2f}\N{NO-BREAK SPACE}bpw" for report in reports]
+    return [label(report) for report in reports]
+
+
+def _one_model(reports: Sequence[Report]) -> str | None:
+    model = reports[0]["model"]["name"]
+    return str(model) if model and all(report["model"]["name"] == model for report in reports) else None
 
 
 def _bytes(report: Report) -> int:
@@ -87,7 +108,11 @@ def side_by_side(reports: Sequence[Report]) -> str:
             ),
         ]
     said = f"Measured on {text[1]} windows of {text[2]} tokens of {text[0]}." if text else ""
-    table = data_table("The checkpoints side by side", ["", *map(label, reports)], rows)
+    table = data_table(
+        "The checkpoints side by side",
+        ["", *names(reports)],
+        [row for row in rows if set(row[1:]) != {MISSING}],
+    )
     return section("numbers", "Side by side", said, table, wide=True)
 
 
@@ -103,18 +128,18 @@ def curve(reports: Sequence[Report]) -> str:
         if line and not any(_same_curve(line, other) for other in lines):
             lines.append(line)
     text, marks, cells = common_text(reports), [], []
-    for report in reports:
+    for name, report in zip(names(reports), reports, strict=True):
         bpw, kl = report["headline"]["bpw"], report["headline"]["predicted_kl"]
         entry = evaluation_on(report, text)
         measured = (entry["kl"], entry["text"]) if entry else measured_kl(report)
         if kl:
-            tip = f"{label(report)}\npredicted {digits(kl)} nats"
-            marks.append(Mark(bpw, kl, tip, "predicted", "" if measured else label(report)))
-            cells.append([label(report), f"{bpw:.3f}", "predicted", digits(kl)])
+            tip = f"{name}\npredicted {digits(kl)} nats"
+            marks.append(Mark(bpw, kl, tip, "predicted", "" if measured else name))
+            cells.append([name, f"{bpw:.3f}", "predicted", digits(kl)])
         if measured and measured[0] > 0:
-            tip = f"{label(report)}\n{digits(measured[0])} nats on {measured[1]}"
-            marks.append(Mark(bpw, measured[0], tip, "measured", label(report)))
-            cells.append([label(report), f"{bpw:.3f}", f"on {measured[1]}", digits(measured[0])])
+            tip = f"{name}\n{digits(measured[0])} nats on {measured[1]}"
+            marks.append(Mark(bpw, measured[0], tip, "measured", name))
+            cells.append([name, f"{bpw:.3f}", f"on {measured[1]}", digits(measured[0])])
     if not marks:
         return ""
     joined = sorted((mark.x, mark.y) for mark in marks if mark.style == "measured")
@@ -139,10 +164,10 @@ def _same_curve(one: Sequence[Any], other: Sequence[Any]) -> bool:
 def differences(comparison: Report) -> str:
     """For each checkpoint after the first: who got more bits than in the first one, and who fewer."""
     reports, parts = comparison["reports"], []
-    columns = grids(reports[0])
+    columns, called = grids(reports[0]), names(reports)
     inside = [row[BLOCK] is not None for row in reports[0]["linears"]["rows"]]
-    for number, (other, found) in enumerate(zip(reports[1:], comparison["differences"], strict=True)):
-        name = f"{label(other)} minus {label(reports[0])}"
+    for number, found in enumerate(comparison["differences"]):
+        name = f"{called[number + 1]} minus {called[0]}"
         if found["bpw"] is None:
             parts.append(f"<h3>{escape(name)}</h3><p>Other linears: there is nothing to subtract.</p>")
             continue

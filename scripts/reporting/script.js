@@ -22,7 +22,7 @@
       const number = Number(difference.dataset.difference);
       const other = data.reports[number + 1].linears.rows[i][column.bpw];
       const change = data.differences[number].bpw[i];
-      lines.push(`${get("bpw")} → ${other} bits (${change > 0 ? "+" : ""}${change})`);
+      lines.push(`${get("bpw").toFixed(2)} → ${other.toFixed(2)} bits (${change > 0 ? "+" : ""}${change.toFixed(2)})`);
       return lines;
     }
     if (element.closest("table").classList.contains("tokens")) {
@@ -31,7 +31,7 @@
       lines.push(`${seen.toLocaleString("en")} calibration tokens`);
       return lines;
     }
-    lines.push(`${get("bpw")} bits a weight`);
+    lines.push(`${get("bpw").toFixed(2)} bits a weight`);
     if (get("error") !== null) lines.push(`relative error ${digits(100 * get("error"))} %`);
     if (get("nats") !== null) lines.push(`predicted ${digits(get("nats"))} nats`);
     if (get("tokens") !== null) lines.push(`${get("tokens").toLocaleString("en")} calibration tokens`);

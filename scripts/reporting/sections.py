@@ -91,7 +91,7 @@ def heat_maps(report: Report) -> str:
     known = [error for error in errors if error]
     if known:
         reach = Scale(min(known), max(known), logarithmic=True)
-        maps.append(_maps(columns, "error", "relative error", errors, reach, percent))
+        maps.append(_maps(columns, "error", "relative error in percent", errors, reach, _hundredths))
         keys.append(key("error", percent(reach.low), f"{percent(reach.high)} of the output's energy"))
         names.append("Relative error")
     radios = "".join(
@@ -115,6 +115,10 @@ def heat_maps(report: Report) -> str:
     )
 
 
+def _hundredths(share: float) -> str:
+    return digits(100 * share, 2)
+
+
 def _maps(
     columns: Sequence[Grid], kind: str, what: str, values: Sequence[float | None], scale: Scale, text: Any
 ) -> str:
@@ -122,9 +126,9 @@ def _maps(
     return f'<div class="maps">{"".join(tables)}</div>'
 
 
-def bits_scale(report: Report) -> Scale:
-    """From the fewest to the most bits of the decoder's linears, to half bits outward."""
-    bits = [row[BPW] for row in report["linears"]["rows"] if row[BLOCK] is not None]
+def bits_scale(*reports: Report) -> Scale:
+    """From the fewest to the most bits of the decoders' linears, to half bits outward."""
+    bits = [row[BPW] for report in reports for row in report["linears"]["rows"] if row[BLOCK] is not None]
     return Scale(int(2 * min(bits)) / 2, -int(-2 * max(bits)) / 2)
 
 
@@ -262,7 +266,7 @@ def bits_bought(report: Report) -> str:
             f"<tr{here}><th scope='row'>{step['to_bpw']:.2f}{note}</th>"
             f"<td>{digits(step['to_kl'])}</td>"
             f'<td class="fall"><b>{MINUS}{100 * fall:.1f} %</b>'
-            f'<i style="width:{100 * fall / steepest:.0f}%" aria-hidden="true"></i></td>'
+            f'<i style="--share:{fall / steepest:.3f}" aria-hidden="true"></i></td>'
             f"<td>{shares(step['bits'], used)}</td></tr>"
         )
     near = steps[reached]
