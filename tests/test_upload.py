@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from os import environ
+from pathlib import Path
 
 import hub_server
 import pytest
@@ -627,11 +628,12 @@ assert torch.equal(*text)
 """
 
 
-def test_what_landed_is_loaded_by_id_and_revision_and_gives_the_same_logits(made, tmp_path):
+def run_and_load(folder, home):
+    """Upload and load again in a process that knows the Hub by its environment; gives the repository."""
     with hub_server.serve() as hub:
-        settings = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        settings = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
         done = subprocess.run(
-            [sys.executable, "-c", RUN, str(made)],
+            [sys.executable, "-c", RUN, str(folder)],
             env={**environ, **settings, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
             capture_output=True,
             text=True,
@@ -640,3 +642,30 @@ def test_what_landed_is_loaded_by_id_and_revision_and_gives_the_same_logits(made
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     assert not re.search("random|MISSING|newly initialized", done.stderr)
+    return hub.repos[REPO]
+
+
+def test_what_landed_is_loaded_by_id_and_revision_and_gives_the_same_logits(made, tmp_path):
+    run_and_load(made, tmp_path / "home")
+
+
+@pytest.mark.slow
+def test_a_conversion_that_was_evaluated_is_published_with_its_figures_and_loads(tmp_path):
+    tiny = Path(__file__).parent / "data" / "tiny-dbrx"
+    source, out = shutil.copytree(tiny, tmp_path / "source"), tmp_path / "out"
+    for name, text in (("README.md", CARD), ("LICENSE", "licence"), ("NOTICE", "notice")):
+        (source / name).write_text(text, encoding="utf-8")
+    options = ["--calibration", "offline", "--rows", "16", "--length", "128", "--effort", "fast", "--quiet"]
+    assert main(["convert", str(source), str(out), "--bpw", "3.0,4.0", *options]) == 0
+    options = ["--text", str(tiny / "heldout.txt"), "--windows", "4", "--length", "128", "--quiet"]
+    for bits in ("3.0", "4.0"):
+        assert main(["eval", str(out / f"{bits}bpw"), "--reference", str(source), *options]) == 0
+    repo = run_and_load(out, tmp_path / "home")
+    card = repo.files("main")["README.md"].decode()
+    assert "on `heldout.txt`, 4 windows of 128 tokens" in card
+    for bits in ("3.0", "4.0"):
+        folder = out / f"{bits}bpw"
+        scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["evaluations"][0]
+        assert f"| {scores['ppl']:.3f} | {scores['kl']:.5f} ± {scores['kl_stderr']:.5f} |" in card
+        files = repo.files(f"{bits}bpw")
+        assert all(files[path.name] == path.read_bytes() for path in folder.glob("*.safetensors"))
