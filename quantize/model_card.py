@@ -313,8 +313,8 @@ def _making(model: Model) -> list[str]:
     if calibration.get("rows") and calibration.get("length"):
         name = str(calibration.get("dataset") or "unknown text").rsplit("/", 1)[-1]
         lines.append(
-            f"Calibrated on {calibration['rows']} rows of {calibration['length']} tokens (`{name}`) and "
-            f"converted by {model.producer}."
+            f"Calibration text: {calibration['rows']} rows of {calibration['length']} tokens (`{name}`). "
+            f"Converter: {model.producer}."
         )
     kept = "norms, routers and the embedding are" if experts(model) else "norms and the embedding are"
     lines.append(f"The decoder's matrices and the head are quantized; {kept} in 16 bits.")
