@@ -26,6 +26,7 @@ from dbrx_quant.runtime.inspect import FolderFacts, LinearFacts, inspect_folder
 REPORT_VERSION = 1
 
 HEAD_KIND = "head"
+HELD_OUT = "held-out calibration rows"  # what the conversion measured itself on
 ATTENTION = "attention"  # the kind of the linears with these roles; others are called by their own names
 _ATTENTION_ROLES = ("q", "k", "v", "o")
 
@@ -155,7 +156,7 @@ def measured_kl(report: Report) -> tuple[float, str] | None:
         entry = max(report["evaluations"], key=lambda entry: entry["tokens"])
         return entry["kl"], entry["text"]
     held_out = report["headline"]["held_out"]
-    return (held_out["kl"], "held-out calibration rows") if held_out else None
+    return (held_out["kl"], HELD_OUT) if held_out else None
 
 
 def kinds(report: Report) -> list[str]:

@@ -160,7 +160,7 @@ def _blocks(report: Report, path: Path) -> Path:
     axes.set_xlabel("block", color=INK)
     axes.set_ylabel("predicted KL, nats", color=INK)
     dress(axes, f"{label(report)}: error by block")
-    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
     return save_figure(figure, path)
 
 

@@ -204,11 +204,14 @@ def curve(report: Report) -> str:
         cells.append(["predicted, this checkpoint", f"{bpw:.3f}", digits(kl)])
     measured = [(entry["text"], entry["kl"]) for entry in report["evaluations"]]
     if headline["held_out"]:
-        measured.append(("held-out calibration rows", headline["held_out"]["kl"]))
+        measured.append(("held-out rows", headline["held_out"]["kl"]))
+    called: set[str] = set()
     for text, kl in measured:
         if kl > 0:
             tip = f"measured on {text}\n{bpw:.3f} bits, {digits(kl)} nats"
-            marks.append(Mark(bpw, kl, tip, "measured", "measured" if (text, kl) == measured[0] else ""))
+            named = text if text not in called else ""  # a text of several lengths is named once
+            called.add(text)
+            marks.append(Mark(bpw, kl, tip, "measured", named))
             cells.append([f"measured on {text}", f"{bpw:.3f}", digits(kl)])
     if not line or not marks:
         return ""
