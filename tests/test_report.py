@@ -24,6 +24,7 @@ from dbrx_quant.scripts.reporting.data import LINEAR_COLUMNS, compare, gather, l
 from dbrx_quant.scripts.reporting.heatmaps import STEPS, Scale
 from dbrx_quant.scripts.reporting.marks import count_text, digits, percent
 from dbrx_quant.scripts.reporting.page import render
+from dbrx_quant.scripts.reporting.sections import bits_scale
 
 VOID = {"meta", "link", "input", "br", "img", "rect", "path", "circle", "polyline"}
 
@@ -183,6 +184,13 @@ def test_the_page_is_whole_and_needs_no_other_file(report):
     assert len(page.ids) == len(set(page.ids))
     assert not re.search(r"url\(|@import|https?:", render(report))
     assert page.count("h1") == page.count("main") == page.count("nav") == 1
+
+
+def test_the_scale_of_bits_holds_every_linear(report):
+    scale = bits_scale(report)
+    bits = [row[4] for row in report["linears"]["rows"][:-1]]
+    assert scale.low <= min(bits)
+    assert max(bits) <= scale.high < max(bits) + 0.5
 
 
 def test_the_page_holds_the_same_data_as_json(report):

@@ -1,5 +1,6 @@
 """The sections of the page about one checkpoint, each a piece of HTML; empty where nothing is known."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -129,7 +130,7 @@ def _maps(
 def bits_scale(*reports: Report) -> Scale:
     """From the fewest to the most bits of the decoders' linears, to half bits outward."""
     bits = [row[BPW] for report in reports for row in report["linears"]["rows"] if row[BLOCK] is not None]
-    return Scale(int(2 * min(bits)) / 2, -int(-2 * max(bits)) / 2)
+    return Scale(math.floor(2 * min(bits)) / 2, math.ceil(2 * max(bits)) / 2)
 
 
 def _bits_said(report: Report) -> str:
