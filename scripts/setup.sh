@@ -3,13 +3,13 @@
 #   set_up [EXTRA]    e.g. `set_up dev`; afterwards `python` and `dbrx-quant` are the environment's
 #
 # DBRXQ_VENV names an environment to use or make instead of ./.venv; PYTHON, the interpreter to make it with.
-# Wanted beforehand: Python 3.10 or newer with venv, and a C++17 compiler. CMake and ninja come with the build.
+# Wanted beforehand: Python 3.11 or newer with venv, and a C++17 compiler. CMake and ninja come with the build.
 
 set_up() {
     local extra=${1:+[$1]} venv=${DBRXQ_VENV:-$PWD/.venv} python=${PYTHON:-python3}
     if [ ! -x "$venv/bin/python" ]; then
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-            { echo "Python 3.10 or newer is needed, $python is $("$python" --version 2>&1)" >&2; return 1; }
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            { echo "Python 3.11 or newer is needed, $python is $("$python" --version 2>&1)" >&2; return 1; }
         "$python" -m venv "$venv" ||
             { echo "$python cannot make a virtual environment; on Debian install python3-venv" >&2; return 1; }
     fi

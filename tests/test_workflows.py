@@ -1,0 +1,45 @@
+"""The workflows of GitHub: well-formed, calling what there is, agreeing with the package about versions."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".github" / "workflows"
+WORKFLOWS = sorted(FOLDER.glob("*.yml"))
+
+
+def steps(workflow):
+    jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
+    return [step for job in jobs.values() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_are_yaml_whose_steps_do_something(workflow):
+    assert steps(workflow)
+    for step in steps(workflow):
+        assert ("run" in step) != ("uses" in step)
+        assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step.get("uses", "a/b@v1"))
+        for script in re.findall(r"scripts/\S+", step.get("run", "")):
+            assert (ROOT / script).is_file()
+
+
+def test_the_checks_are_those_of_the_local_run():
+    assert "scripts/test.sh" in [step.get("run") for step in steps(FOLDER / "ci.yml")]
+    assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_all_agree_on_the_oldest_python():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    oldest = re.fullmatch(r">=3\.(\d+)", project["project"]["requires-python"])[1]
+    matrix = yaml.safe_load((FOLDER / "ci.yml").read_text(encoding="utf-8"))["jobs"]["test"]["strategy"][
+        "matrix"
+    ]
+    setup = (ROOT / "scripts" / "setup.sh").read_text(encoding="utf-8")
+    assert min(matrix["python"], key=lambda version: int(version.split(".")[1])) == f"3.{oldest}"
+    assert project["tool"]["ruff"]["target-version"] == f"py3{oldest}"
+    assert f"sys.version_info < (3, {oldest})" in setup
+    assert f"Python 3.{oldest} or newer" in setup
