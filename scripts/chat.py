@@ -80,7 +80,7 @@ def _greeting(source: str, model: Any, context: int | None) -> str:
     parts = [model_title(source)]
     parts += [f"{bits:g} bits per weight"] if bits else []
     parts += [f"{context} tokens of context"] if context else []
-    return f"{', '.join(parts)}; /help shows the commands, Ctrl-D leaves"
+    return f"{', '.join(parts)}\n/help shows the commands, Ctrl-D leaves"
 
 
 def _typed_lines(screen: Screen) -> Iterator[str]:
