@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from rich.segment import Segment
 
 _REFRESH_SECONDS = 0.1
+_PAUSE = 9  # times what a drawing takes: long answers, too, spend a tenth of the time on it
 
 
 class PlainScreen:
@@ -88,6 +88,8 @@ def _no_echo() -> Iterator[None]:
     if not sys.stdin.isatty():
         yield
         return
+    import termios
+
     before = termios.tcgetattr(sys.stdin)
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
@@ -109,7 +111,7 @@ class _Formatted:
 
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop")
-        self._text, self._final, self._shown = "", 0, 0.0
+        self._text, self._final, self._next = "", 0, 0.0
 
     def __enter__(self) -> "_Formatted":
         self._live.start()
@@ -123,15 +125,16 @@ class _Formatted:
     def write(self, piece: str) -> None:
         """Add to the text."""
         self._text += piece
-        now = time.monotonic()
-        if now - self._shown < _REFRESH_SECONDS:
+        started = time.monotonic()
+        if started < self._next:
             return
-        self._shown = now
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # or what is half drawn would stay
         try:
             self._draw()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        ended = time.monotonic()
+        self._next = ended + max(_REFRESH_SECONDS, _PAUSE * (ended - started))
 
     def _draw(self) -> None:
         lines = self._lines()

@@ -1,6 +1,7 @@
 """`dbrx-quant serve`: an OpenAI-compatible server for a quantized model."""
 
 import argparse
+import ipaddress
 import os
 import shlex
 import socket
@@ -62,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
                 f"({error}); transformers 5.23 is known to work"
             ) from error
         api_key = arguments.api_key or os.environ.get(API_KEY) or None
+        if api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+            say("warning: everybody who reaches this machine can use the model; --api-key asks for a key")
         app = build_app(folder, name, arguments.device, api_key)
         host, number = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host

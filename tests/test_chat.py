@@ -253,7 +253,8 @@ def test_markdown_appears_whole_whatever_pieces_it_comes_in():
     import dbrx_quant.scripts.chat_screen as module
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_REFRESH_SECONDS", 0.0)
+        patch.setattr(module, "_REFRESH_SECONDS", 0)
+        patch.setattr(module, "_PAUSE", 0)
         with screen.answer() as write:
             for start in range(0, len(text), 7):
                 write(text[start : start + 7])

@@ -6,6 +6,7 @@ from scripted_model import scripted_folder
 from tiny_output import ADDED, TOKENIZER_CONFIG, make_output, make_tokenizer
 
 from dbrx_quant.runtime import load_model
+from dbrx_quant.runtime.activations import use_activations
 from dbrx_quant.runtime.conversation import Conversation
 from dbrx_quant.runtime.text import load_tokenizer
 from dbrx_quant.runtime.text_stream import TextStream
@@ -81,9 +82,14 @@ def test_what_was_read_before_is_not_computed_again(talk, prompts, scripted):
     assert talk.ask("d", silent).reused == 1, "only <|im_start|> is the same"
 
 
-def test_answers_with_kept_keys_are_those_computed_anew(random_model):
-    """Ten turns, with all that changes the past in between; a model with random weights forgives nothing."""
-    model, tokenizer = random_model
+@pytest.mark.parametrize("mode", ["float", "int8"])
+def test_answers_with_kept_keys_are_those_computed_anew(random_model, mode):
+    """All that changes the past in between; a model with random weights forgives nothing."""
+    with use_activations(mode):  # with rounded ones whole steps run natively
+        compare_with_fresh_answers(*random_model)
+
+
+def compare_with_fresh_answers(model, tokenizer):
     talk = Conversation(model, tokenizer, max_new_tokens=5)
     steps = [
         lambda: talk.ask("one", silent),

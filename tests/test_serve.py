@@ -12,10 +12,12 @@ import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from scripted_model import byte_ids, scripted_folder
 
+from dbrx_quant.runtime import loader
 from dbrx_quant.scripts.main import main
 from dbrx_quant.scripts.output import model_title
 from dbrx_quant.scripts.serve import example, port
@@ -263,6 +265,15 @@ def test_a_taken_port_is_told_before_anything_is_loaded(capsys):
         number = taken.getsockname()[1]
         assert main(["serve", "no/such/folder", "--port", str(number)]) == 1
     assert f"cannot listen on 127.0.0.1:{number}: Address already in use" in capsys.readouterr().err
+
+
+def test_an_open_door_is_told(monkeypatch, capsys):
+    monkeypatch.delenv("DBRXQ_API_KEY", raising=False)
+    assert main(["serve", "no/such/folder/at/all", "--port", "0", "--host", "127.0.0.1"]) == 1
+    assert "everybody" not in capsys.readouterr().err
+    monkeypatch.setattr(loader, "find_folder", lambda *_: Path("none"))
+    assert main(["serve", "none", "--port", "0", "--host", "0.0.0.0"]) == 1
+    assert "warning: everybody who reaches this machine" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_told_with_the_way_out(monkeypatch, capsys):
