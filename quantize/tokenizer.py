@@ -69,9 +69,7 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int) -> list[str]:
     if template is None and not (source / "tokenizer.json").is_file():
         template = wrapped_template(source, vocabulary.added)
         if template is not None:
-            notes.append(
-                "wrote ChatML's template, which the wrapper has in its code, without a system prompt"
-            )
+            notes.append("took ChatML's template, which the wrapper has in its code, without a system prompt")
     config, changes = _mended_config(config, mended, template)
     notes += changes
     write_text(out / "tokenizer.json", text)

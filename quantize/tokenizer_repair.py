@@ -69,7 +69,7 @@ def plan_repair(folder: Path) -> Repair:
             if (trial / name).is_file() and not _same(folder / name, trial / name):
                 files[name] = (trial / name).read_bytes()
                 if not (folder / name).exists():
-                    changes.append(f"wrote {name}, which was missing")
+                    changes.append(f"{name}: missing, made anew")
         remaining = check_tokenizer(trial, size)
     return Repair(tuple(problems), tuple(changes) if files else (), files, tuple(remaining))
 

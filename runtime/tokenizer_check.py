@@ -59,7 +59,11 @@ def check_tokenizer(folder: Path, vocab_size: int) -> list[Problem]:
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        return [Problem("tokenizer.json", "missing; only the tokenizers format is read")]
+        return [
+            Problem(
+                "tokenizer.json", "missing; 'dbrx-quant tokenizer' makes it from other files where it can"
+            )
+        ]
     problems: list[Problem] = []
     try:
         parsed = read_object(path)

@@ -64,7 +64,7 @@ def test_a_repair_mends_all_that_the_check_found(source, capsys):
     assert (code, err) == (0, "")
     assert "filled 1 unused id with placeholders: 256" in out
     assert "config.json: eos_token_id missing → [257, 260]" in out
-    assert "wrote generation_config.json, which was missing" in out
+    assert "generation_config.json: missing, made anew" in out
     assert run(capsys, source, "--check") == (
         0,
         f"{source}: sound: every token has its id, and a chat turn its end\n",
