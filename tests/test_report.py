@@ -19,7 +19,7 @@ from dbrx_quant.quantize.conversion import ConvertOptions, convert
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import save_evaluation
 from dbrx_quant.scripts.main import main
-from dbrx_quant.scripts.reporting.charts import linear_ticks, log_ticks
+from dbrx_quant.scripts.reporting.charts import Mark, linear_ticks, log_chart, log_ticks
 from dbrx_quant.scripts.reporting.data import LINEAR_COLUMNS, compare, gather, label, measured_kl, read_folder
 from dbrx_quant.scripts.reporting.heatmaps import STEPS, Scale
 from dbrx_quant.scripts.reporting.marks import count_text, digits, percent
@@ -311,6 +311,14 @@ def test_numbers_are_short():
         "10.2 million",
         "131 billion",
     ]
+
+
+def test_names_of_marks_that_lie_close_stand_one_above_the_other():
+    marks = [Mark(3.0, kl, "tip", "measured", f"text {i}") for i, kl in enumerate((0.0101, 0.01, 0.0102))]
+    page = log_chart("curve", [[(2.0, 0.1), (4.0, 0.001)]], marks, "bits", "nats")
+    at = sorted(float(y) for y in re.findall(r'class="name" x="[\d.]+" y="([\d.]+)">text', page))
+    assert len(at) == 3
+    assert min(b - a for a, b in pairwise(at)) >= 16
 
 
 def test_ticks_are_round_and_inside():

@@ -9,6 +9,7 @@ from dbrx_quant.scripts.reporting.marks import digits, escape
 WIDTH, HEIGHT = 600, 380
 _UNITS = (("nats", 1.0), ("thousandths of a nat", 1e-3), ("millionths of a nat", 1e-6))
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 40, 52
+_LINE = 17  # height of a name beside a mark
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def log_chart(
     for style, line in [(f"l{i % 4}", line) for i, line in enumerate(lines)] + [("joined", joined)]:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         parts.append(f'<polyline class="line {style}" points="{path}"/>')
-    parts += [_mark(mark, *place(mark.x, mark.y)) for mark in marks]
+    taken: list[tuple[float, float, float]] = []  # from, to, y of the names so far
+    for mark in sorted(marks, key=lambda mark: mark.y):  # from the lowest up
+        parts.append(_mark(mark, *place(mark.x, mark.y), taken))
     return "".join([*parts, "</svg>"])
 
 
@@ -173,19 +176,24 @@ def _open_group(tip: str) -> str:
     return f'<g class="mark" role="img" aria-label="{said}" data-tip="{said}">'
 
 
-def _mark(mark: Mark, x: float, y: float) -> str:
+def _mark(mark: Mark, x: float, y: float, taken: list[tuple[float, float, float]]) -> str:
     shape = {
         "this": f'<path d="M{x:.1f} {y - 9:.1f}l9 9-9 9-9-9z"/>',
         "measured": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>',
         "predicted": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>',
     }[mark.style]
-    late = x + 12 + 11 * len(mark.text) > WIDTH  # as wide as its letters are on a phone
-    label = (
-        f'<text class="name{" late" if late else ""}" x="{x + (-12 if late else 12):.1f}" y="{y - 8:.1f}">'
-        f"{escape(mark.text)}</text>"
-        if mark.text
-        else ""
-    )
+    label = ""
+    if mark.text:
+        width = 11 * len(mark.text)  # as wide as its letters are on a phone
+        late = x + 12 + width > WIDTH
+        start, at = (x - 12 - width if late else x + 12), y - 8
+        for other_start, other_end, other in taken:
+            if start < other_end and other_start < start + width and abs(at - other) < _LINE:
+                at = other - _LINE
+        taken.append((start, start + width, at))
+        style = "name late" if late else "name"
+        beside = x - 12 if late else x + 12
+        label = f'<text class="{style}" x="{beside:.1f}" y="{at:.1f}">{escape(mark.text)}</text>'
     return (
         f'{_open_group(mark.tip)}<circle class="aim" cx="{x:.1f}" cy="{y:.1f}" r="14"/>'
         f'<g class="{mark.style}">{shape}</g>{label}</g>'
