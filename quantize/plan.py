@@ -180,20 +180,17 @@ def bpw_for_size(options: "ConvertOptions", size: int) -> float:
 def bpw_for_vram(options: "ConvertOptions", vram: int, context: int) -> float:
     """The bits per weight at which model and a half-precision cache of `context` tokens fit in `vram` bytes.
 
-    Five per cent are left for activations and fragmentation; the embedding, of which a token needs one row,
-    is counted as kept in main memory.
+    Five per cent are left for activations and fragmentation.
 
     Raises:
         ValueError: the cache alone, or the fewest bits, take more.
     """
     architecture = _architecture(options.model)
     cache = cache_bytes(architecture, context)
-    embedding = 2 * architecture.vocabulary * architecture.hidden
-    size = int(0.95 * vram) - cache + embedding
     return _bpw(
         architecture,
         options.head_bits,
-        size,
+        int(0.95 * vram) - cache,
         f"{vram / 1e9:.3g} GB with a cache of {cache / 1e9:.3g} GB for {context} tokens",
     )
 

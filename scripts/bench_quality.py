@@ -176,9 +176,11 @@ class Bench:
             source, out, architecture, bits=target, head_bits=head_bits, rows=rows, length=length, dataset=""
         )
         return out, {
-            "bpw": inspect_folder(out).bpw, "predicted_kl": strategy.kl, "measured_kl": measured and measured["kl"],
+            "bpw": inspect_folder(out).bpw,
+            "predicted_kl": strategy.kl,
+            "measured_kl": measured and measured["kl"],
             "quantize": seconds,
-        }  # fmt: skip
+        }
 
     def _scratch(self, name: str) -> Path:
         """An empty folder: whoever was stopped in it starts again."""

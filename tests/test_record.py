@@ -28,7 +28,7 @@ def converted(tmp_path_factory):
 
 
 def test_the_record_holds_the_settings_and_the_versions(converted):
-    options, out = converted
+    _, out = converted
     record = read_record(out)
     assert record["settings"]["bpw"] == 3.0
     assert record["settings"]["model"] == "my model"
