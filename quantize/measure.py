@@ -1,13 +1,14 @@
 """The measurement: for every linear, what each choice of bits costs, in nats per token.
 
 Two passes over the model. Forward, the dense hidden states before every block are left on disk. Backward,
-from the head to the first block, gradients of the log-likelihood flow through each block while its linears'
-inputs and output gradients are summed up; each linear then gets its curve. Finished linears and passed blocks
-are files, so that a second run goes on where the first one stopped.
+from the head to the first block, gradients of the log-likelihood flow through each block (of some rows, where
+there are many) while its linears' inputs and output gradients are summed up; each linear then gets its curve.
+Finished linears and passed blocks are files, so that a second run goes on where the first one stopped.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dbrx_quant.calibration.fisher import GradientSum, head_gradients
 from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments, hessian
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
-from dbrx_quant.quantize.curve import choose_shrinkage, draw, energy, prepare
+from dbrx_quant.quantize.curve import choose_shrinkage, draw, feedback_factors, prepare, sampled_energy
 from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
@@ -28,6 +29,8 @@ from dbrx_quant.runtime.files import write_json
 
 ROWS_TOKENS = 2048  # tokens that go through a block's attention at a time
 EXPERT_TOKENS = 2048  # tokens that go through an expert at a time with gradients
+GRADIENT_TOKENS = 2048  # from twice as many on, only a part of the rows goes backward as well
+MOST_STRIDE = 2  # that part is a half at least
 POOLED = 0.3  # share of an expert's price that comes from all experts of its block
 
 
@@ -51,6 +54,20 @@ class MeasureJob:
     seed: int = 0
     effort: Effort = "default"
 
+    @property
+    def _stride(self) -> int:
+        return min(MOST_STRIDE, max(1, self.tokens.numel() // GRADIENT_TOKENS))
+
+    @property
+    def rows(self) -> Tensor:
+        """[R, L]: the tokens in the order of all states, those that go backward first."""
+        return torch.cat([self.tokens[i :: self._stride] for i in range(self._stride)])
+
+    @property
+    def backward_rows(self) -> int:
+        """How many rows gradients are summed up over: they cost twice as much as inputs."""
+        return len(self.tokens[:: self._stride])
+
     def states(self, block: int) -> Path:
         """Hidden states before a block, [R, L, D]."""
         return self.folder / f"states-{block:03}.npy"
@@ -62,6 +79,19 @@ class MeasureJob:
     def entry(self, name: str) -> Path:
         """What was measured of one linear."""
         return self.folder / "linears" / f"{name}.json"
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What linears of a block that are alike have in common: of many experts only the first one pays for it.
+
+    Attributes:
+        shrinkage: per role and tokens per channel, in steps of four times as many.
+        feedback: per role, its factor at each width.
+    """
+
+    shrinkage: dict[tuple[str, int], Shrinkage]
+    feedback: dict[str, Sequence[float]]
 
 
 def spans(count: int, step: int) -> Iterator[slice]:
@@ -121,7 +151,7 @@ def _forward(job: MeasureJob) -> None:
     if not job.states(0).exists():
         with new_states(job.states(0), shape) as states:
             for part in batches(states):
-                states[part] = job.model.embed(job.tokens[part])
+                states[part] = job.model.embed(job.rows[part])
     for block in architecture.blocks:
         if not job.states(block.index + 1).exists():
             states = open_states(job.states(block.index))
@@ -166,13 +196,19 @@ def _head(job: MeasureJob) -> None:
         return
     states = open_states(job.states(count))
     flat = states.view(-1, architecture.hidden)
-    weight = job.model.dense(head)
-    with new_states(job.gradients(count), tuple(states.shape)) as gradients:
-        total = head_gradients(job.model, flat, gradients.view(-1, architecture.hidden), weight, job.seed)
+    weight, backward = job.model.dense(head), states[: job.backward_rows]
+    with new_states(job.gradients(count), tuple(backward.shape)) as gradients:
+        total = head_gradients(
+            job.model,
+            backward.view(-1, architecture.hidden),
+            gradients.view(-1, architecture.hidden),
+            weight,
+            job.seed,
+        )
     moments, rows = SplitMoments.zero(head.shape[0]), token_rows(states)
     for part in spans(len(flat), ROWS_TOKENS):
         moments.add(job.model.final_norm(flat[part]), rows[part])
-    _measure_linears(job, [head], moments, {head.name: total}, lambda _: weight, {})
+    _measure_linears(job, [head], moments, {head.name: total}, lambda _: weight, _Shared({}, {}))
     job.progress.step("head")
 
 
@@ -182,34 +218,34 @@ def _measure_linears(
     moments: SplitMoments,
     gradients: dict[str, GradientSum],
     weight_of: Callable[[LinearSpec], Tensor],
-    chosen: dict[tuple[str, int], Shrinkage],
+    shared: _Shared,
 ) -> None:
-    """Draw the curves of linears that share their inputs, and write them.
-
-    `chosen` remembers the shrinkage per role and octave of tokens per channel, so that of many experts alike
-    only the first one pays for the choice.
-    """
-    todo = [spec for spec in specs if not job.entry(spec.name).exists()]
+    """Draw the curves of linears that share their inputs, and write them."""
+    role, todo = specs[0].role, [spec for spec in specs if not job.entry(spec.name).exists()]
     if not todo:
         entry = json.loads(job.entry(specs[0].name).read_text())
-        chosen[(specs[0].role, entry["octave"])] = Shrinkage(entry["damping"], entry["prior"])
+        shared.shrinkage[(role, entry["step"])] = Shrinkage(entry["damping"], entry["prior"])
+        shared.feedback[role] = entry["feedback"]
         return
     moments.check(specs[0].name)
-    k = specs[0].shape[0]
-    own = moments.fit.effective + moments.held.effective
-    octave = round(torch.log2(torch.tensor(max(own, 1.0) / k)).item())
-    key = (specs[0].role, octave)
-    if key not in chosen:
-        chosen[key] = choose_shrinkage(weight_of(specs[0]), moments)
-    shrinkage = chosen[key]
+    own, weight = moments.fit.effective + moments.held.effective, weight_of(specs[0])
+    step = round(math.log2(max(own, 1.0) / specs[0].shape[0]) / 2)
+    if (role, step) not in shared.shrinkage:
+        shared.shrinkage[(role, step)] = choose_shrinkage(weight, moments)
+    shrinkage = shared.shrinkage[(role, step)]
     joined = moments.joined()
     matrix = hessian(joined, moments.prior, shrinkage)
-    energies = {spec.name: energy(weight_of(spec), matrix) for spec in todo}
+    energies = {spec.name: sampled_energy(weight_of(spec), matrix) for spec in todo}
     prepared = prepare(matrix)
+    if role not in shared.feedback:
+        columns = gradients[specs[0].name].column_weights()
+        shared.feedback[role] = feedback_factors(weight, prepared, columns, job.effort)
     for spec in todo:
         total = gradients[spec.name]
         columns = total.column_weights()
-        curve = draw(weight_of(spec), prepared, columns, energies[spec.name], spec.bias, job.effort)
+        curve = draw(
+            weight_of(spec), prepared, columns, energies[spec.name], shared.feedback[role], spec.bias
+        )
         write_json(
             job.entry(spec.name),
             {
@@ -218,8 +254,8 @@ def _measure_linears(
                 "tokens": joined.tokens,
                 "effective_tokens": joined.effective,
                 "weight": joined.weight,
-                "gradient": total.total,
-                "octave": octave,
+                "gradient": total.total * len(job.tokens) / job.backward_rows,
+                "step": step,
                 **asdict(shrinkage),
                 "feedback": list(curve.feedback),
                 "energy": curve.energy,
@@ -237,16 +273,15 @@ def _backward(job: MeasureJob, index: int) -> None:
         return
     states, upstream = open_states(job.states(index)), open_states(job.gradients(index + 1))
     live = job.model.block(index)
-    chosen: dict[tuple[str, int], Shrinkage] = {}
+    shared = _Shared({}, {})
     routed: _RoutedGradients | None = None
     if spec.experts:
-        routed = _backward_experts(job, live, states, upstream, spec.experts, chosen)
-    watch = _Watch(live)
-    with new_states(job.gradients(index), tuple(states.shape)) as gradients:
-        length = states.shape[1]
-        for part in batches(states):
+        routed = _backward_experts(job, live, states, upstream, spec.experts, shared)
+    watch, length, rows = _Watch(live), states.shape[1], token_rows(states).view(states.shape[:2])
+    with new_states(job.gradients(index), tuple(upstream.shape)) as gradients:
+        for part in batches(upstream):
             x = states[part].clone().requires_grad_()
-            watch.rows = torch.arange(part.start, part.stop).repeat_interleave(length)
+            watch.rows = rows[part].flatten()
             with torch.enable_grad():
                 output, routing = live(x)
             roots, seeds = [output], [upstream[part]]
@@ -257,10 +292,13 @@ def _backward(job: MeasureJob, index: int) -> None:
             torch.autograd.backward(roots, seeds)
             assert x.grad is not None
             gradients[part] = x.grad
+        for part in batches(states[len(upstream) :]):
+            watch.rows = rows[len(upstream) :][part].flatten()
+            live(states[len(upstream) :][part])
         watch.close()
         check_states(gradients, f"gradients before block {index}")
         for stage, moments in zip(spec.stages, watch.moments, strict=True):
-            _measure_linears(job, list(stage), moments, watch.gradients, job.model.dense, chosen)
+            _measure_linears(job, list(stage), moments, watch.gradients, job.model.dense, shared)
     job.progress.step(f"backward, block {index}")
 
 
@@ -290,7 +328,8 @@ class _Watch:
         def see_output(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if moments is not None:
                 moments.add(inputs[0].detach().reshape(-1, inputs[0].shape[-1]), self.rows)
-            output.register_hook(see_gradient)  # type: ignore[no-untyped-call]
+            if output.requires_grad:
+                output.register_hook(see_gradient)  # type: ignore[no-untyped-call]
 
         return see_output
 
@@ -314,13 +353,13 @@ def _backward_experts(
     states: Tensor,
     upstream: Tensor,
     experts: ExpertsSpec,
-    chosen: dict[tuple[str, int], Shrinkage],
+    shared: _Shared,
 ) -> _RoutedGradients:
     hidden = states.shape[-1]
     x = torch.empty(states.shape[0] * states.shape[1], hidden)
     routing = route(live, states, torch.empty_like(states), x)
-    result = _RoutedGradients(torch.zeros_like(x), torch.zeros(routing.weight.shape))
     flat = upstream.reshape(-1, hidden)
+    result = _RoutedGradients(torch.zeros_like(flat), torch.zeros(len(flat), routing.weight.shape[1]))
     rows, act = token_rows(states), activation(experts.activation)
     for expert, linears in enumerate(experts.linears):
         tokens = tokens_of(routing, expert)
@@ -328,7 +367,8 @@ def _backward_experts(
         dense = dict(zip(linears, weights, strict=True)).__getitem__
         sums = {spec.name: GradientSum.zero(spec.shape[1]) for spec in linears}
         inputs, inner = SplitMoments.zero(gate.shape[1], True), SplitMoments.zero(down.shape[1], True)
-        for part in spans(len(tokens.index), EXPERT_TOKENS):
+        backward = int((tokens.index < len(flat)).sum())  # the first ones
+        for part in spans(backward, EXPERT_TOKENS):
             index, p = tokens.index[part], tokens.weight[part]
             xe = x[index].requires_grad_()
             with torch.enable_grad():
@@ -343,14 +383,18 @@ def _backward_experts(
                 sums[spec.name].add(gradient)
             inputs.add(xe.detach(), rows[index], p.square())
             inner.add(h.detach(), rows[index], p.square())
+        for part in spans(len(tokens.index) - backward, EXPERT_TOKENS):
+            index, square = tokens.index[backward:][part], tokens.weight[backward:][part].square()
+            inputs.add(x[index], rows[index], square)
+            inner.add(expert_inner(x[index], gate, up, act), rows[index], square)
         for part in spans(len(tokens.others), EXPERT_TOKENS):
             assert inputs.prior is not None
             assert inner.prior is not None
             other = x[tokens.others[part]]
             inputs.prior.add(other)
             inner.prior.add(expert_inner(other, gate, up, act))
-        _measure_linears(job, list(linears[:2]), inputs, sums, dense, chosen)
-        _measure_linears(job, list(linears[2:]), inner, sums, dense, chosen)
+        _measure_linears(job, list(linears[:2]), inputs, sums, dense, shared)
+        _measure_linears(job, list(linears[2:]), inner, sums, dense, shared)
         job.progress.step(f"block {live.spec.index}, expert {expert}")
     return result
 
@@ -374,7 +418,7 @@ def assemble(job: MeasureJob) -> dict[str, Any]:
         options = [[bits, error * prices[name], text] for bits, error, text in entry.pop("options")]
         entry["energy"] *= prices[name]
         entry["price"] = prices[name]
-        del entry["octave"], entry["gradient"]
+        del entry["step"], entry["gradient"]
         linears_out[name] = {**entry, "options": options}
     report = {
         str(block.index): json.loads((job.folder / f"coverage-{block.index:03}.json").read_text())

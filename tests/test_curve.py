@@ -7,10 +7,17 @@ import torch
 
 from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments
 from dbrx_quant.quantize import curve as drawing
-from dbrx_quant.quantize.curve import choose_shrinkage, draw, energy, prepare, spread_columns
+from dbrx_quant.quantize.curve import (
+    choose_shrinkage,
+    draw,
+    energy,
+    feedback_factors,
+    prepare,
+    spread_columns,
+)
 from dbrx_quant.quantize.ldlq import quantize_matrix
 from dbrx_quant.quantize.recipe import parse_groups, render_groups
-from dbrx_quant.runtime.format import Group, check_groups, padded_columns, storage_bits
+from dbrx_quant.runtime.format import WIDTHS, Group, check_groups, padded_columns, storage_bits
 from oracles_solver import damped, strong_hessian, weights
 
 
@@ -27,7 +34,8 @@ def drawn(k, n, seed, decay=0.9):
     weight, matrix, columns = problem(k, n, seed, decay)
     whole = energy(weight, matrix)
     prepared = prepare(matrix.clone())
-    return weight, matrix, columns, prepared, draw(weight, prepared, columns, whole)
+    feedback = feedback_factors(weight, prepared, columns)
+    return weight, matrix, columns, prepared, draw(weight, prepared, columns, whole, feedback)
 
 
 def real_error(weight, matrix, columns, prepared, groups):
@@ -84,7 +92,7 @@ def test_sampled_columns_stand_for_all(monkeypatch):
     curves = []
     for count in (640, 160):
         monkeypatch.setattr(drawing, "SAMPLE_COLUMNS", count)
-        curves.append(draw(weight, prepare(matrix.clone()), columns, 1.0))
+        curves.append(draw(weight, prepare(matrix.clone()), columns, 1.0, [1.0] * len(WIDTHS)))
     whole, sampled = ([(o[0], o[1]) for o in curve.options] for curve in curves)
     for bits, error in sampled:
         near = min(whole, key=lambda option: abs(option[0] - bits))
@@ -103,7 +111,10 @@ def test_the_energy_is_what_dropping_the_weight_costs():
 
 def test_a_weight_of_zeros_has_a_curve():
     _, matrix, columns = problem(64, 32, 8)
-    curve = draw(torch.zeros(32, 64), prepare(matrix), columns, 0.0)
+    zeros, prepared = torch.zeros(32, 64), prepare(matrix)
+    feedback = feedback_factors(zeros, prepared, columns)
+    assert feedback == (1.0,) * len(WIDTHS)
+    curve = draw(zeros, prepared, columns, 0.0, feedback)
     assert curve.options
     assert curve.options[0][1] == 0
     check_groups(parse_groups(curve.options[0][2]), 64)

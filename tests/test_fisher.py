@@ -7,6 +7,7 @@ import torch
 from small_models import EXPERTS, random_tokens, save_model, whole_model
 from torch import nn
 
+from dbrx_quant.calibration import fisher
 from dbrx_quant.calibration.fisher import TOKENS_AT_ONCE, GradientSum, head_gradients
 from dbrx_quant.calibration.hessian import Moments
 from dbrx_quant.calibration.states import open_states
@@ -84,14 +85,14 @@ def autograd_sums(model, modules, ids, labels):
 
 def measured(folder, ids, work, monkeypatch):
     """The measurement's entries, the labels it drew, and its model."""
-    labels, draw = [], torch.multinomial
+    labels, draw = [], fisher.draw_labels
 
     def recorded(*arguments, **options):
         labels.append(draw(*arguments, **options))
         return labels[-1]
 
-    monkeypatch.setattr(torch, "multinomial", recorded)
-    job = MeasureJob(StreamedModel(folder), ids, work, Progress(), seed=5)
+    monkeypatch.setattr(fisher, "draw_labels", recorded)
+    job = MeasureJob(StreamedModel(folder), ids, work, Progress(), seed=6)
     result = measure(job)
     names = [spec.name for spec in job.model.architecture.linears()]
     return job, result, {n: json.loads(job.entry(n).read_text()) for n in names}, torch.cat(labels)
@@ -209,3 +210,11 @@ def test_a_random_error_costs_its_price_within_a_quarter(family, configure, tmp_
     assert {spec.role for spec, _ in modules.values()} == {modules[name][0].role for name in ratios}
     outside = {name: round(ratio, 3) for name, ratio in ratios.items() if not 0.75 < ratio < 1.33}
     assert not outside, ratios
+
+
+def test_labels_are_drawn_as_often_as_they_are_likely():
+    probabilities = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0]).expand(20_000, 6)
+    labels = fisher.draw_labels(probabilities, torch.Generator().manual_seed(0))
+    shares = torch.bincount(labels[:, 0], minlength=6) / len(labels)
+    torch.testing.assert_close(shares, probabilities[0], rtol=0, atol=0.02)
+    assert shares[[0, 2, 5]].tolist() == [0, 0, 0]

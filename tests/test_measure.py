@@ -162,7 +162,7 @@ def test_experts_alike_share_one_choice_of_shrinkage(tmp_path, monkeypatch):
         for spec in specs:
             entry = read(done, spec)
             role = "in" if spec.role in ("gate", "up") else "down"
-            found.setdefault((role, entry["octave"]), set()).add((entry["damping"], entry["prior"]))
+            found.setdefault((role, entry["step"]), set()).add((entry["damping"], entry["prior"]))
     assert all(len(values) == 1 for values in found.values()), found
     assert len(chosen) < sum(len(b.experts.linears) * 2 + 2 for b in done.model.architecture.blocks)
 
@@ -203,3 +203,24 @@ def test_gradients_that_overflow_are_refused_with_block_and_row(tmp_path):
     folder = save_model(tmp_path / "model", "llama", change=damage)
     with pytest.raises(ValueError, match=r"gradients before block 1: NaN or infinity in calibration row 2"):
         measure(job(folder, tmp_path / "work", ids))
+
+
+@pytest.mark.parametrize("family", ["dbrx", "llama"])
+def test_gradients_of_a_part_of_the_rows_stand_for_those_of_all(family, tmp_path, monkeypatch):
+    folder, ids = save_model(tmp_path / "model", family, std=0.2), random_tokens(48, 12)
+    every = job(folder, tmp_path / "all", ids)
+    assert torch.equal(every.rows, ids)
+    assert every.backward_rows == 48
+    whole = measure(every)["linears"]
+    monkeypatch.setattr(measuring, "GRADIENT_TOKENS", 64)
+    part = job(folder, tmp_path / "part", ids)
+    assert part.backward_rows == 24
+    assert torch.equal(part.rows[:24], ids[::2])
+    assert sorted(part.rows.tolist()) == sorted(ids.tolist())
+    found = measure(part)["linears"]
+    assert len(open_states(part.gradients(0))) == 24
+    for spec in part.model.architecture.linears():
+        mine, exact = found[spec.name], whole[spec.name]
+        assert mine["tokens"] == exact["tokens"]
+        assert mine["weight"] == pytest.approx(exact["weight"], rel=1e-4)
+        assert mine["price"] == pytest.approx(exact["price"], rel=0.5)
