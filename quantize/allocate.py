@@ -24,7 +24,8 @@ class Strategy:
     Attributes:
         target_bpw: what was asked for.
         bpw: what the decoder's linears take on disk, overhead included, per weight.
-        kl: predicted KL divergence in nats per token, head included.
+        kl: predicted KL divergence in nats per token, head included: from `allocate` the sum of all errors,
+            each to second order; `predict` knows better.
         choices: linear → its option.
     """
 

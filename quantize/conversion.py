@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.patch_config import Summary, generation_config, patched_config, write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.plan import check_channels, check_memory, shape_range
+from dbrx_quant.quantize.predict import Predictor
 from dbrx_quant.quantize.progress import bar
 from dbrx_quant.quantize.record import RECORD_NAME, Settings, plain_name, write_record
 from dbrx_quant.quantize.repair import DEFAULT_REPAIR, Repair
@@ -156,7 +157,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
         tokens = _tokens(options)
         check_memory(model.architecture, tokens.input_ids, options.max_memory)
         measurement = _measurement(options, model, tokens)
-        strategies = [allocate(measurement, target, options.head_bits) for target in options.targets]
+        strategies = _strategies(options, model, tokens, measurement)
         return [_one_target(options, model, tokens, measurement, s) for s in strategies]
 
 
@@ -250,6 +251,35 @@ def _public(value: Any) -> Any:
     return plain_name(value) if isinstance(value, str) else value
 
 
+def _strategies(
+    options: ConvertOptions, model: StreamedModel, tokens: TokenRows, measurement: dict[str, Any]
+) -> list[Strategy]:
+    """The allocation for each target, with its predicted KL, which is kept in the work folder."""
+    ids, unseen = split_unseen(tokens.input_ids)
+    folder = options.work / "predict"
+    predictor = Predictor(model, measurement, unseen if len(unseen) else ids, folder, options.seed)
+    strategies = []
+    for target in options.targets:
+        strategy = allocate(measurement, target, options.head_bits)
+        file = _target_work(options, target) / "predicted.json"
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            kl, stderr = predictor.kl(strategy, options.repair is not None)
+            write_json(file, {"kl": kl, "kl_stderr": stderr})
+        predicted = json.loads(file.read_text(encoding="utf-8"))
+        if not options.quiet:
+            error = f" ± {predicted['kl_stderr']:.2g}" if predicted["kl_stderr"] is not None else ""
+            print(f"{target} bits per weight: predicted KL {predicted['kl']:.4g}{error}", file=sys.stderr)
+        strategies.append(replace(strategy, kl=predicted["kl"]))
+    shutil.rmtree(folder, ignore_errors=True)
+    return strategies
+
+
+def _target_work(options: ConvertOptions, target: float) -> Path:
+    """The part of the work folder that belongs to a target."""
+    return options.work / f"{target_name(target)}-h{options.head_bits}"
+
+
 def load_measurement(path: Path, model: Path) -> dict[str, Any]:
     """A measurement, checked to be one of this model.
 
@@ -282,8 +312,7 @@ def _one_target(
 ) -> Converted:
     started = time.monotonic()
     out = options.output(strategy.target_bpw)
-    work = options.work / f"{target_name(strategy.target_bpw)}-h{options.head_bits}"
-    work.mkdir(exist_ok=True)
+    work = _target_work(options, strategy.target_bpw)
     done, written = work / "done.json", strategy.to_json()
     if not (done.exists() and _holds(out, written)):
         strategy_path = work / "strategy.json"

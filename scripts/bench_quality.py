@@ -23,12 +23,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.data import load_tokens, split_unseen
+from dbrx_quant.calibration import data
+from dbrx_quant.calibration.data import load_tokens
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.job import source_facts
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.patch_config import write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
+from dbrx_quant.quantize.predict import Predictor
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.shards import write_shards
 from dbrx_quant.quantize.tokenizer import write_tokenizer
@@ -114,9 +116,9 @@ class Bench:
         if not file.exists():
             say(f"measuring: {setting.name}")
             scratch = self._scratch("measure")
-            ids, _ = split_unseen(self.tokens(setting))
-            job = MeasureJob(self.model, ids, scratch, Progress(), **setting.job)
             with replaced(setting.patches):
+                ids, _ = data.split_unseen(self.tokens(setting))
+                job = MeasureJob(self.model, ids, scratch, Progress(), **setting.job)
                 found, seconds = timed(lambda: measure(job))
             file.parent.mkdir(exist_ok=True)
             write_json(file, {"seconds": seconds, "measurement": found})
@@ -155,18 +157,15 @@ class Bench:
         strategy = variant.allocation(measurement, target, head_bits)
         groups = {name: option[2] for name, option in strategy.choices.items()}
         tokens, scratch = self.tokens(variant.setting), self._scratch("quantize")
-        ids, unseen = split_unseen(tokens)
-        job = QuantizeJob(
-            self.model,
-            ids,
-            scratch,
-            measurement,
-            groups,
-            Progress(),
-            unseen=unseen if len(unseen) else None,
-            **variant.job,
-        )
         with replaced({**variant.setting.patches, **variant.patches}):
+            ids, unseen = data.split_unseen(tokens)
+            watched = unseen if len(unseen) else None
+            job = QuantizeJob(
+                self.model, ids, scratch, measurement, groups, Progress(), unseen=watched, **variant.job
+            )
+            shown = ids if watched is None else watched
+            predictor = Predictor(self.model, measurement, shown, scratch / "predict")
+            (predicted, _), before = timed(lambda: predictor.kl(strategy, job.repair is not None))
             measured, seconds = timed(lambda: quantize_model(job))
         out = scratch / "out"
         write_shards(out, architecture, self.model.checkpoint, scratch / "linears")
@@ -177,9 +176,11 @@ class Bench:
         )
         return out, {
             "bpw": inspect_folder(out).bpw,
-            "predicted_kl": strategy.kl,
-            "measured_kl": measured and measured["kl"],
             "quantize": seconds,
+            "sum_kl": strategy.kl,
+            "predicted_kl": predicted,
+            "predict": before,
+            "unseen": measured,
         }
 
     def _scratch(self, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +76,8 @@ def compare(row: Row, peers: Peers) -> dict[str, Any]:
 
 def size_cells(rows: Sequence[Row], peers: Peers) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of sizes; `~` marks what lies outside of a peer's sizes."""
-    head = ["target", "bpw", "KL", "± se", "perplexity", "top-1", "predicted KL", "predicted/KL"]
+    head = ["target", "bpw", "KL", "± se", "perplexity", "top-1", "predicted KL", "unseen rows", "± se"]
+    head += ["predicted/unseen", "predicted/KL"]
     for tool in rivals(peers):
         head += [f"{LABELS.get(tool, tool)}: KL", "ratio", "bits ahead"]
     cells = []
@@ -83,7 +85,8 @@ def size_cells(rows: Sequence[Row], peers: Peers) -> tuple[list[str], list[list[
         line = [
             f"{row['target']}", f"{row['bpw']:.4f}", number(row["kl"]), number(row["kl_stderr"]),
             f"{row['ppl']:.3f}", f"{row['top1']:.4f}", number(row["predicted_kl"]),
-            f"{row['predicted_kl'] / row['kl']:.2f}",
+            number(row["unseen"]["kl"]), number(row["unseen"]["kl_stderr"]),
+            f"{row['predicted_kl'] / row['unseen']['kl']:.2f}", f"{row['predicted_kl'] / row['kl']:.2f}",
         ]  # fmt: skip
         for other in compare(row, peers).values():
             line.append(("~" if other["kl_extrapolated"] else "") + number(other["kl"]))
@@ -113,6 +116,18 @@ def study_cells(rows: Sequence[Row], base: str) -> tuple[list[str], list[list[st
     return head, cells
 
 
+def prediction_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the study of predictions: means over the parts left out, and each part's ratio."""
+    head = ["target", "predicted KL", "unseen rows", "predicted/unseen", "of each part"]
+    cells = []
+    for target in sorted({row["target"] for row in rows}):
+        pairs = [(r["predicted_kl"], r["unseen"]["kl"]) for r in rows if r["target"] == target]
+        predicted, measured = (statistics.mean(side) for side in zip(*pairs, strict=True))
+        each = " ".join(f"{p / m:.2f}" for p, m in pairs)
+        cells.append([f"{target}", number(predicted), number(measured), f"{predicted / measured:.2f}", each])
+    return head, cells
+
+
 def number(value: float | None) -> str:
     """Four digits, never in powers of ten: 0.3792, 0.0008571."""
     if not value:
@@ -128,6 +143,9 @@ def show(report: Mapping[str, Any], peers: Peers, markdown: bool) -> None:
         if study == "sizes":
             title, note = f"{report['name']}: sizes, on the test text", ""
             head, cells = size_cells(rows, peers)
+        elif study == "prediction":
+            title, note = f"{report['name']}: prediction, on unseen calibration rows", ""
+            head, cells = prediction_cells(rows)
         else:
             title, note = (
                 f"{report['name']}: {study}, on the held-out text",

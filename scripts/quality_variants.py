@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dbrx_quant.calibration.data import UNSEEN_EVERY
 from dbrx_quant.calibration.hessian import Moments, Shrinkage, SplitMoments
 from dbrx_quant.quantize.allocate import HEAD, Option, Strategy, allocate, head_option, spend, weights_of
 from dbrx_quant.quantize.curve import choose_shrinkage
@@ -318,6 +319,16 @@ def _shrinkage(name: str, rule: Callable[[Tensor, SplitMoments], Shrinkage]) -> 
     return Variant(name, Setting(name.replace(" ", "-"), {f"{MEASURE}.choose_shrinkage": rule}))
 
 
+def _left_out(offset: int) -> Setting:
+    """Another part of the rows is not calibrated on than usual."""
+
+    def split(input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        unseen = torch.arange(len(input_ids)) % UNSEEN_EVERY == offset
+        return input_ids[~unseen], input_ids[unseen]
+
+    return Setting(f"left-out-{offset}", {"dbrx_quant.calibration.data.split_unseen": split})
+
+
 def _tokens(count: int) -> Variant:
     return Variant(f"{count // 1024}k tokens", Setting(f"{count // 1024}k-tokens", tokens=count))
 
@@ -356,6 +367,7 @@ STUDIES: Mapping[str, Sequence[Variant]] = {
         OURS,
     ],
     "calibration": [_tokens(8 * 1024), _tokens(32 * 1024), _tokens(128 * 1024)],
+    "prediction": [Variant(f"part {i + 1} left out", _left_out(i)) for i in range(UNSEEN_EVERY)],
     "repair": [Variant("without repair", job={"repair": None}), OURS],
     "effort": [_effort("fast", repair=None), OURS, _effort("best")],
 }

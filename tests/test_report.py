@@ -94,9 +94,9 @@ def test_a_converted_folder_gives_every_figure(converted):
     rows = [dict(zip(LINEAR_COLUMNS, row, strict=True)) for row in found["linears"]["rows"]]
     assert all(value is not None for row in rows[:-1] for key, value in row.items() if key != "expert")
     assert len(found["coverage"]) == found["model"]["blocks"]
-    assert math.fsum(kl for block in found["block_kl"] for kl in block["kl"].values()) == pytest.approx(
-        found["headline"]["predicted_kl"]
-    )
+    alone = math.fsum(kl for block in found["block_kl"] for kl in block["kl"].values())
+    assert alone == pytest.approx(math.fsum(row["nats"] for row in rows), rel=1e-6)
+    assert 0.5 < alone / found["headline"]["predicted_kl"] < 2, "all errors at once cost more or less"
     json.dumps(found, allow_nan=False)
 
 
@@ -105,7 +105,7 @@ def test_the_curve_falls_and_passes_near_the_folders_own_point(report):
     assert list(sizes) == sorted(set(sizes))
     assert list(errors) == sorted(errors, reverse=True)
     at = min(range(len(sizes)), key=lambda i: abs(sizes[i] - report["headline"]["bpw"]))
-    assert errors[at] == pytest.approx(report["headline"]["predicted_kl"], rel=0.1)
+    assert 0.5 < errors[at] / report["headline"]["predicted_kl"] < 2
 
 
 def test_what_each_bit_bought_adds_up_to_the_curve(report):
