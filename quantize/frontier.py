@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dbrx_quant.quantize.allocate import HEAD, head_option, steps_by_gain, weights_of
 
 
@@ -66,3 +68,21 @@ def frontier(
             step = next(steps, None)
         points.append(FrontierPoint(total / weights, error + head, dict(bits)))
     return points
+
+
+def anchored(
+    curve: Sequence[tuple[float, float]], known: Sequence[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """A curve that adds up the errors of all linears, moved to where all of them act at once.
+
+    Args:
+        curve: (bits per weight, KL), both positive, of rising bits.
+        known: (bits per weight, KL) as `predict` or a measurement gives it. Between two of them the factor
+            changes with the bits, beyond the outermost it stays; without any the curve stays as it is.
+    """
+    if not curve or not known:
+        return list(curve)
+    bpw, logs = np.array([x for x, _ in curve]), np.log([y for _, y in curve])
+    at, wanted = np.array(sorted(known)).T
+    factors = np.exp(np.interp(bpw, at, np.log(wanted) - np.interp(at, bpw, logs)))
+    return [(x, float(y * factor)) for (x, y), factor in zip(curve, factors, strict=True)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbrx_quant.quantize.allocate import reachable_bpw
-from dbrx_quant.quantize.frontier import frontier
+from dbrx_quant.quantize.frontier import anchored, frontier
 from dbrx_quant.quantize.hub import Hub, HubError
 from dbrx_quant.quantize.model_card import (
     PICTURE_NAME,
@@ -189,7 +189,9 @@ def _predicted(branches: Sequence[Branch], release: Release) -> list[SizePoint]:
     high = min(high, branches[-1].bpw + _MARGIN_BPW)
     targets = [low + (high - low) * i / _CURVE_POINTS for i in range(_CURVE_POINTS + 1)]
     curve = frontier(measurement, release.branches[0].head_bits, targets, kind=str)
-    return [SizePoint(bpw, kl) for bpw, kl in {point.bpw: point.kl for point in curve}.items() if kl > 0]
+    line = [(bpw, kl) for bpw, kl in {point.bpw: point.kl for point in curve}.items() if kl > 0]
+    known = [(branch.bpw, branch.predicted_kl) for branch in branches if branch.predicted_kl]
+    return [SizePoint(bpw, kl) for bpw, kl in anchored(line, known)]
 
 
 def _send(hub: Hub, contents: Contents, message: str, notify: Notify) -> Sent:

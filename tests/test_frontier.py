@@ -6,7 +6,7 @@ import random
 import pytest
 
 from dbrx_quant.quantize.allocate import allocate, reachable_bpw
-from dbrx_quant.quantize.frontier import frontier
+from dbrx_quant.quantize.frontier import anchored, frontier
 
 
 def measurement(linears=30, options=20, seed=0):
@@ -49,3 +49,15 @@ def test_a_target_below_the_floor_gives_the_floor():
     points = frontier(measured, 6, [1.0, low], str)
     assert [point.bpw for point in points] == pytest.approx([low, low])
     assert points[0].kl > frontier(measured, 6, [3.0], str)[0].kl
+
+
+def test_an_anchored_curve_goes_through_what_is_known():
+    curve = [(2.0, 0.8), (2.5, 0.4), (3.0, 0.2), (4.0, 0.05), (5.0, 0.0125)]
+    assert anchored(curve, []) == curve
+    assert [kl for _, kl in anchored(curve, [(3.0, 0.3)])] == pytest.approx([1.2, 0.6, 0.3, 0.075, 0.01875])
+    moved = dict(anchored(curve, [(4.0, 0.05), (2.5, 0.8)]))
+    assert moved[2.5] == pytest.approx(0.8)
+    assert moved[4.0] == pytest.approx(0.05)
+    assert moved[2.0] == pytest.approx(1.6), "beyond the outermost the factor stays"
+    assert moved[5.0] == pytest.approx(0.0125)
+    assert 0.2 < moved[3.0] < 0.4

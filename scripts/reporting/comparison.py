@@ -1,8 +1,10 @@
 """The sections of the page that compares several checkpoints."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from dbrx_quant.quantize.frontier import anchored
 from dbrx_quant.scripts.output import bytes_text
 from dbrx_quant.scripts.reporting.charts import Mark, log_chart
 from dbrx_quant.scripts.reporting.data import BLOCK, BPW, Report, label, measured_kl
@@ -122,11 +124,7 @@ def _digits(value: float | None) -> str | None:
 
 def curve(reports: Sequence[Report]) -> str:
     """All predicted curves, and every checkpoint's point on them."""
-    lines: list[Any] = []
-    for report in reports:
-        line = [point for point in report["curve"] if point[1] > 0]
-        if line and not any(_same_curve(line, other) for other in lines):
-            lines.append(line)
+    lines = curves(reports)
     text, marks, cells = common_text(reports), [], []
     for name, report in zip(names(reports), reports, strict=True):
         bpw, kl = report["headline"]["bpw"], report["headline"]["predicted_kl"]
@@ -156,9 +154,26 @@ def curve(reports: Sequence[Report]) -> str:
     return section("curve", "Error against size", said, f"<figure>{chart}{details(table)}</figure>")
 
 
+def curves(reports: Sequence[Report]) -> list[list[tuple[float, float]]]:
+    """The curve of each measurement, through all predictions that were made from it."""
+    found: list[tuple[list[tuple[float, float]], list[tuple[float, float]]]] = []
+    for report in reports:
+        line = [(bpw, kl) for bpw, kl in report["curve"] if kl > 0]
+        predicted = report["headline"]["predicted_kl"]
+        known = [(report["headline"]["bpw"], predicted)] if predicted else []
+        same = next((others for other, others in found if line and _same_curve(line, other)), None)
+        if same is not None:
+            same += known
+        elif line:
+            found.append((line, known))
+    return [anchored(line, known) for line, known in found]
+
+
 def _same_curve(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether two curves are of one measurement: they end apart, each beyond its checkpoint's size."""
-    return all(a == b for a, b in zip(one, other, strict=False))
+    """Whether two curves are of one measurement: they end apart, and each goes through its own checkpoint."""
+    pairs = list(zip(one, other, strict=False))
+    factor = pairs[0][0][1] / pairs[0][1][1]
+    return all(a[0] == b[0] and math.isclose(a[1], factor * b[1], rel_tol=1e-9) for a, b in pairs)
 
 
 def differences(comparison: Report) -> str:

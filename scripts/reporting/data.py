@@ -10,12 +10,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.quantize.frontier import FrontierPoint, frontier
+from dbrx_quant.quantize.frontier import FrontierPoint, anchored, frontier
 from dbrx_quant.quantize.recipe import render_groups
 from dbrx_quant.quantize.record import read_record
 from dbrx_quant.runtime.config import read_config
@@ -92,6 +92,10 @@ def gather(folder: Folder) -> Report:
     record = folder.record or {}
     rows, errors = _linears(folder)
     points = _frontier(folder)
+    if strategy.get("predicted_kl") and all(point.kl > 0 for point in points):
+        known = [(facts.bpw, strategy["predicted_kl"])]
+        moved = anchored([(point.bpw, point.kl) for point in points], known)
+        points = [replace(point, kl=kl) for point, (_, kl) in zip(points, moved, strict=True)]
     return {
         "format_version": REPORT_VERSION,
         "name": folder.name,

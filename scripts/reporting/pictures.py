@@ -13,7 +13,7 @@ from dbrx_quant.quantize.pictures import (
     new_figure,
     save_figure,
 )
-from dbrx_quant.scripts.reporting.comparison import common_text, evaluation_on
+from dbrx_quant.scripts.reporting.comparison import common_text, curves, evaluation_on
 from dbrx_quant.scripts.reporting.data import BPW, ERROR, HEAD_KIND, Report, kinds, label, measured_kl
 from dbrx_quant.scripts.reporting.heatmaps import Grid, grids
 
@@ -82,7 +82,7 @@ def _of_several(data: Report, folder: Path) -> list[Path]:
         kl = entry["kl"] if entry else (measured_kl(report) or (0.0, ""))[0]
         if kl > 0:
             points.append(SizePoint(report["headline"]["bpw"], kl, label(report)))
-    predicted = _predicted(reports[0])
+    predicted = [SizePoint(bpw, kl) for bpw, kl in (curves(reports) or [[]])[0]]
     if points or predicted:
         found.append(error_curve_png(points, folder / "curve.png", predicted=predicted))
     columns = grids(reports[0])
