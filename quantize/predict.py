@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ from dbrx_quant.quantize.measure import batches, route
 from dbrx_quant.runtime.evaluate import evaluate
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 
-REPAIRED_KL = 0.9  # share of the KL that the repair leaves: 0.82 to 1 on two models, 2.5 to 4.25 bits
+REPAIRED_BPW = (2.5, 3.0, 3.5)  # bits per weight
+REPAIRED_KL = (0.83, 0.91, 0.97)  # share of the KL that the repair leaves there: means of two models
 
 Noise = Callable[[Tensor, LinearSpec], Tensor]  # a linear's output [.., N] → with noise
 
@@ -79,7 +81,7 @@ class Predictor:
                 lambda _: self._model.final_norm(next(originals)) @ weight.T,
                 self._tokens,
             )
-        share = REPAIRED_KL if repaired else 1.0
+        share = float(np.interp(strategy.bpw, REPAIRED_BPW, REPAIRED_KL)) if repaired else 1.0
         return share * scores.kl, scores.kl_stderr and share * scores.kl_stderr
 
     def _run(self, path: Path, noise: Noise) -> None:

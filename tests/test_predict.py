@@ -9,7 +9,7 @@ from small_models import random_tokens, save_model, whole_model
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.allocate import allocate
 from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.predict import REPAIRED_KL, Predictor
+from dbrx_quant.quantize.predict import Predictor
 from dbrx_quant.quantize.progress import Progress
 
 
@@ -79,5 +79,7 @@ def test_the_same_seed_gives_the_same_prediction_and_a_repair_lowers_it(measured
     first = predictor.kl(strategy, False)
     assert first == predictor.kl(strategy, False)
     assert first == Predictor(model, measurement, ids[:2], tmp_path / "b").kl(strategy, False)
-    assert predictor.kl(strategy, True) == pytest.approx([REPAIRED_KL * value for value in first])
     assert Predictor(model, measurement, ids[:1], tmp_path / "c").kl(strategy, True)[1] is None
+    for bpw, share in ((2.2, 0.83), (2.75, 0.87), (3.0, 0.91), (8.0, 0.97)):
+        repaired = predictor.kl(dataclasses.replace(strategy, bpw=bpw), True)
+        assert repaired == pytest.approx([share * value for value in first])
