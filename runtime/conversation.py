@@ -8,6 +8,7 @@ token ids, so it doesn't matter what was undone, changed, dropped or interrupted
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -216,9 +217,9 @@ class Conversation:
             self._model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                past_key_values=self._cache,
                 max_new_tokens=min(self.max_new_tokens, room),
                 streamer=stream,
+                **{_cache_argument(): self._cache},
                 **sampling(self.temperature),
             )
             if stream.ids[-1] in end_ids(self._model):
@@ -252,6 +253,12 @@ def sampling(temperature: float) -> dict[str, Any]:
     if temperature:
         return {"do_sample": True, "temperature": temperature}
     return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def _cache_argument() -> str:
+    """What `generate` calls the cache: transformers 5.24 renamed it, and warns at the old name."""
+    major, minor = (int(part) for part in version("transformers").split(".")[:2])
+    return "cache" if (major, minor) >= (5, 24) else "past_key_values"
 
 
 def end_ids(model: Any) -> list[int]:

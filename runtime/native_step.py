@@ -225,7 +225,8 @@ class NativeForward:
         states = None if args else self._step(**kwargs)
         if states is None:
             return type(self.model).forward(self.model, *args, **kwargs)
-        return self._output(last_hidden_state=states, past_key_values=kwargs["past_key_values"])
+        name = "cache" if kwargs.get("cache") is not None else "past_key_values"
+        return self._output(last_hidden_state=states, **{name: kwargs[name]})
 
     def _ready(self, mode: str) -> _Built | None:
         """The native form of the model as it is now."""
@@ -246,17 +247,22 @@ class NativeForward:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **options: Any,
     ) -> Tensor | None:
-        """The states [B, T, D] behind the last norm; None: not a step for the native call."""
+        """The states [B, T, D] behind the last norm; None: not a step for the native call.
+
+        The cache is called `past_key_values` before transformers 5.24, and `cache` from there on.
+        """
+        held = past_key_values if cache is None else cache
         if input_ids is not None and input_ids.device.type != "cpu":
             self._built = None  # lets go of what the model had on the CPU
             return None
         if (
             type(input_ids) is not Tensor
-            or past_key_values is None
+            or held is None
             or inputs_embeds is not None
             or use_cache is False
             or not 0 < input_ids.numel() <= MOST_TOKENS
@@ -275,7 +281,7 @@ class NativeForward:
 
         from dbrx_quant.runtime.key_values import growing_layers, same_length
 
-        layers = growing_layers(past_key_values, built.layers)
+        layers = growing_layers(held, built.layers)
         past = None if layers is None else same_length(layers)
         sequences, tokens = input_ids.shape
         if (
@@ -292,11 +298,11 @@ class NativeForward:
         x = embedded.to(torch.float32).contiguous()
         cosines, sines, row = built.rotations.at(past, length)
         offset = row * built.shape[1] * 4
-        cache = (ctypes.c_int64 * (3 * built.layers))(*chain.from_iterable(places))  # type: ignore[arg-type]
+        pointers = (ctypes.c_int64 * (3 * built.layers))(*chain.from_iterable(places))  # type: ignore[arg-type]
         y = torch.empty_like(x)
         status = _native.library().dbrxq_decode(
             built.decoder,
-            cache,
+            pointers,
             sequences,
             tokens,
             past,
