@@ -127,7 +127,11 @@ class LiveBlock:
             return output, output
         added: list[Tensor] = []
         owner, name = self._mlp()
-        handle = owner.get_submodule(name).register_forward_hook(lambda _, inputs, out: added.append(out))
+
+        def keep(module: Any, inputs: Any, output: Any) -> None:
+            added.append(output)
+
+        handle = owner.get_submodule(name).register_forward_hook(keep)
         try:
             output = self(states)[0]
         finally:

@@ -8,6 +8,7 @@ Wants `transformers[serving]`; imports it: import it where that is known to be t
 """
 
 import json
+import logging
 import secrets
 import time
 from concurrent.futures import TimeoutError
@@ -72,7 +73,7 @@ class OneModel(ModelManager):  # type: ignore[misc]
             )
         return super().load_model_and_processor(model_id_and_revision, *args, **options)
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+    def get_gen_models(self, cache_dir: str | None = None) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The list of models: one."""
         return [{"id": self.name, "object": "model", "created": self._created, "owned_by": "dbrx-quant"}]
 
@@ -92,7 +93,8 @@ class OneModel(ModelManager):  # type: ignore[misc]
         """End what is being generated: Python must not exit while another thread computes."""
         self._closing = True
         with suppress(TimeoutError):  # a very long prompt is being read
-            self._state.get_manager(self.name).submit(lambda: None).result(_END_SECONDS)
+            manager: Any = self._state.get_manager(self.name)
+            manager.submit(lambda: None).result(_END_SECONDS)
         super().shutdown()
 
 
@@ -181,7 +183,7 @@ def build_app(folder: Path, name: str, device: str, api_key: str | None = None) 
     Raises:
         CheckpointError: as `load_model`.
     """
-    get_logger("transformers").setLevel("ERROR")  # a line for each request, and what it ignores
+    get_logger("transformers").setLevel(logging.ERROR)  # a line for each request, and what it ignores
     state = GenerationState()
     manager = OneModel(folder, name, device, state)
     app: FastAPI = build_server(
@@ -197,10 +199,10 @@ def build_app(folder: Path, name: str, device: str, api_key: str | None = None) 
     # Not for clients: unloading the model, loading others; nor what our models cannot do (speech).
     app.router.routes[:] = [route for route in app.routes if getattr(route, "path", "") in _PATHS]
 
-    async def refuse(request: Request, error: AnyHTTPException) -> JSONResponse:
+    async def refuse(request: Request, error: Any) -> JSONResponse:
         return _error(error.status_code, str(error.detail))
 
-    async def reject(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def reject(request: Request, error: Any) -> JSONResponse:
         faults = "; ".join(f"{fault['msg']} {fault.get('ctx') or ''}".strip() for fault in error.errors())
         return _error(400, f"no JSON object: {faults}")
 

@@ -163,7 +163,7 @@ class _Lines:
     def __init__(self, lines: "list[list[Segment]]") -> None:
         self._lines = lines
 
-    def __rich_console__(self, *_: object) -> "Iterator[Segment]":
+    def __rich_console__(self, console: "Console", options: object) -> "Iterator[Segment]":
         from rich.segment import Segment
 
         for line in self._lines:

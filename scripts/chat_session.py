@@ -44,6 +44,7 @@ class Screen(Protocol):
 
     def answer(self) -> AbstractContextManager[Callable[[str], None]]:
         """A function to write an answer with, piece by piece."""
+        ...
 
 
 class Session:
