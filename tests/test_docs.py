@@ -16,6 +16,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.rel
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)[^)]*\)|(?:src|href|srcset)=\"([^\"]+)\"")
+ELSEWHERE = re.compile(r"[a-z]+:|\.\./\.\./actions/")  # other sites; GitHub's own pages of the repository
 SPAN = re.compile(r"(?<!`)`(dbrx-quant [^`]+)`(?!`)")
 NAMES = [verb.name for verb in VERBS]
 SHELL = ("sh", "bash", "shell", "console", "zsh", "fish")
@@ -44,7 +45,7 @@ def anchors(text):
 
 def link_fault(page, target):
     """What is wrong with a relative link, None where it leads somewhere; others are not looked at."""
-    if re.match(r"[a-z]+:", target):
+    if ELSEWHERE.match(target):
         return None
     path, _, anchor = unquote(target).partition("#")
     file = (page.parent / path).resolve() if path else page
@@ -78,7 +79,7 @@ def test_commands_parse(page, capsys):
 @each_page
 def test_pictures_are_small_and_described(page):
     for words, target in re.findall(r"!\[([^\]]*)\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-        if re.match(r"[a-z]+:", target):
+        if ELSEWHERE.match(target):
             continue
         assert (page.parent / target).stat().st_size < 150_000
         assert len(words) > 20, f"{target}: say in words what is to be seen"
