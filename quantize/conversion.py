@@ -25,7 +25,7 @@ from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.patch_config import Summary, generation_config, patched_config, write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
-from dbrx_quant.quantize.plan import check_channels, check_memory, shape_range
+from dbrx_quant.quantize.plan import check_channels, check_disk, check_memory, shape_range, total_bytes
 from dbrx_quant.quantize.predict import Predictor
 from dbrx_quant.quantize.progress import bar
 from dbrx_quant.quantize.record import RECORD_NAME, Settings, plain_name, write_record
@@ -156,6 +156,9 @@ def convert(options: ConvertOptions) -> list[Converted]:
         _clean(options.work)
         tokens = _tokens(options)
         check_memory(model.architecture, tokens.input_ids, options.max_memory)
+        sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
+        measured = options.measurement is not None or (options.work / "measurement.json").exists()
+        check_disk(model.architecture, tokens.input_ids.numel(), options.work, options.out, sizes, measured)
         measurement = _measurement(options, model, tokens)
         strategies = _strategies(options, model, tokens, measurement)
         return [_one_target(options, model, tokens, measurement, s) for s in strategies]
@@ -170,6 +173,7 @@ def measure_model(options: ConvertOptions, output: Path) -> Path:
         _clean(options.work)
         tokens = _tokens(options)
         check_memory(model.architecture, tokens.input_ids, options.max_memory)
+        check_disk(model.architecture, tokens.input_ids.numel(), options.work, None)
         write_json(output, _measurement(options, model, tokens))
     return output
 

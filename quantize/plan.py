@@ -1,7 +1,10 @@
 """What a conversion will take, told before it starts: sizes, reachable bits, memory and time."""
 
 import math
+import os
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,6 +244,57 @@ def check_memory(architecture: Architecture, tokens: Tensor, limit: int | None) 
             f"about {wanted / 1e9:.2f} GB of memory are needed at a time, --max-memory allows "
             f"{limit / 1e9:.2f} GB; fewer calibration tokens need less"
         )
+
+
+def check_disk(
+    architecture: Architecture,
+    tokens: int,
+    work: Path,
+    out: Path | None,
+    results: Sequence[int] = (),
+    measured: bool = False,
+) -> None:
+    """Raise ValueError if the disk has no room for a conversion, before hours have gone into it.
+
+    Args:
+        architecture: of the model.
+        tokens: of the calibration.
+        work: the work folder; what it holds from earlier on counts as room.
+        out: where results go; None: there are none.
+        results: bytes of each.
+        measured: whether the measurement is there already.
+    """
+    states = 4 * tokens * architecture.hidden * 6 if measured else states_bytes(architecture, tokens)
+    wanted, there = states + max(results, default=0), _bytes_in(work)
+    folder = _existing(work)
+    free = shutil.disk_usage(folder).free + there
+    if wanted > free:
+        raise ValueError(
+            f"{work}: about {wanted / 1e9:.2f} GB of disk are needed for states and linears, "
+            f"{free / 1e9:.2f} GB are free; fewer calibration tokens (--rows, --length) need less, or put "
+            "--work-dir on another disk"
+        )
+    if out is None:
+        return
+    place, total = _existing(out), sum(results)
+    if os.stat(place).st_dev == os.stat(folder).st_dev:
+        free -= max(results, default=0)  # states are gone by then, but not the linears
+    else:
+        free = shutil.disk_usage(place).free
+    if total > free + _bytes_in(out):
+        raise ValueError(
+            f"{out}: the results take {total / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+            "ask for fewer or smaller ones, or write to another disk"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def machine_flops() -> float:

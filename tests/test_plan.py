@@ -1,6 +1,7 @@
 """What is told before a conversion is what it takes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,12 @@ from dbrx_quant.quantize.conversion import ConvertOptions, convert, measure_mode
 from dbrx_quant.quantize.plan import (
     bpw_for_size,
     bpw_for_vram,
+    check_disk,
     check_memory,
     peak_bytes,
     plan,
     shape_range,
+    states_bytes,
     total_bytes,
 )
 from dbrx_quant.runtime.config import load_config
@@ -114,6 +117,36 @@ def test_a_limit_of_memory_below_the_need_is_refused_with_both(tmp_path, tokens)
     with pytest.raises(ValueError, match=r"--max-memory allows 0\.10 GB"):
         convert(options(TINY, tmp_path / "out", tokens, targets=(3.0,), max_memory=10**8))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_is_refused_before_the_work_starts(tmp_path, tokens, monkeypatch):
+    architecture, ids = describe(load_config(TINY)), random_tokens(8, 32)
+    states, result = states_bytes(architecture, ids.numel()), 2_000_000
+
+    def check(
+        free, work=tmp_path / "work", out=tmp_path / "out", results=(result, result // 2), measured=False
+    ):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        check_disk(architecture, ids.numel(), work, out, results, measured)
+
+    enough = max(states + result, result + result + result // 2)  # states, or linears and the results
+    check(enough)
+    with pytest.raises(ValueError, match=r"work: about \d+\.\d\d GB of disk .* --work-dir"):
+        check(states + result - 1)
+    with pytest.raises(ValueError, match="work: about"):
+        check(states - 1, out=None, results=())
+    check(states, out=None, results=())
+    with pytest.raises(ValueError, match="out: the results take"):
+        check(2 * result + result // 2 - 1, measured=True)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "states.npy").write_bytes(bytes(1000))
+    check(enough - 1000)
+    with pytest.raises(ValueError, match="of disk are needed"):
+        check(10)
+    with pytest.raises(ValueError, match="of disk are needed"):  # the disk is still that full
+        convert(options(TINY, tmp_path / "new", tokens, targets=(3.0,)))
+    assert not (tmp_path / "new").exists()
 
 
 def test_more_tokens_need_more_memory():
