@@ -109,10 +109,7 @@ class Conversation:
         Raises:
             ValueError: there is none.
         """
-        if not self.messages:
-            raise ValueError("nothing was asked yet")
-        if self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
+        self._take_answer_back()
         return self._answer(write)
 
     def undo(self) -> str:
@@ -121,10 +118,7 @@ class Conversation:
         Raises:
             ValueError: there is none.
         """
-        if not self.messages:
-            raise ValueError("nothing was asked yet")
-        if self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
+        self._take_answer_back()
         self._first = 0
         return self.messages.pop()["content"]
 
@@ -197,6 +191,12 @@ class Conversation:
                 layer.keys = layer.keys[..., :length, :]
                 layer.values = layer.values[..., :length, :]
         self._held = self._held[:length]
+
+    def _take_answer_back(self) -> None:
+        if not self.messages:
+            raise ValueError("nothing was asked yet")
+        if self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
 
     def _answer(self, write: Callable[[str], object]) -> Answer:
         first = self._first

@@ -3,11 +3,10 @@
 import argparse
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from cli_runs import run, spawn
 from safetensors import safe_open
 from test_families import CONFIGS
 from tiny_output import make_output, make_source
@@ -31,23 +30,6 @@ def folders(tmp_path_factory):
     make_output(folder)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder
-
-
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command line."""
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def spawn(*arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "dbrx_quant.scripts.main", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,14 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from cli_runs import run, spawn
 from tiny_output import make_output
 
 from dbrx_quant.quantize import conversion as converting
 from dbrx_quant.scripts import doctor
-from dbrx_quant.scripts.main import main
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +19,6 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     make_output(folder)
     return folder
-
-
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command line."""
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def spawn(*arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "dbrx_quant.scripts.main", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
 
 
 @pytest.mark.parametrize(

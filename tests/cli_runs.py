@@ -1,0 +1,23 @@
+"""Running the command in this process, or as one of its own."""
+
+import subprocess
+import sys
+
+from dbrx_quant.scripts.main import main
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command line."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def spawn(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "dbrx_quant.scripts.main", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
