@@ -32,6 +32,15 @@ def test_the_checks_are_those_of_the_local_run():
     assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+def test_the_oldest_transformers_is_checked_too():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (needed,) = (name for name in project["project"]["dependencies"] if name.startswith("transformers"))
+    matrix = yaml.safe_load((FOLDER / "ci.yml").read_text(encoding="utf-8"))["jobs"]["test"]["strategy"][
+        "matrix"
+    ]
+    assert needed == f"transformers>={matrix['include'][0]['transformers'].removesuffix('.0')}"
+
+
 def test_all_agree_on_the_oldest_python():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     oldest = re.fullmatch(r">=3\.(\d+)", project["project"]["requires-python"])[1]
