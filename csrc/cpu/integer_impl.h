@@ -223,8 +223,6 @@ inline void multiply_wide_run(Cursor& run, const uint8_t* steps, const float* ta
       for (int unit = 0; unit < units; ++unit) {
         unroll<bands::kQuads>([&](auto number) DBRXQ_INLINE {
           constexpr int quad = decltype(number)::value;
-          // Keeps the compiler from holding words in registers from quad to quad: it cannot know that they are the same.
-          asm("" : "+r"(at));
           Vec::I code[2];
           unroll<2>([&](auto vector) DBRXQ_INLINE {
             constexpr int v = decltype(vector)::value;
