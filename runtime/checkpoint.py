@@ -2,7 +2,7 @@
 
 import json
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +32,9 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of a tensor: its dtype, shape, and the bytes [start, end) of its file."""
+    """What a shard's header says of a tensor: name, dtype, shape, and the bytes [start, end) of its file."""
 
+    name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
@@ -68,6 +69,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         header.pop("__metadata__", None)
         tensors = {
             str(name): TensorInfo(
+                str(name),
                 str(entry["dtype"]),
                 tuple(int(d) for d in entry["shape"]),
                 file,
@@ -98,12 +100,52 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Stored name → file name by a folder's index; None where it has none.
+
+    Raises:
+        CheckpointError: it is no index.
+    """
+    path = folder / INDEX_NAME
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in dict(weight_map).items()}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a safetensors index ({error!r}); delete or rewrite it") from None
+
+
+def read_shards(folder: Path, normalise: Callable[[str], str] | None = None) -> dict[str, TensorInfo]:
+    """The tensors of all `*.safetensors` files of a folder, by what `normalise` makes of the stored name.
+
+    Raises:
+        CheckpointError: no shards, a broken shard, or a name stored twice.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no *.safetensors files in it")
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(file).items():
+            known = normalise(name) if normalise else name
+            if known in infos:
+                other = infos[known].file.name
+                raise CheckpointError(f"{file}: {name}: already stored in {other}; remove one of the two")
+            infos[known] = info
+    return infos
+
+
 class Checkpoint:
     """A folder of safetensors shards seen as one mapping of lazily read tensors.
 
     Args:
         folder: the folder; every `*.safetensors` file in it belongs to the checkpoint.
         normalise: maps a stored name to the name it is known under here (identity if None).
+        infos: its tensors by the name they are known under, from a caller who has read the headers and judges
+            shards and index itself; None: all that the folder holds.
 
     Raises:
         CheckpointError: no shards, a broken shard, a name stored twice, or an index that names a tensor or a
@@ -111,48 +153,30 @@ class Checkpoint:
             checkpoint (exllamav2 leaves those) and is ignored.
     """
 
-    def __init__(self, folder: Path, normalise: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        normalise: Callable[[str], str] | None = None,
+        infos: Mapping[str, TensorInfo] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self._maps: dict[Path, mmap.mmap] = {}
-        self._infos: dict[str, TensorInfo] = {}
-        if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder}: no such folder")
-        self.files = sorted(self.folder.glob("*.safetensors"))
-        if not self.files:
-            raise CheckpointError(f"{self.folder}: no *.safetensors files in it")
-        stored: dict[str, Path] = {}
-        for file in self.files:
-            for name, info in read_header(file).items():
-                known = normalise(name) if normalise else name
-                if known in self._infos:
-                    other = self._infos[known].file.name
-                    raise CheckpointError(f"{file}: {name}: already stored in {other}; remove one of the two")
-                self._infos[known] = info
-                stored[name] = file
-        self._check_index(stored)
+        self._infos = dict(read_shards(self.folder, normalise) if infos is None else infos)
+        if infos is None:
+            self._check_index()
 
-    def _check_index(self, stored: dict[str, Path]) -> None:
-        path = self.folder / INDEX_NAME
-        if not path.exists():
+    def _check_index(self) -> None:
+        path, weight_map = self.folder / INDEX_NAME, read_index(self.folder)
+        stored = {info.name: info.file.name for info in self._infos.values()}
+        if weight_map is None or not set(stored.values()) & set(weight_map.values()):
             return
-        try:
-            weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"{path}: not a safetensors index ({error!r}); delete or rewrite it"
-            ) from None
-        present = {file.name for file in self.files}
-        if not present & set(weight_map.values()):
-            return
-        for name, file_name in weight_map.items():
-            if file_name not in present:
-                raise CheckpointError(
-                    f"{path}: names the shard {file_name}, which isn't there; fetch it again"
-                )
+        for name, file in weight_map.items():
+            if not (self.folder / file).exists():
+                raise CheckpointError(f"{path}: names the shard {file}, which isn't there; fetch it again")
             if name not in stored:
                 raise CheckpointError(f"{path}: names the tensor {name}, which no shard holds")
-            if stored[name].name != file_name:
-                raise CheckpointError(f"{path}: puts {name} in {file_name}; it is in {stored[name].name}")
+            if stored[name] != file:
+                raise CheckpointError(f"{path}: puts {name} in {file}; it is in {stored[name]}")
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""

@@ -29,6 +29,7 @@ from dbrx_quant.runtime.config import read_config, repair_rope
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.facts import to_half
+from dbrx_quant.runtime.index import unnamed_shard
 from dbrx_quant.runtime.layout import Layout, read_layout
 
 METHOD = "exl2"
@@ -86,6 +87,17 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Every op has a fake kernel and none depends on values, so `torch.compile` takes whole graphs."""
         return True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Names the weights of a folder where transformers would not find them, such as exllamav2's.
+
+        The only hook that is given the configuration before transformers looks for files; it has nothing to
+        do with attention.
+        """
+        folder = Path(config.name_or_path)
+        if _given.get() is None and folder.is_dir() and (name := unnamed_shard(folder)):
+            config.transformers_weights = name
+        return config
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -160,8 +172,8 @@ def _open_layout(model: Any, checkpoint_files: list[str] | None) -> Layout:
         file = layout.checkpoint.info(name).file
         if file.name not in loaded:
             raise CheckpointError(
-                f"{folder}: {name} is in {file.name}, which the index does not name; "
-                "load it with dbrx_quant.runtime.load_model, which reads all shards"
+                f"{folder}: {name} is in {file.name}, which transformers would not read; write the index "
+                f"anew with `dbrx-quant index {folder}`, or load it with dbrx_quant.runtime.load_model"
             )
     # transformers has filled in its default base by now; a base that the caller chose stays
     if model.config.model_type == "dbrx" and model.config.rope_parameters.get("rope_theta") == 10000.0:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dbrx_quant.runtime.bits import stored_bits
-from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header
+from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header, read_index
 from dbrx_quant.runtime.config import load_config, read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
@@ -28,6 +28,7 @@ CHECKSUMS_NAME = "checksums.json"
 CHECKSUMS_VERSION = 1
 
 _CHUNK_BYTES = 16 << 20
+_NEEDS_INDEX = "transformers needs one for several shards, which `dbrx-quant index {}` writes"
 
 
 @dataclass
@@ -144,19 +145,19 @@ def _check_index(folder: Path, infos: dict[str, TensorInfo], report: Report) -> 
 
     One that names no quantized tensor is the original's, as exllamav2 copies it along.
     """
-    path = folder / INDEX_NAME
-    if not path.exists():
-        if report.facts["shards"] > 1:
-            report.warnings.append(f"{INDEX_NAME}: missing; transformers needs it for several shards")
-        return
     try:
-        weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        report.faults.append(f"{INDEX_NAME}: not a safetensors index ({error!r}); delete or rewrite it")
+        weight_map = read_index(folder)
+    except (CheckpointError, OSError) as error:
+        report.faults.append(str(error))
+        return
+    if weight_map is None:
+        if report.facts["shards"] > 1:
+            report.warnings.append(f"{INDEX_NAME}: missing; {_NEEDS_INDEX.format(folder)}")
         return
     quantized = any(name.endswith(".q_weight") for name in infos)
-    if quantized and not any(str(name).endswith(".q_weight") for name in weight_map):
-        report.warnings.append(f"{INDEX_NAME}: a stale copy of the original's; delete it")
+    if quantized and not any(name.endswith(".q_weight") for name in weight_map):
+        cure = _NEEDS_INDEX.format(folder) if report.facts["shards"] > 1 else "delete it"
+        report.warnings.append(f"{INDEX_NAME}: a stale copy of the original's; {cure}")
         return
     for name, file in sorted(weight_map.items()):
         if name not in infos:

@@ -116,9 +116,7 @@ def test_an_index_that_leaves_out_a_shard_is_refused(dbrx):
         save_file(tensors, dbrx.path / file, {"format": "pt"})
     index = {"metadata": {}, "weight_map": dict.fromkeys(parts["a.safetensors"], "a.safetensors")}
     (dbrx.path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        CheckpointError, match=r"experts.3.* is in b.safetensors, which the index does not name"
-    ):
+    with pytest.raises(CheckpointError, match=r"experts.3.* is in b.safetensors, .*`dbrx-quant index"):
         AutoModelForCausalLM.from_pretrained(dbrx.path)
     load_model(dbrx.path)
 

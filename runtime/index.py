@@ -1,0 +1,46 @@
+"""The index that tells transformers which shard holds a tensor: whether it has to be, and writing it.
+
+transformers looks for `model.safetensors`, else for the index. exllamav2 calls its shards `output…` and
+writes no index, or leaves a copy of the original's, which names shards that are not there.
+"""
+
+from pathlib import Path
+
+from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, read_index, read_shards
+from dbrx_quant.runtime.config import load_config
+from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.files import write_json
+from dbrx_quant.runtime.layout import read_layout
+
+
+def unnamed_shard(folder: Path) -> str | None:
+    """The file that transformers has to be told of; None where it finds the weights of the folder by itself.
+
+    Raises:
+        CheckpointError: there are several such files, or the index is none.
+    """
+    names = {file.name for file in folder.glob("*.safetensors")}
+    if not names or "model.safetensors" in names or names & set((read_index(folder) or {}).values()):
+        return None
+    if len(names) > 1:
+        raise CheckpointError(
+            f"{folder}: transformers needs an {INDEX_NAME} that names the {len(names)} shards; write it with "
+            f"`dbrx-quant index {folder}`, or load it with dbrx_quant.runtime.load_model"
+        )
+    return names.pop()
+
+
+def write_index(folder: Path) -> dict[str, str]:
+    """Write the index of an EXL2 folder, whatever another one said, and return it: stored name → file name.
+
+    Raises:
+        CheckpointError: the shards are not the complete EXL2 checkpoint that config.json describes.
+    """
+    architecture = describe(load_config(folder))
+    infos = read_shards(folder, architecture.normalise)
+    read_layout(architecture, Checkpoint(folder, infos=infos))
+    weight_map = {info.name: info.file.name for info in infos.values()}
+    total = sum(info.nbytes for info in infos.values())
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return weight_map

@@ -1,0 +1,37 @@
+"""`dbrx-quant index`: write the index that transformers needs to find the tensors of several shards."""
+
+import argparse
+from pathlib import Path
+
+from dbrx_quant.scripts.output import print_json
+from dbrx_quant.scripts.verb import Verb
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help="a quantized folder, such as exllamav2 writes"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write it."""
+    from dbrx_quant.runtime.checkpoint import INDEX_NAME
+    from dbrx_quant.runtime.index import write_index
+
+    weight_map = write_index(arguments.folder)
+    shards = len(set(weight_map.values()))
+    if arguments.json:
+        print_json({"file": INDEX_NAME, "tensors": len(weight_map), "shards": shards})
+    else:
+        print(f"{arguments.folder}: wrote {INDEX_NAME}: {len(weight_map)} tensors in {shards} shards")
+    return 0
+
+
+VERB = Verb(
+    "index",
+    "write the index of an EXL2 folder's shards, which exllamav2 leaves out and transformers needs",
+    "dbrx-quant index out/dbrx",
+    add_arguments,
+    run,
+)
