@@ -28,6 +28,7 @@ CHECKSUMS_NAME = "checksums.json"
 CHECKSUMS_VERSION = 1
 
 _CHUNK_BYTES = 16 << 20
+_SHOWN = 4  # names in a message
 _NEEDS_INDEX = "transformers needs one for several shards, which `dbrx-quant index {}` writes"
 
 
@@ -39,7 +40,8 @@ class Report:
         faults: what makes the checkpoint wrong, a line each; empty for a sound one.
         warnings: what some readers stumble on, a line each.
         facts: what it consists of: `family`, `producer`, `shards`, `tensors`, `linears`, `bpw`, `head_bpw`,
-            `total_bytes`, `checksums` (whether they were compared), as far as known.
+            `total_bytes`, `checksums` (whether they were compared), `unchecked` (linears and 16-bit tensors
+            in shards that could not be read), as far as known.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -73,16 +75,15 @@ def verify(
     report.facts["producer"] = producer or "unknown"
     minor = report.faults if ours else report.warnings
 
-    infos = _read_shards(folder, architecture, report)
-    _check_index(folder, infos, report)
+    infos, lost = _read_shards(folder, architecture, report)
+    lost |= _check_index(folder, infos, lost, report)
     if architecture is not None:
-        checkpoint = _open(folder, architecture, report)
-        if checkpoint is not None:
-            _check_tensors(checkpoint, architecture, report, minor)
+        checkpoint = Checkpoint(folder, infos=infos)
+        _check_tensors(checkpoint, architecture, bool(lost), report, minor)
         _check_config(config, architecture, minor)
         for problem in check_tokenizer(folder, architecture.vocabulary):
             (report.faults if problem.fatal else minor).append(str(problem))
-        if checkpoint is not None and not report.faults:
+        if not report.faults:
             _count_bits(checkpoint, architecture, config, report)
     if (folder / CHECKSUMS_NAME).exists():
         _check_checksums(folder, checksums, progress, report)
@@ -114,34 +115,35 @@ def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_shards(folder: Path, architecture: Architecture | None, report: Report) -> dict[str, TensorInfo]:
-    """Stored name → header entry over all shards that can be read; faults for the others."""
+def _read_shards(
+    folder: Path, architecture: Architecture | None, report: Report
+) -> tuple[dict[str, TensorInfo], set[str]]:
+    """The tensors of all shards that can be read, by their name in the format, and names of the others."""
     files = sorted(folder.glob("*.safetensors"))
     report.facts["shards"] = len(files)
     if not files:
         report.faults.append(f"{folder}: no *.safetensors files in it")
     infos: dict[str, TensorInfo] = {}
-    known: dict[str, str] = {}
+    lost = set() if files else {"all"}
     for file in files:
         try:
             header = read_header(file)
         except (CheckpointError, OSError) as error:
             report.faults.append(str(error))
+            lost.add(file.name)
             continue
         for name, info in header.items():
-            same = architecture.normalise(name) if architecture else name
-            if same in known:
-                report.faults.append(
-                    f"{file.name}: {name}: stored in {known[same]} too; remove one of the two"
-                )
-            known.setdefault(same, file.name)
-            infos[name] = info
+            known = architecture.normalise(name) if architecture else name
+            if known in infos:
+                other = infos[known].file.name
+                report.faults.append(f"{file.name}: {name}: stored in {other} too; remove one of the two")
+            infos.setdefault(known, info)
     report.facts["tensors"] = len(infos)
-    return infos
+    return infos, lost
 
 
-def _check_index(folder: Path, infos: dict[str, TensorInfo], report: Report) -> None:
-    """Whether the index, if any, says where each tensor is.
+def _check_index(folder: Path, infos: dict[str, TensorInfo], lost: set[str], report: Report) -> set[str]:
+    """Whether the index, if any, says where each tensor is; the shards that it names and that aren't there.
 
     One that names no quantized tensor is the original's, as exllamav2 copies it along.
     """
@@ -149,49 +151,57 @@ def _check_index(folder: Path, infos: dict[str, TensorInfo], report: Report) -> 
         weight_map = read_index(folder)
     except (CheckpointError, OSError) as error:
         report.faults.append(str(error))
-        return
+        return set()
     if weight_map is None:
         if report.facts["shards"] > 1:
             report.warnings.append(f"{INDEX_NAME}: missing; {_NEEDS_INDEX.format(folder)}")
-        return
-    quantized = any(name.endswith(".q_weight") for name in infos)
+        return set()
+    stored = {info.name: info.file.name for info in infos.values()}
+    quantized = any(name.endswith(".q_weight") for name in stored)
     if quantized and not any(name.endswith(".q_weight") for name in weight_map):
         cure = _NEEDS_INDEX.format(folder) if report.facts["shards"] > 1 else "delete it"
         report.warnings.append(f"{INDEX_NAME}: a stale copy of the original's; {cure}")
-        return
+        return set()
+    absent: dict[str, int] = {}
     for name, file in sorted(weight_map.items()):
-        if name not in infos:
+        if name in stored and stored[name] != file:
+            report.faults.append(f"{INDEX_NAME}: puts {name} in {file}; it is in {stored[name]}")
+        elif name not in stored and not (folder / file).is_file():
+            absent[file] = absent.get(file, 0) + 1
+        elif name not in stored and file not in lost:
             report.faults.append(f"{INDEX_NAME}: names {name} in {file}, which is not there")
-        elif infos[name].file.name != file:
-            report.faults.append(f"{INDEX_NAME}: puts {name} in {file}; it is in {infos[name].file.name}")
-    for name in sorted(set(infos) - set(weight_map)):
-        report.faults.append(f"{INDEX_NAME}: leaves out {name}, which is in {infos[name].file.name}")
-
-
-def _open(folder: Path, architecture: Architecture, report: Report) -> Checkpoint | None:
-    try:
-        return architecture.open(folder)
-    except (CheckpointError, OSError) as error:
-        if not report.faults:  # else the faults of shards and index have said it
-            report.faults.append(str(error))
-        report.warnings.append("the tensors were not checked one by one; mend the shards or the index first")
-        return None
+    for file, count in absent.items():
+        report.faults.append(f"{file}: missing; {INDEX_NAME} puts {count} of the tensors in it")
+    for name in sorted(set(stored) - set(weight_map)):
+        report.faults.append(f"{INDEX_NAME}: leaves out {name}, which is in {stored[name]}")
+    return set(absent)
 
 
 def _check_tensors(
-    checkpoint: Checkpoint, architecture: Architecture, report: Report, minor: list[str]
+    checkpoint: Checkpoint, architecture: Architecture, some_lost: bool, report: Report, minor: list[str]
 ) -> None:
-    """Every linear and every 16-bit tensor of the model, and nothing else."""
+    """Every linear and every 16-bit tensor of the model, and nothing else.
+
+    Where shards are lost, what is not in the others is not missing, but cannot be checked.
+    """
     used: set[str] = set()
+    unchecked: list[str] = []
     linears = 0
     for spec in architecture.linears():
         names = [f"{spec.name}.{suffix}" for suffix in (*SUFFIXES, "bias")]
         used.update(names)
-        if any(name in checkpoint for name in names[: len(SUFFIXES)]):
+        found = [name in checkpoint for name in names[: len(SUFFIXES)]]
+        if some_lost and any(found) and not all(found):
+            unchecked.append(spec.name)
+            continue
+        if any(found):
             linears += 1
             report.faults += _linear_faults(checkpoint, spec)
             continue
         dense = next((source for source in spec.sources if source.tensor in checkpoint), None)
+        if dense is None and some_lost:
+            unchecked.append(spec.name)
+            continue
         if dense is None:
             report.faults.append(f"{spec.name}: missing")
             continue
@@ -208,13 +218,22 @@ def _check_tensors(
     report.facts["linears"] = linears
     for kept in architecture.all_floats():
         used.add(kept.name)
-        report.faults += _float_faults(checkpoint, kept)
+        if some_lost and kept.name not in checkpoint:
+            unchecked.append(kept.name)
+        else:
+            report.faults += _float_faults(checkpoint, kept)
     if architecture.tied:
         used.add("lm_head.weight")
     for name in checkpoint.names():
         if name not in used and not name.endswith("rotary_emb.inv_freq"):
             file = checkpoint.info(name).file.name
             report.faults.append(f"{file}: {name}: {architecture.family} has no place for this tensor")
+    if some_lost:
+        report.facts["unchecked"] = unchecked
+        report.warnings.append(
+            f"not checked, since not all shards can be read: {len(unchecked)} linears and 16-bit tensors, "
+            f"{', '.join(unchecked[:_SHOWN])}{' and others' if len(unchecked) > _SHOWN else ''}"
+        )
 
 
 def _may_stay_dense(checkpoint: Checkpoint, architecture: Architecture, spec: LinearSpec) -> bool:

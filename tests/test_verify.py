@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -325,16 +326,56 @@ def test_damaged_headers_are_reported(sharded):
     assert all("\n" not in fault for fault in found)
 
 
+def break_shard(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("lose", "indexed"),
+    [(break_shard, True), (break_shard, False), (Path.unlink, True)],
+    ids=["broken", "broken, without an index", "missing"],
+)
+def test_the_other_shards_are_checked_where_one_is_lost(sharded, lose, indexed):
+    files = sorted(sharded.glob("*.safetensors"))
+    at = next(i for i, file in enumerate(files) if f"{Q_PROJ}.q_scale_max" in load_file(file))
+    first, lost = files[at], files[at + 1]
+    inside = {name.rsplit(".", 1)[0] for name in load_file(lost)}
+    tensors = {name: tensor.clone() for name, tensor in load_file(first).items()}
+    tensors[f"{Q_PROJ}.q_scale_max"][1] = float("nan")
+    tensors["adapter"] = torch.zeros(2)
+    save_tensors(first, tensors)
+    lose(lost)
+    if not indexed:
+        (sharded / INDEX_NAME).unlink()
+    report = verify(sharded)
+    found = [fault for fault in report.faults if "checksums.json" not in fault]
+    assert len(found) == 3 + indexed, found
+    assert any(lost.name in fault for fault in found)
+    assert any(fault.startswith(f"{first.name}: {Q_PROJ}.q_scale_max: group 1 is nan") for fault in found)
+    assert f"{first.name}: adapter: dbrx has no place for this tensor" in found
+    assert {name.removesuffix(".weight") for name in report.facts["unchecked"]} == inside
+    (warning,) = (line for line in report.warnings if "not checked" in line)
+    assert f"{len(inside)} linears and 16-bit tensors" in warning
+    assert report.facts["unchecked"][0] in warning
+
+
 def test_a_missing_shard_is_reported(sharded):
     file = sorted(sharded.glob("*.safetensors"))[1]
     file.unlink()
-    assert f"{file.name}: missing; checksums.json names it" in verify(sharded).faults
+    found = verify(sharded).faults
+    assert len(found) == 2
+    assert re.fullmatch(rf"{file.name}: missing; {INDEX_NAME} puts \d+ of the tensors in it", found[0])
+    assert found[1] == f"{file.name}: missing; checksums.json names it"
 
 
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda m: m.update({"model.extra": "model-00001-of-00002.safetensors"}), "names model.extra in"),
+        (lambda m: m.update({"model.extra": m[f"{Q_PROJ}.q_weight"]}), "names model.extra in"),
+        (
+            lambda m: m.update({"model.extra": "x.safetensors"}),
+            "x.safetensors: missing; model.safetensors.in",
+        ),
         (lambda m: m.pop(f"{Q_PROJ}.q_weight"), f"leaves out {Q_PROJ}.q_weight"),
         (lambda m: m.update({f"{Q_PROJ}.q_weight": "elsewhere.safetensors"}), f"puts {Q_PROJ}.q_weight in"),
     ],
