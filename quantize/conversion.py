@@ -65,7 +65,7 @@ class ConvertOptions:
         resume: whether to go on with earlier work.
         max_memory: bytes that the conversion may take; None: no limit.
         device: where it computes; "cpu".
-        max_shard_bytes: limit of an output file.
+        max_shard_bytes: limit of an output file; a result that is finished already keeps its files.
         quiet: no progress.
     """
 
@@ -349,6 +349,8 @@ def _one_target(
         for leftover in work.glob("*.npy"):  # first, since states say that the linears before them are there
             leftover.unlink()
         shutil.rmtree(work / "linears")
+    elif not options.quiet:
+        print(f"{out}: finished earlier; kept as it is, with the shards that it has", file=sys.stderr)
     found = json.loads((out / "strategy.json").read_text(encoding="utf-8"))["measured"]
     shards = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return Converted(

@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--measurement", type=Path, metavar="FILE", help="of this model, to use again")
     parser.add_argument(
-        "--max-shard-size", type=size, default=8_000_000_000, metavar="SIZE", help="of a file (default: 8GB)"
+        "--max-shard-size",
+        type=size,
+        default=8_000_000_000,
+        metavar="SIZE",
+        help="of a file (default: 8GB); a result that is finished already keeps its files",
     )
     parser.add_argument("--dry-run", action="store_true", help="print size, memory and time, and stop")
     add_measuring_arguments(parser)

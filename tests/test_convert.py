@@ -124,11 +124,15 @@ def test_the_output_tells_how_it_was_made(tiny):
     assert len(works) == 1, "one measurement serves all targets"
 
 
-def test_converting_again_finds_everything_done(tiny):
+def test_converting_again_finds_everything_done(tiny, capsys):
     folder, results = tiny
     before = {result.folder: shards(result.folder) for result in results}
     stamps = [(result.folder / "model.safetensors").stat().st_mtime_ns for result in results]
-    again = convert(options(TINY, folder / "out", "offline", *TARGETS, rows=16, length=64, resume="must"))
+    other = {"resume": "must", "max_shard_bytes": 60_000, "quiet": False}
+    again = convert(options(TINY, folder / "out", "offline", *TARGETS, rows=16, length=64, **other))
+    told = capsys.readouterr().err
+    for result in results:
+        assert f"{result.folder}: finished earlier; kept as it is, with the shards that it has" in told
     assert [(r.bpw, r.folder) for r in again] == [(r.bpw, r.folder) for r in results]
     assert [(r.folder / "model.safetensors").stat().st_mtime_ns for r in results] == stamps
     assert {result.folder: shards(result.folder) for result in results} == before
