@@ -275,7 +275,8 @@ def _strategies(
             error = f" ± {predicted['kl_stderr']:.2g}" if predicted["kl_stderr"] is not None else ""
             print(f"{target} bits per weight: predicted KL {predicted['kl']:.4g}{error}", file=sys.stderr)
         strategies.append(replace(strategy, kl=predicted["kl"]))
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     return strategies
 
 
