@@ -23,7 +23,7 @@ from dbrx_quant.runtime import _native, load_model
 from dbrx_quant.runtime.decoder_parts import layer_parts
 from dbrx_quant.runtime.linear import QuantLinear
 from dbrx_quant.runtime.native_step import use_native_step
-from dbrx_quant.scripts.output import print_json, print_table
+from dbrx_quant.scripts.output import ends_with_its_reader, print_json, print_table
 
 PROMPT = torch.arange(1, 17)[None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,6 +161,7 @@ def show(report: dict[str, Any]) -> None:
     )
 
 
+@ends_with_its_reader
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

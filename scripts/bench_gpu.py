@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dbrx_quant.scripts.output import ends_with_its_reader
+
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 HIDDEN, FFN, EXPERTS, ACTIVE = 6144, 10752, 16, 4
 ROTATED_BYTES = 512 << 20
@@ -266,6 +268,7 @@ def print_rows(rows: list[dict[str, Any]], bandwidth: float) -> None:
         )
 
 
+@ends_with_its_reader
 def main(arguments: list[str] | None = None) -> int:
     """Build, check, time; the exit status."""
     parser = argparse.ArgumentParser(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dbrx_quant.runtime import _native
 from dbrx_quant.runtime.backends.cpu import describe_linear
-from dbrx_quant.scripts.output import print_json, print_table
+from dbrx_quant.scripts.output import ends_with_its_reader, print_json, print_table
 
 HIDDEN, FFN, EXPERTS, ACTIVE = 6144, 10752, 16, 4  # DBRX
 SHAPES = ((HIDDEN, FFN), (FFN, HIDDEN))  # K, N
@@ -356,6 +356,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     figure.savefig(file)
 
 
+@ends_with_its_reader
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks that the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

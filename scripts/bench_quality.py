@@ -40,7 +40,7 @@ from dbrx_quant.runtime.files import fingerprint, write_json
 from dbrx_quant.runtime.inspect import inspect_folder
 from dbrx_quant.runtime.loader import load_dense, load_model
 from dbrx_quant.runtime.products import fast_products
-from dbrx_quant.scripts.output import hush_loading, print_json, say
+from dbrx_quant.scripts.output import ends_with_its_reader, hush_loading, print_json, say
 from dbrx_quant.scripts.quality_report import compare, plot, show
 from dbrx_quant.scripts.quality_variants import LENGTH, STUDIES, Setting, Variant
 
@@ -218,6 +218,7 @@ def read_peers(file: Path, name: str) -> dict[str, Any]:
     return {tool: rows for tool, rows in found[0].items() if isinstance(rows, list)}
 
 
+@ends_with_its_reader
 def main(argv: list[str] | None = None) -> int:
     """Run the studies that the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

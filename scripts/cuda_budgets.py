@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dbrx_quant.scripts.output import ends_with_its_reader
+
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 BROKEN, MISSING = 3, 2
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -296,6 +298,7 @@ def print_kernels(arch: str, kernels: dict[str, Measured]) -> None:
             print(f"  {name:<18} {k.registers:>6} {k.spills:>7} {k.shared:>7}  {costs}")
 
 
+@ends_with_its_reader
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, compare; the exit status."""
     parser = argparse.ArgumentParser(description="Hold the compiled CUDA kernels against their budgets.")

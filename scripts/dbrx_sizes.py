@@ -19,7 +19,7 @@ from dbrx_quant.quantize.plan import (
 )
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.facts import Architecture
-from dbrx_quant.scripts.output import print_json
+from dbrx_quant.scripts.output import ends_with_its_reader, print_json
 
 BPWS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.25, 5.0, 6.0)
 CONTEXTS = (4096, 8192)
@@ -61,6 +61,7 @@ def most_bpw(architecture: Architecture, memory: int, context: int) -> float | N
     return bpw if bpw >= low else None
 
 
+@ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

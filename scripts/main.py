@@ -11,7 +11,6 @@ Nothing here imports torch: `--help` answers at once.
 """
 
 import argparse
-import os
 import signal
 import sys
 import threading
@@ -36,7 +35,7 @@ from dbrx_quant.scripts import (
     upload,
     verify,
 )
-from dbrx_quant.scripts.output import say
+from dbrx_quant.scripts.output import ends_with_its_reader, say
 from dbrx_quant.scripts.verb import UsageError, Verb, add_output_arguments
 
 VERBS: tuple[Verb, ...] = (
@@ -63,6 +62,7 @@ class _Terminated(BaseException):
     """SIGTERM came."""
 
 
+@ends_with_its_reader
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code (bad usage raises SystemExit(2), as argparse does)."""
     arguments = make_parser().parse_args(argv)
@@ -70,14 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminable():
             code = verb.run(arguments)
-            sys.stdout.flush()
+            sys.stdout.flush()  # so that a full disk is told as any error
         return code
     except (KeyboardInterrupt, _Terminated) as stop:
         say(f"dbrx-quant: {_interrupted(verb, arguments)}")
         return TERMINATED if isinstance(stop, _Terminated) else CTRL_C
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
-        return FAILED
+    except BrokenPipeError:
+        raise
     except UsageError as error:
         say(f"dbrx-quant {verb.name}: error: {_one_line(error)}")
         return USAGE

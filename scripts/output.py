@@ -1,14 +1,34 @@
 """What the command prints: results on stdout, for people or as JSON; progress on stderr."""
 
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol
 
+P = ParamSpec("P")
 _PIPE_WIDTH = 200  # columns where no terminal sets them: wide enough that nothing is cut off
+
+
+def ends_with_its_reader(main: Callable[P, int]) -> Callable[P, int]:
+    """Makes a `main` return 1 without a word once whoever reads its output has seen enough (`| head`)."""
+
+    @wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            try:
+                return main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()  # also what argparse has printed
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
+            return 1
+
+    return run
 
 
 def print_json(value: dict[str, Any]) -> None:

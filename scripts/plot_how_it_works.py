@@ -29,6 +29,7 @@ from dbrx_quant.quantize.ldlq import EFFORTS, Factor, quantize_matrix
 from dbrx_quant.quantize.recipe import parse_groups
 from dbrx_quant.runtime.families.facts import LinearSpec
 from dbrx_quant.runtime.format import uniform_groups
+from dbrx_quant.scripts.output import ends_with_its_reader
 
 TARGETS = (2.35, 2.5, 2.75, 3.0, 3.5, 4.25)
 SHOWN = 3.0  # the target that pictures of one checkpoint show
@@ -349,6 +350,7 @@ def _save(figure: Any, axes: Any, title: str, file: Path, grid: bool = True) -> 
     figure.savefig(file, dpi=110, facecolor="white")  # white: to be read on a dark page, too
 
 
+@ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert, measure, draw."""
     root = Path(__file__).resolve().parents[1]

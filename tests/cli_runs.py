@@ -13,9 +13,10 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def spawn(*arguments, **options):
+def spawn(*arguments, module="main", **options):
+    """A process of the command, or of another module of scripts/."""
     return subprocess.Popen(
-        [sys.executable, "-m", "dbrx_quant.scripts.main", *map(str, arguments)],
+        [sys.executable, "-m", f"dbrx_quant.scripts.{module}", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -4,11 +4,13 @@ import errno
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from cli_runs import run, spawn
 from tiny_output import make_output
 
+from dbrx_quant import scripts
 from dbrx_quant.quantize import conversion as converting
 from dbrx_quant.scripts import doctor
 
@@ -90,9 +92,18 @@ def test_verbs_that_cannot_go_on_only_say_that_they_were_interrupted(monkeypatch
     assert run(capsys, "doctor") == (130, "", "dbrx-quant: interrupted\n")
 
 
-def test_a_reader_that_leaves_early_is_no_error(folders):
-    process = spawn("inspect", folders / "out", "--json")
+SCRIPTS = [path for path in Path(scripts.__path__[0]).glob("*.py") if "__main__" in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("module", ["main", "dbrx_sizes"])
+def test_a_reader_that_leaves_early_is_no_error(folders, module):
+    process = spawn(*(["inspect", folders / "out"] if module == "main" else []), "--json", module=module)
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(timeout=120) == 1
     assert err == ""
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_ends_with_its_reader(path):
+    assert "@ends_with_its_reader\ndef main(" in path.read_text("utf-8")
