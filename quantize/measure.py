@@ -56,7 +56,7 @@ class MeasureJob:
 
     @property
     def _stride(self) -> int:
-        return min(MOST_STRIDE, max(1, self.tokens.numel() // GRADIENT_TOKENS))
+        return backward_stride(self.tokens.numel())
 
     @property
     def rows(self) -> Tensor:
@@ -92,6 +92,11 @@ class _Shared:
 
     shrinkage: dict[tuple[str, int], Shrinkage]
     feedback: dict[str, Sequence[float]]
+
+
+def backward_stride(tokens: int) -> int:
+    """Of how many rows one goes backward, where there are so many tokens."""
+    return min(MOST_STRIDE, max(1, tokens // GRADIENT_TOKENS))
 
 
 def spans(count: int, step: int) -> Iterator[slice]:

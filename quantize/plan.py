@@ -3,16 +3,15 @@
 import math
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from dbrx_quant.quantize.allocate import HEAD, HEAD_OVERHEAD_BITS
+from dbrx_quant.quantize.operations import machine_speed, measuring_operations, quantizing_operations
 from dbrx_quant.quantize.recipe import UNIT, coarsest_groups
 from dbrx_quant.quantize.repair import REPAIRED
 from dbrx_quant.runtime.config import load_config
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 BASE_BYTES = 900_000_000  # Python, torch and transformers
 HEADER_BYTES = 68  # of a tensor in a shard's header, its name aside
 DEFAULT_TOKENS = (128, 2048)
-LOADED_FACTOR = 0.5  # of the speed of one big product, what a whole pass reaches
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,7 @@ def plan(options: "ConvertOptions") -> Plan:
     low, high = shape_range(architecture)
     rows, length = _token_shape(options)
     tokens = rows * length
-    measure_flops, quantize_flops = _flops(architecture, tokens, options.repair is not None)
-    speed = machine_flops() * LOADED_FACTOR
+    speed, repair = machine_speed(), options.repair is not None
     targets = tuple(
         Target(t, total_bytes(architecture, t, options.head_bits), low <= t <= high) for t in options.targets
     )
@@ -93,8 +90,8 @@ def plan(options: "ConvertOptions") -> Plan:
         targets,
         peak_bytes(architecture, tokens),
         states_bytes(architecture, tokens) + max((t.total_bytes for t in targets), default=0),
-        measure_flops / speed,
-        quantize_flops / speed,
+        measuring_operations(architecture, tokens, options.effort) / speed,
+        quantizing_operations(architecture, tokens, options.effort, repair) / speed,
     )
 
 
@@ -295,37 +292,3 @@ def _existing(folder: Path) -> Path:
 
 def _bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def machine_flops() -> float:
-    """Operations a second of a float32 product on this machine, from a trial of a fraction of a second."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    _ = a @ b
-    started, products = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.3:
-        _ = a @ b
-        products += 1
-    return 2 * 1024**3 * products / (time.perf_counter() - started)
-
-
-def _flops(architecture: Architecture, tokens: int, repair: bool) -> tuple[float, float]:
-    """Operations of measuring, and of quantizing once."""
-    measuring = quantizing = 0.0
-    for block in architecture.blocks:
-        share = block.experts.active / block.experts.count if block.experts else 1.0
-        for spec in block.linears():
-            k, n = spec.shape
-            seen = tokens * (share if spec.expert is not None else 1.0)
-            shared_input = {"q": 3, "k": 3, "v": 3, "gate": 2, "up": 2}.get(spec.role, 1)
-            forward, moments = 2 * seen * k * n, 2 * seen * k * k / shared_input
-            factor = k**3 / 3 / shared_input
-            measuring += 4 * forward + moments + 3 * factor + 512 * k * k
-            quantizing += 3 * forward + moments + factor + n * k * k
-            if repair:
-                quantizing += forward  # the original's stream
-            if repair and spec.role in REPAIRED:
-                quantizing += 2 * forward + 2 * k**3 / 3 + 4 * n * k * k
-    head_k, head_n = architecture.head.shape
-    measuring += 6 * tokens * head_k * head_n
-    quantizing += head_n * head_k * head_k
-    return measuring, quantizing

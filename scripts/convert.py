@@ -136,6 +136,7 @@ def _print_plan(planned: "Plan") -> None:
             ["measuring, once", seconds_text(planned.measure_seconds)],
             ["quantizing, each target", seconds_text(planned.quantize_seconds)],
         ],
+        note="Times are for a machine with nothing else to do, and may be off by a factor of two.",
     )
 
 

@@ -1,0 +1,56 @@
+"""The operations that an estimate counts are about those that torch counts while it is done."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import save_random_tokens
+from torch.utils.flop_counter import FlopCounterMode
+
+from dbrx_quant.quantize import operations
+from dbrx_quant.quantize.conversion import ConvertOptions, convert, measure_model
+from dbrx_quant.runtime.config import load_config
+from dbrx_quant.runtime.families import describe
+
+TINY = Path(__file__).parent / "data" / "tiny-dbrx"
+ROWS, LENGTH = 16, 64
+
+
+def adding(_, a, b, *__, **___):
+    return 2 * a[0] * a[1] * b[1]
+
+
+def solving(_, b, *__, **___):
+    return b[0] * b[0] * b[1]
+
+
+OTHERS = {torch.ops.aten.addmm_: adding, torch.ops.aten.linalg_solve_triangular: solving}  # torch leaves out
+
+
+def count(action):
+    with FlopCounterMode(display=False, custom_mapping=OTHERS) as counted:
+        action()
+    return counted.get_total_flops()
+
+
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_products_are_counted_as_torch_counts_them(tmp_path, monkeypatch, effort):
+    monkeypatch.setattr("dbrx_quant.quantize.measure.GRADIENT_TOKENS", 256)
+    monkeypatch.setattr(operations, "SEARCHED", 0)  # the native solver's loops are no products
+    monkeypatch.setattr(operations, "SOLVED", dict.fromkeys(operations.SOLVED, 0))
+    tokens = save_random_tokens(tmp_path / "tokens.safetensors", ROWS, LENGTH, vocabulary=256)
+    usual = {"calibration": str(tokens), "effort": effort, "quiet": True}
+    options = ConvertOptions(TINY, tmp_path / "out", (3.0,), **usual)
+    architecture, all_tokens = describe(load_config(TINY)), ROWS * LENGTH
+    measured = count(lambda: measure_model(options, tmp_path / "measurement.json"))
+    expected = operations.measuring_operations(architecture, all_tokens * 7 // 8, effort)
+    assert expected == pytest.approx(measured, rel=0.1)
+    quantized = count(lambda: convert(options))
+    expected = operations.quantizing_operations(architecture, all_tokens, effort, effort != "fast")
+    assert expected == pytest.approx(quantized, rel=0.25)
+
+
+def test_a_machine_has_a_speed_and_keeps_its_threads():
+    threads = torch.get_num_threads()
+    assert 1e8 < operations.machine_speed() < 1e14
+    assert torch.get_num_threads() == threads
