@@ -28,8 +28,8 @@ SOLVED: dict[Effort, int] = {"fast": 3000, "default": 12000, "best": 40000}  # w
 def machine_speed() -> float:
     """Operations a second that a conversion reaches with torch's threads on this machine when it is idle.
 
-    A trial of 0.3 seconds: one thread multiplies, in pieces of a millisecond, and the fastest counts. So it does
-    not matter what else runs meanwhile; all threads at once differed by a factor of ten on a busy machine.
+    A trial of 0.3 seconds: one thread multiplies, in pieces of a millisecond, and the fastest counts. So it
+    does not matter what else runs; with all threads a busy machine's figures differed by a factor of ten.
     """
     size, threads, fastest = 512, torch.get_num_threads(), math.inf
     a, b = torch.randn(size, size), torch.randn(size, size)
