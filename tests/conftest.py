@@ -9,7 +9,8 @@ import emulator_build
 import pytest
 import torch
 
-from dbrx_quant.runtime import _cuda
+import oracles_ops
+from dbrx_quant.runtime import _cuda, _native
 from dbrx_quant.runtime.activations import use_activations
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, and its child processes with it.
@@ -41,6 +42,31 @@ def exact_activations():
     """Tests compare to the last digits; those of the integer kernels switch them on themselves."""
     with use_activations("float"):
         yield
+
+
+@pytest.fixture
+def seeded():
+    """torch's random numbers are the same in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For thousands of small operations, which threads only slow down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=oracles_ops.ISAS)
+def isa(request):
+    """Each instruction set that the machine has."""
+    try:
+        with _native.forced_isa(request.param):
+            yield request.param
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

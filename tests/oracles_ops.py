@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 SUFFIXES = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
+ISAS = ("scalar", "avx2", "avxvnni", "avx512")  # instruction sets that there are kernels for
 SHAPES = {  # name: groups, N; every backend runs these and some of its own
     "one group": ([(4, 32)], 32),
     "ragged last group": ([(6, 64), (3, 128), (3, 32)], 96),

@@ -10,14 +10,7 @@ from dbrx_quant.runtime import _native
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The oracles are thousands of small operations, which threads only slow down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # for the oracles
 
 
 def generator(seed=0):

@@ -21,14 +21,7 @@ from dbrx_quant.runtime.format import (
 MIXED = (Group(8, 32), Group(6, 32), Group(5, 64), Group(4, 32), Group(3, 96), Group(2, 128), Group(2, 16))
 FIELDS = ("codes", "scale_codes", "scale_max", "dequantized", "loss_per_column")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The oracles are thousands of small operations, which threads only slow down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # for the oracles
 
 
 def problem(k, n, seed=0, damping=0.02):

@@ -11,10 +11,7 @@ from dbrx_quant.runtime.linear import FusedLinear, QuantLinear
 
 D, F, E, A = 64, 96, 4, 2
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def quant_linear(k, n, seed=0, out_features=None, bias=False):

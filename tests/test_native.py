@@ -14,22 +14,8 @@ from safetensors.torch import load_file
 import oracles_ops as oracle
 from dbrx_quant.runtime import _native, ops
 
-ISAS = ("scalar", "avx2", "avxvnni", "avx512")
 WIDTHS = (8, 6, 5, 4, 3, 2)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    try:
-        with _native.forced_isa(request.param):
-            yield request.param
-    except RuntimeError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @st.composite
@@ -62,7 +48,7 @@ def test_any_legal_group_map_unpacks_and_dequantizes_exactly(groups, n, seed):
         _native.pack_codes(codes, tensors["q_groups"], len(tensors["q_weight"])), tensors["q_weight"]
     )
     wanted = oracle.dequantize(tensors)
-    for name in ISAS:
+    for name in oracle.ISAS:
         try:
             with _native.forced_isa(name):
                 weight = ops.dequantize(tensors).t()

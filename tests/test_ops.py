@@ -11,26 +11,12 @@ import oracles_ops as oracle
 from dbrx_quant.runtime import _native, ops
 from dbrx_quant.runtime.backends import cpu, reference
 
-ISAS = ("scalar", "avx2", "avx512")
 SHAPES = {
     **oracle.SHAPES,
     "more rows than a panel": ([(5, 128), (3, 416), (2, 48)], 288),
 }
 TOKENS = (1, 2, 3, 4, 5, 8, 9, 33)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    try:
-        with _native.forced_isa(request.param):
-            yield request.param
-    except RuntimeError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def assert_as_accurate_as_torch(ours, exact, plain, what=""):
@@ -102,7 +88,7 @@ def test_linear_agrees_with_the_oracle_for_any_group_map(units, tokens, out_feat
     tensors = oracle.random_tensors(groups, n, seed)
     x = torch.randn(tokens, sum(rows for _, rows in groups), generator=torch.Generator().manual_seed(seed))
     exact = oracle.linear(x, tensors, out_features)
-    for name in ISAS:
+    for name in oracle.ISAS:
         try:
             with _native.forced_isa(name):
                 ours = ops.linear(x, tensors, out_features)

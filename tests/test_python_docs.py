@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -30,15 +29,6 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "tests").symlink_to(ROOT / "tests")
     return folder
-
-
-@pytest.fixture
-def one_thread():
-    """For matrices so small, a second thread mostly waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")
