@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dbrx_quant.runtime.checkpoint import Checkpoint, TensorInfo, read_header
+from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, FloatSpec, LinearSpec, to_half
 from dbrx_quant.runtime.files import DTYPE_NAMES, remove_leftovers, write_json, write_parts
@@ -76,7 +76,6 @@ def write_shards(
     checkpoint: Checkpoint,
     linears_folder: Path,
     max_shard_bytes: int | float = MAX_SHARD_BYTES,
-    prefix: str = "model",
     progress: Callable[[int], None] | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> list[Path]:
@@ -94,7 +93,6 @@ def write_shards(
         linears_folder: one `<name>.safetensors` for every quantized linear.
         max_shard_bytes: limit of a shard's file size; only a larger single tensor exceeds it, in a file of
             its own. A linear's tensors stay together where they fit.
-        prefix: what the file names begin with.
         progress: told the size of each piece written, 16 MB or less.
         notify: told, a sentence each, what readers of the report should know.
 
@@ -109,7 +107,7 @@ def write_shards(
         raise ValueError(f"{out}: the output folder must differ from the folders that are read")
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
-    ours = re.compile(re.escape(prefix) + r"(-\d{5}-of-\d{5})?\.safetensors")
+    ours = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
     present = sorted(out.glob("*.safetensors"))
     for file in present:
         if not ours.fullmatch(file.name):
@@ -121,12 +119,12 @@ def write_shards(
     shards = split(modules, int(max_shard_bytes))
     # Done ahead of writing, so that a value beyond float16 is not found after fifty gigabytes.
     rounding = {spec.name: count_rounding(spec, checkpoint) for spec in architecture.all_floats()}
-    paths = [out / name for name in shard_names(len(shards), prefix)]
+    paths = [out / name for name in shard_names(len(shards))]
     headers = [_header(shard) for shard in shards]
     sizes = [len(head) + sum(t.nbytes for t in shard) for head, shard in zip(headers, shards, strict=True)]
     check_room(out, paths, sizes)
 
-    index = out / f"{prefix}.safetensors.index.json"
+    index = out / INDEX_NAME
     for stale in (index, out / CHECKSUMS_NAME):  # they speak of other shards than those to come
         stale.unlink(missing_ok=True)
     checksums: dict[str, dict[str, object]] = {}
@@ -254,11 +252,11 @@ def split(modules: Iterable[list[PlannedTensor]], limit: int) -> list[list[Plann
     return [sorted(shard, key=lambda tensor: tensor.kind) for shard in shards]  # stable: model order
 
 
-def shard_names(count: int, prefix: str) -> list[str]:
+def shard_names(count: int) -> list[str]:
     """The file names of `count` shards."""
     if count == 1:
-        return [f"{prefix}.safetensors"]
-    return [f"{prefix}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def check_room(out: Path, paths: list[Path], sizes: list[int]) -> None:

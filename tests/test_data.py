@@ -17,7 +17,6 @@ from dbrx_quant.calibration import data, offline, packing, texts
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.text import load_tokenizer
 
-EOS = 0
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
 
