@@ -39,6 +39,10 @@ class Routing:
     index: Tensor
     weight: Tensor
 
+    def part(self, tokens: slice) -> "Routing":
+        """That of some tokens."""
+        return Routing(self.x[tokens], self.index[tokens], self.weight[tokens])
+
 
 class _NotedExperts(nn.Module):
     """Stands where a block's experts were: notes what they would have got, returns zeros in their place."""

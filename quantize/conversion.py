@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dbrx_quant.calibration.data import (
     UNSEEN_EVERY,
     TokenRows,
@@ -42,7 +45,8 @@ from dbrx_quant.runtime.tokenizer_check import check_tokenizer
 from dbrx_quant.runtime.verify import verify
 from dbrx_quant.runtime.vocabulary import read_object, special_ids
 
-MEASUREMENT_VERSION = 1
+MEASUREMENT_VERSION = 2
+HELD_OUT_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ class ConvertOptions:
         seed: of everything drawn.
         effort: "fast", "default" or "best": how long the solver looks for codes and scales; "fast" also
             leaves out the repair of the residual stream.
+        held_out: text that KL is predicted and measured on, named as `calibration` is; None: one row in seven
+            of the calibration, which is then not calibrated on.
+        held_out_rows: its rows, as long as the calibration's; None: 16, of ready tokens all.
         measurement: an earlier measurement.json of the same model to use instead of measuring.
         work_dir: for everything that a resumed run needs; None: beside `out`, named `<out>.work`.
         resume: whether to go on with earlier work.
@@ -78,6 +85,8 @@ class ConvertOptions:
     length: int | None = None
     seed: int = 0
     effort: Effort = "default"
+    held_out: str | None = None
+    held_out_rows: int | None = None
     measurement: Path | None = None
     work_dir: Path | None = None
     resume: Resume = "auto"
@@ -110,8 +119,7 @@ class Converted:
         target_bpw: what was asked for.
         bpw: what it takes.
         predicted_kl: KL divergence to the original that the measurement predicts, nats per token.
-        measured_kl: the same, measured on calibration rows that nothing was chosen on; None: there are too
-            few rows.
+        measured_kl: the same, measured on held-out rows; None: there are too few to hold any out.
         total_bytes: size of the shards.
         seconds: time spent on it, the measurement aside.
         peak_bytes: most memory that the process has had.
@@ -125,6 +133,28 @@ class Converted:
     total_bytes: int
     seconds: float
     peak_bytes: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Token ids of a conversion.
+
+    Attributes:
+        tokens: as they were loaded for the calibration.
+        calibration: [R, L] those to calibrate on.
+        unseen: [U, L] those that nothing is chosen on; None: there are too few to hold any out.
+        held_out: where the unseen ones are from, as others may see it; None: from the calibration's.
+    """
+
+    tokens: TokenRows
+    calibration: Tensor
+    unseen: Tensor | None
+    held_out: str | None
+
+    @property
+    def everything(self) -> Tensor:
+        """[R + U, L]."""
+        return self.calibration if self.unseen is None else torch.cat([self.calibration, self.unseen])
 
 
 def target_name(target: float) -> str:
@@ -154,14 +184,14 @@ def convert(options: ConvertOptions) -> list[Converted]:
         if resumed and not options.quiet:
             print(f"going on with the work in {options.work}", file=sys.stderr)
         _clean(options.work)
-        tokens = _tokens(options)
-        check_memory(model.architecture, tokens.input_ids, options.max_memory)
+        rows = _rows(options)
+        check_memory(model.architecture, rows.everything, options.max_memory)
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
         measured = options.measurement is not None or (options.work / "measurement.json").exists()
-        check_disk(model.architecture, tokens.input_ids.numel(), options.work, options.out, sizes, measured)
-        measurement = _measurement(options, model, tokens)
-        strategies = _strategies(options, model, tokens, measurement)
-        return [_one_target(options, model, tokens, measurement, s) for s in strategies]
+        check_disk(model.architecture, rows.everything.numel(), options.work, options.out, sizes, measured)
+        measurement = _measurement(options, model, rows)
+        strategies = _strategies(options, model, rows, measurement)
+        return [_one_target(options, model, rows, measurement, s) for s in strategies]
 
 
 @fast_products()
@@ -171,10 +201,10 @@ def measure_model(options: ConvertOptions, output: Path) -> Path:
     check_channels(model.architecture)
     with open_job(options.work, _facts(options), options.resume):
         _clean(options.work)
-        tokens = _tokens(options)
-        check_memory(model.architecture, tokens.input_ids, options.max_memory)
-        check_disk(model.architecture, tokens.input_ids.numel(), options.work, None)
-        write_json(output, _measurement(options, model, tokens))
+        rows = _rows(options)
+        check_memory(model.architecture, rows.everything, options.max_memory)
+        check_disk(model.architecture, rows.everything.numel(), options.work, None)
+        write_json(output, _measurement(options, model, rows))
     return output
 
 
@@ -198,18 +228,23 @@ def _check_side_files(folder: Path, vocabulary: int) -> None:
 
 def _facts(options: ConvertOptions) -> dict[str, Any]:
     """What the contents of the work folder depend on. Targets have folders of their own in it."""
-    calibration = Path(options.calibration)
     return {
         "model": source_facts(options.model),
-        "calibration": fingerprint(calibration) if calibration.is_file() else options.calibration,
+        "calibration": _source_facts(options.calibration),
         "rows": options.rows,
         "length": options.length,
         "seed": options.seed,
         "effort": options.effort,
-        "unseen_every": UNSEEN_EVERY,
+        "held_out": _source_facts(options.held_out) if options.held_out else f"1/{UNSEEN_EVERY}",
+        "held_out_rows": options.held_out_rows,
         "measurement": fingerprint(options.measurement) if options.measurement else None,
         "repair": asdict(options.repair) if options.repair else None,
     }
+
+
+def _source_facts(source: str) -> Any:
+    """What identifies a source of text."""
+    return fingerprint(Path(source)) if Path(source).is_file() else source
 
 
 def _clean(folder: Path) -> None:
@@ -218,15 +253,27 @@ def _clean(folder: Path) -> None:
         remove_leftovers(inner)
 
 
-def _tokens(options: ConvertOptions) -> TokenRows:
-    path = options.work / "tokens.safetensors"
+def _rows(options: ConvertOptions) -> _Rows:
+    tokens = _tokens(options, "tokens", options.calibration, options.rows, options.length)
+    if options.held_out is None:
+        calibration, unseen = split_unseen(tokens.input_ids)
+        return _Rows(tokens, calibration, unseen if len(unseen) else None, None)
+    ready = Path(options.held_out).suffix == ".safetensors"
+    count = options.held_out_rows or (None if ready else HELD_OUT_ROWS)
+    held_out = _tokens(options, "held-out", options.held_out, count, tokens.input_ids.shape[1])
+    return _Rows(tokens, tokens.input_ids, held_out.input_ids, plain_name(options.held_out))
+
+
+def _tokens(
+    options: ConvertOptions, name: str, source: str, rows: int | None, length: int | None
+) -> TokenRows:
+    path = options.work / f"{name}.safetensors"
     if not path.exists():
-        tokens = load_tokens(options.calibration, options.model, options.rows, options.length, options.seed)
-        save_tokens(path, tokens)
+        save_tokens(path, load_tokens(source, options.model, rows, length, options.seed))
     return reopen_tokens(path)  # in the first run too, so that a resumed one describes them alike
 
 
-def _measurement(options: ConvertOptions, model: StreamedModel, tokens: TokenRows) -> dict[str, Any]:
+def _measurement(options: ConvertOptions, model: StreamedModel, rows: _Rows) -> dict[str, Any]:
     if options.measurement:
         return load_measurement(options.measurement, options.model)
     path = options.work / "measurement.json"
@@ -236,14 +283,16 @@ def _measurement(options: ConvertOptions, model: StreamedModel, tokens: TokenRow
         blocks = model.architecture.blocks
         steps = 2 * len(blocks) + 1 + sum(b.experts.count for b in blocks if b.experts)
         with bar(steps, "measure", options.quiet) as progress:
-            ids, _ = split_unseen(tokens.input_ids)
-            job = MeasureJob(model, ids, folder, progress, options.seed, options.effort)
+            job = MeasureJob(
+                model, rows.calibration, folder, progress, options.seed, options.effort, rows.unseen
+            )
             found = measure(job)
-        described = {k: _public(v) for k, v in tokens.description.items() if k != "notices"}
+        described = {k: _public(v) for k, v in rows.tokens.description.items() if k != "notices"}
         facts = {
             "format_version": MEASUREMENT_VERSION,
             "model": source_facts(options.model),
             "calibration": described,
+            "held_out": rows.held_out,
         }
         write_json(path, {**facts, **found})
         shutil.rmtree(folder)
@@ -256,12 +305,12 @@ def _public(value: Any) -> Any:
 
 
 def _strategies(
-    options: ConvertOptions, model: StreamedModel, tokens: TokenRows, measurement: dict[str, Any]
+    options: ConvertOptions, model: StreamedModel, rows: _Rows, measurement: dict[str, Any]
 ) -> list[Strategy]:
     """The allocation for each target, with its predicted KL, which is kept in the work folder."""
-    ids, unseen = split_unseen(tokens.input_ids)
     folder = options.work / "predict"
-    predictor = Predictor(model, measurement, unseen if len(unseen) else ids, folder, options.seed)
+    shown = rows.calibration if rows.unseen is None else rows.unseen
+    predictor = Predictor(model, measurement, shown, folder, options.seed)
     strategies = []
     for target in options.targets:
         strategy = allocate(measurement, target, options.head_bits)
@@ -311,7 +360,7 @@ def load_measurement(path: Path, model: Path) -> dict[str, Any]:
 def _one_target(
     options: ConvertOptions,
     model: StreamedModel,
-    tokens: TokenRows,
+    rows: _Rows,
     measurement: dict[str, Any],
     strategy: Strategy,
 ) -> Converted:
@@ -326,22 +375,21 @@ def _one_target(
         write_json(strategy_path, written)
         groups = {name: option[2] for name, option in strategy.choices.items()}
         title = f"quantize {strategy.target_bpw}"
-        ids, unseen = split_unseen(tokens.input_ids)
         with bar(len(groups), title, options.quiet) as progress:
             measured = quantize_model(
                 QuantizeJob(
                     model,
-                    ids,
+                    rows.calibration,
                     work,
                     measurement,
                     groups,
                     progress,
                     options.effort,
                     options.repair,
-                    unseen if len(unseen) else None,
+                    rows.unseen,
                 )
             )
-        _write_output(options, model, tokens, strategy, measured, work, out)
+        _write_output(options, model, rows, strategy, measured, work, out)
         write_json(out / "measurement.json", measurement)
         report = verify(out)
         if not report.ok:
@@ -374,7 +422,7 @@ def _holds(out: Path, strategy: dict[str, Any]) -> bool:
         return False
     if not isinstance(found, dict) or "measured" not in found:
         return False
-    same = {k: v for k, v in found.items() if k not in ("measured", "notes")} == strategy
+    same = {k: v for k, v in found.items() if k not in ("held_out", "measured", "notes")} == strategy
     return same and (out / "config.json").exists()
 
 
@@ -394,13 +442,13 @@ def peak_memory() -> int:
 def _write_output(
     options: ConvertOptions,
     model: StreamedModel,
-    tokens: TokenRows,
+    rows: _Rows,
     strategy: Strategy,
     measured: dict[str, Any] | None,
     work: Path,
     out: Path,
 ) -> None:
-    notes: list[str] = list(tokens.description.get("notices", []))
+    notes: list[str] = list(rows.tokens.description.get("notices", []))
     for name in ("strategy.json", RECORD_NAME, EVALUATION_NAME):  # of an earlier result, now replaced
         (out / name).unlink(missing_ok=True)
     write_shards(
@@ -418,9 +466,9 @@ def _write_output(
         model.architecture,
         bits=strategy.target_bpw,
         head_bits=options.head_bits,
-        rows=tokens.input_ids.shape[0],
-        length=tokens.input_ids.shape[1],
-        dataset=plain_name(str(tokens.description.get("source", options.calibration))),
+        rows=rows.tokens.input_ids.shape[0],
+        length=rows.tokens.input_ids.shape[1],
+        dataset=plain_name(str(rows.tokens.description.get("source", options.calibration))),
     )
     skipped = copy_side_files(options.model, out).skipped
     notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
@@ -434,6 +482,9 @@ def _write_output(
         seed=options.seed,
         effort=options.effort,
         measurement=options.measurement,
+        held_out=options.held_out,
+        held_out_rows=options.held_out_rows,
     )
     write_record(out, settings, work / "linears")
-    write_json(out / "strategy.json", {**strategy.to_json(), "measured": measured, "notes": notes})
+    found = {"held_out": rows.held_out, "measured": measured, "notes": notes}
+    write_json(out / "strategy.json", {**strategy.to_json(), **found})

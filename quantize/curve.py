@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments, hessian
+from dbrx_quant.calibration.unseen import UnseenInputs
 from dbrx_quant.quantize.grid import error_table
 from dbrx_quant.quantize.ldlq import Effort, Factor, factorize, quantize_matrix
 from dbrx_quant.quantize.recipe import (
@@ -70,13 +71,12 @@ def spread_columns(n: int, count: int) -> Tensor:
     return torch.arange(n) if n <= count else torch.linspace(0, n - 1, count).long()
 
 
-def held_out_error(weight: Tensor, prepared: Prepared, held: Tensor) -> float:
-    """tr(E^T H E) on the held-out moments, E of a quick 3-bit solution of some columns.
+def trial(weight: Tensor, prepared: Prepared) -> tuple[Tensor, float]:
+    """The error E [K, C] of a quick 3-bit solution of some columns, and its tr(E^T H E).
 
     Args:
         weight: [N, K] float32.
-        prepared: from the fit tokens' Hessian.
-        held: [K, K] held-out moments.
+        prepared: its Hessian's factor.
     """
     columns = spread_columns(weight.shape[0], SAMPLE_COLUMNS)
     ordered = weight[columns].T[prepared.permutation].contiguous()
@@ -84,7 +84,21 @@ def held_out_error(weight: Tensor, prepared: Prepared, held: Tensor) -> float:
     solved = quantize_matrix(ordered, prepared.factor, groups, effort="fast")
     error = torch.empty_like(ordered)
     error[prepared.permutation] = ordered - solved.dequantized.float()
-    return float(((held @ error) * error).sum(dtype=torch.float64))
+    return error, solved.loss
+
+
+def unseen_ratio(weight: Tensor, prepared: Prepared, unseen: UnseenInputs) -> float:
+    """How many times as large as the Hessian says an error of the output is on unseen tokens, squared.
+
+    Args:
+        weight: [N, K] float32, one of the linears that share these inputs.
+        prepared: their Hessian's factor.
+        unseen: their inputs; where there are none, the Hessian is believed.
+    """
+    if not unseen.tokens:
+        return 1.0
+    error, expected = trial(weight, prepared)
+    return unseen.error(error) / expected if expected > 0 else 1.0
 
 
 def choose_shrinkage(weight: Tensor, moments: SplitMoments) -> Shrinkage:
@@ -101,7 +115,8 @@ def choose_shrinkage(weight: Tensor, moments: SplitMoments) -> Shrinkage:
     def score(shrinkage: Shrinkage) -> float:
         if shrinkage not in scores:
             prepared = prepare(hessian(moments.fit, moments.prior, shrinkage))
-            scores[shrinkage] = held_out_error(weight, prepared, moments.held.matrix)
+            error, _ = trial(weight, prepared)
+            scores[shrinkage] = energy(error.T, moments.held.matrix)
         return scores[shrinkage]
 
     has_prior = moments.prior is not None and moments.prior.tokens > 0

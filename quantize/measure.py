@@ -21,7 +21,17 @@ from dbrx_quant.calibration.fisher import GradientSum, head_gradients
 from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments, hessian
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
-from dbrx_quant.quantize.curve import choose_shrinkage, draw, feedback_factors, prepare, sampled_energy
+from dbrx_quant.calibration.unseen import UNSEEN_TOKENS, UnseenInputs
+from dbrx_quant.calibration.watch import Watch
+from dbrx_quant.quantize.curve import (
+    choose_shrinkage,
+    draw,
+    feedback_factors,
+    prepare,
+    sampled_energy,
+    spread_columns,
+    unseen_ratio,
+)
 from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
@@ -45,6 +55,7 @@ class MeasureJob:
         progress: told of every finished step.
         seed: of the labels that the gradients are of.
         effort: what the linears will be solved with.
+        unseen: [U, L] int64 token ids that nothing is chosen on; what errors cost there is measured as well.
     """
 
     model: StreamedModel
@@ -53,6 +64,7 @@ class MeasureJob:
     progress: Progress
     seed: int = 0
     effort: Effort = "default"
+    unseen: Tensor | None = None
 
     @property
     def _stride(self) -> int:
@@ -60,8 +72,14 @@ class MeasureJob:
 
     @property
     def rows(self) -> Tensor:
-        """[R, L]: the tokens in the order of all states, those that go backward first."""
-        return torch.cat([self.tokens[i :: self._stride] for i in range(self._stride)])
+        """The token ids of all states: rows that go backward, the other rows to calibrate on, unseen ones."""
+        return torch.cat([*(self.tokens[i :: self._stride] for i in range(self._stride)), self._unseen_rows])
+
+    @property
+    def _unseen_rows(self) -> Tensor:
+        if self.unseen is None:
+            return self.tokens[:0]
+        return self.unseen[spread_columns(len(self.unseen), max(1, UNSEEN_TOKENS // self.unseen.shape[1]))]
 
     @property
     def backward_rows(self) -> int:
@@ -69,7 +87,7 @@ class MeasureJob:
         return len(self.tokens[:: self._stride])
 
     def states(self, block: int) -> Path:
-        """Hidden states before a block, [R, L, D]."""
+        """Hidden states of all `rows` before a block."""
         return self.folder / f"states-{block:03}.npy"
 
     def gradients(self, block: int) -> Path:
@@ -152,11 +170,12 @@ def measure(job: MeasureJob) -> dict[str, Any]:
 
 def _forward(job: MeasureJob) -> None:
     architecture = job.model.architecture
-    shape = (*job.tokens.shape, architecture.hidden)
+    ids = job.rows
+    shape = (*ids.shape, architecture.hidden)
     if not job.states(0).exists():
         with new_states(job.states(0), shape) as states:
             for part in batches(states):
-                states[part] = job.model.embed(job.rows[part])
+                states[part] = job.model.embed(ids[part])
     for block in architecture.blocks:
         if not job.states(block.index + 1).exists():
             states = open_states(job.states(block.index))
@@ -167,9 +186,9 @@ def _forward(job: MeasureJob) -> None:
                         output[part] = live(states[part])[0]
                 else:
                     x_path = job.folder / "experts-input.npy"
-                    with new_states(x_path, (job.tokens.numel(), architecture.hidden)) as x:
+                    with new_states(x_path, (ids.numel(), architecture.hidden)) as x:
                         routing = route(live, states, output, x)
-                        report = coverage(routing, block.experts.count)
+                        report = coverage(routing.part(slice(job.tokens.numel())), block.experts.count)
                         write_json(job.folder / f"coverage-{block.index:03}.json", report)
                         for at, share in dense_shares(job.model, block.experts, routing):
                             output.view(-1, architecture.hidden)[at] += share
@@ -210,10 +229,13 @@ def _head(job: MeasureJob) -> None:
             weight,
             job.seed,
         )
-    moments, rows = SplitMoments.zero(head.shape[0]), token_rows(states)
-    for part in spans(len(flat), ROWS_TOKENS):
+    moments, rows, unseen = SplitMoments.zero(head.shape[0]), token_rows(states), UnseenInputs()
+    seen = job.tokens.numel()
+    for part in spans(seen, ROWS_TOKENS):
         moments.add(job.model.final_norm(flat[part]), rows[part])
-    _measure_linears(job, [head], moments, {head.name: total}, lambda _: weight, _Shared({}, {}))
+    for part in spans(len(flat) - seen, ROWS_TOKENS):
+        unseen.add(job.model.final_norm(flat[seen:][part]))
+    _measure_linears(job, [head], moments, unseen, {head.name: total}, lambda _: weight, _Shared({}, {}))
     job.progress.step("head")
 
 
@@ -221,6 +243,7 @@ def _measure_linears(
     job: MeasureJob,
     specs: list[LinearSpec],
     moments: SplitMoments,
+    unseen: UnseenInputs,
     gradients: dict[str, GradientSum],
     weight_of: Callable[[LinearSpec], Tensor],
     shared: _Shared,
@@ -245,6 +268,7 @@ def _measure_linears(
     if role not in shared.feedback:
         columns = gradients[specs[0].name].column_weights()
         shared.feedback[role] = feedback_factors(weight, prepared, columns, job.effort)
+    ratio = unseen_ratio(weight, prepared, unseen)
     for spec in todo:
         total = gradients[spec.name]
         columns = total.column_weights()
@@ -263,6 +287,7 @@ def _measure_linears(
                 "step": step,
                 **asdict(shrinkage),
                 "feedback": list(curve.feedback),
+                "unseen": ratio,
                 "energy": curve.energy,
                 "options": [list(option) for option in curve.options],
             },
@@ -282,7 +307,7 @@ def _backward(job: MeasureJob, index: int) -> None:
     routed: _RoutedGradients | None = None
     if spec.experts:
         routed = _backward_experts(job, live, states, upstream, spec.experts, shared)
-    watch, length, rows = _Watch(live), states.shape[1], token_rows(states).view(states.shape[:2])
+    watch, length, rows = Watch(live), states.shape[1], token_rows(states).view(states.shape[:2])
     with new_states(job.gradients(index), tuple(upstream.shape)) as gradients:
         for part in batches(upstream):
             x = states[part].clone().requires_grad_()
@@ -297,51 +322,18 @@ def _backward(job: MeasureJob, index: int) -> None:
             torch.autograd.backward(roots, seeds)
             assert x.grad is not None
             gradients[part] = x.grad
-        for part in batches(states[len(upstream) :]):
-            watch.rows = rows[len(upstream) :][part].flatten()
-            live(states[len(upstream) :][part])
+        others, unseen = slice(len(upstream), len(job.tokens)), slice(len(job.tokens), None)
+        for part in batches(states[others]):
+            watch.rows = rows[others][part].flatten()
+            live(states[others][part])
+        watch.rows = None
+        for part in batches(states[unseen]):
+            live(states[unseen][part])
         watch.close()
         check_states(gradients, f"gradients before block {index}")
-        for stage, moments in zip(spec.stages, watch.moments, strict=True):
-            _measure_linears(job, list(stage), moments, watch.gradients, job.model.dense, shared)
+        for stage, moments, inputs in zip(spec.stages, watch.moments, watch.unseen, strict=True):
+            _measure_linears(job, list(stage), moments, inputs, watch.gradients, job.model.dense, shared)
     job.progress.step(f"backward, block {index}")
-
-
-class _Watch:
-    """Sums up inputs and output gradients of a block's linears (outside its experts) while it runs."""
-
-    def __init__(self, live: LiveBlock) -> None:
-        self.rows = torch.empty(0, dtype=torch.long)
-        self.moments = [SplitMoments.zero(stage[0].shape[0]) for stage in live.spec.stages]
-        self.gradients: dict[str, GradientSum] = {}
-        self._handles: list[Any] = []
-        for stage, moments in zip(live.spec.stages, self.moments, strict=True):
-            for spec in stage:
-                self.gradients[spec.name] = GradientSum.zero(spec.shape[1])
-            modules = {spec.module: live.submodule(spec) for spec in stage}
-            for position, (owner, module) in enumerate(modules.items()):
-                specs = [spec for spec in stage if spec.module == owner]
-                inputs = moments if position == 0 else None
-                self._handles.append(module.register_forward_hook(self._hook(specs, inputs)))
-
-    def _hook(self, specs: list[LinearSpec], moments: SplitMoments | None) -> Callable[..., None]:
-        def see_gradient(gradient: Tensor) -> None:
-            for spec in specs:
-                begin, end = spec.outputs or (0, spec.shape[1])
-                self.gradients[spec.name].add(gradient[..., begin:end])
-
-        def see_output(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if moments is not None:
-                moments.add(inputs[0].detach().reshape(-1, inputs[0].shape[-1]), self.rows)
-            if output.requires_grad:
-                output.register_hook(see_gradient)  # type: ignore[no-untyped-call]
-
-        return see_output
-
-    def close(self) -> None:
-        """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -365,9 +357,10 @@ def _backward_experts(
     routing = route(live, states, torch.empty_like(states), x)
     flat = upstream.reshape(-1, hidden)
     result = _RoutedGradients(torch.zeros_like(flat), torch.zeros(len(flat), routing.weight.shape[1]))
-    rows, act = token_rows(states), activation(experts.activation)
+    rows, act, seen = token_rows(states), activation(experts.activation), job.tokens.numel()
+    calibration, others = routing.part(slice(seen)), routing.part(slice(seen, None))
     for expert, linears in enumerate(experts.linears):
-        tokens = tokens_of(routing, expert)
+        tokens, unseen = tokens_of(calibration, expert), tokens_of(others, expert)
         gate, up, down = weights = tuple(job.model.dense(spec) for spec in linears)
         dense = dict(zip(linears, weights, strict=True)).__getitem__
         sums = {spec.name: GradientSum.zero(spec.shape[1]) for spec in linears}
@@ -398,8 +391,11 @@ def _backward_experts(
             other = x[tokens.others[part]]
             inputs.prior.add(other)
             inner.prior.add(expert_inner(other, gate, up, act))
-        _measure_linears(job, list(linears[:2]), inputs, sums, dense, shared)
-        _measure_linears(job, list(linears[2:]), inner, sums, dense, shared)
+        unseen_inputs, unseen_inner = UnseenInputs(), UnseenInputs()
+        unseen_inputs.add(others.x[unseen.index], unseen.weight.square())
+        unseen_inner.add(expert_inner(others.x[unseen.index], gate, up, act), unseen.weight.square())
+        _measure_linears(job, list(linears[:2]), inputs, unseen_inputs, sums, dense, shared)
+        _measure_linears(job, list(linears[2:]), inner, unseen_inner, sums, dense, shared)
         job.progress.step(f"block {live.spec.index}, expert {expert}")
     return result
 
@@ -409,8 +405,8 @@ def assemble(job: MeasureJob) -> dict[str, Any]:
 
     Returns:
         `tokens`: how many; `coverage`: per block of experts, tokens and shares; `linears`: name → shape,
-        tokens, shrinkage, energy (the cost of dropping it, in nats to second order) and `options`
-        [bits on disk, nats per token, group map].
+        tokens, shrinkage, energy (the cost of dropping it, in nats to second order), `unseen` (how many times
+        as large errors are on unseen tokens) and `options` [bits on disk, nats per token, group map].
     """
     architecture, count = job.model.architecture, job.tokens.numel()
     entries = {s.name: json.loads(job.entry(s.name).read_text()) for s in architecture.linears()}

@@ -264,7 +264,7 @@ def _quantize_experts(
         flat, act, rows = output.view(-1, hidden), activation(experts.activation), token_rows(states)
         unquantized = _DenseShares(job, experts, routing, flat) if job.repair else None
         goal = open_states(job.original(live.spec.index + 1)).view(-1, hidden) if job.repair else None
-        calibration = Routing(*(part[: job.tokens.numel()] for part in (x, routing.index, routing.weight)))
+        calibration = routing.part(slice(job.tokens.numel()))
         for expert, (gate, up, down) in enumerate(experts.linears):
             everyone, tokens = tokens_of(routing, expert), tokens_of(calibration, expert)
             square = tokens.weight.square()

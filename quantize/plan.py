@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dbrx_quant.calibration.unseen import UNSEEN_TOKENS
 from dbrx_quant.quantize.allocate import HEAD, HEAD_OVERHEAD_BITS
 from dbrx_quant.quantize.operations import machine_speed, measuring_operations, quantizing_operations
 from dbrx_quant.quantize.recipe import UNIT, coarsest_groups
@@ -217,10 +218,12 @@ def peak_bytes(architecture: Architecture, tokens: int) -> int:
     for block in architecture.blocks[:1] + architecture.blocks[-1:]:
         dense = 4 * sum(math.prod(s.shape) for stage in block.stages for s in stage)
         moments = sum(8 * stage[0].shape[0] ** 2 for stage in block.stages)
+        moments += 4 * min(tokens, UNSEEN_TOKENS) * sum(stage[0].shape[0] for stage in block.stages)
         most = max(most, 2 * dense + moments + max(_solving(s) for stage in block.stages for s in stage))
         if block.experts:
             expert = 4 * sum(math.prod(s.shape) for s in block.experts.linears[0])
             held = sum(12 * s.shape[0] ** 2 for s in block.experts.linears[0][1:])
+            held += 4 * min(tokens, UNSEEN_TOKENS) * sum(s.shape[0] for s in block.experts.linears[0][1:])
             streams = 3 * 4 * tokens * architecture.hidden
             solving = max(_solving(s) for s in block.experts.linears[0])
             most = max(most, dense + expert + held + streams + solving)

@@ -1,9 +1,10 @@
 """The KL divergence that an allocation will have: the original's own blocks, with noise in place of rounding.
 
-A measurement prices each linear alone and to second order. What that leaves out shows when all errors act at
-once: tokens that change experts (on a small DBRX a fifth to two fifths more), and logits that saturate (on
-SmolLM2-135M a fifth less). So a few rows go through the original twice, the second time with normal noise on
-every linear's output, as strong as the error that its option has, and the heads tell how far apart they end.
+A measurement prices each linear alone, to second order and on calibration text. What that leaves out: all
+errors act at once, so tokens change experts (on a small DBRX a fifth to two fifths more) and logits saturate
+(on SmolLM2-135M a fifth less); and errors are larger on other text. So a few rows go through the original
+twice, the second time with normal noise on every linear's output, as strong as the error that its option has
+on unseen tokens, and the heads tell how far apart they end.
 """
 
 from collections.abc import Callable, Mapping
@@ -62,8 +63,11 @@ class Predictor:
         generator = torch.Generator().manual_seed(self._seed)
 
         def noisy(output: Tensor, spec: LinearSpec) -> Tensor:
-            price = self._linears[spec.name]["price"]
-            error = strategy.choices[spec.name][1] / price if price else 0.0  # squared, sum over channels
+            entry = self._linears[spec.name]
+            # Squared, sum over channels.
+            error = (
+                strategy.choices[spec.name][1] / entry["price"] * entry["unseen"] if entry["price"] else 0.0
+            )
             if not error:
                 return output
             noise = torch.randn(output.shape, generator=generator)

@@ -37,6 +37,8 @@ class Settings:
     seed: int
     effort: Effort
     measurement: Path | None
+    held_out: str | None = None
+    held_out_rows: int | None = None
 
     @property
     def command(self) -> str:
@@ -47,6 +49,8 @@ class Settings:
             words += [option, str(value)] if value is not None else []
         words += ["--seed", str(self.seed), "--effort", self.effort]
         words += ["--measurement", self.measurement.name] if self.measurement else []
+        words += ["--held-out", plain_name(self.held_out)] if self.held_out else []
+        words += ["--held-out-rows", str(self.held_out_rows)] if self.held_out_rows else []
         return shlex.join(words)
 
     def to_json(self) -> dict[str, Any]:
@@ -61,6 +65,8 @@ class Settings:
             "seed": self.seed,
             "effort": self.effort,
             "measurement": self.measurement.name if self.measurement else None,
+            "held_out": plain_name(self.held_out) if self.held_out else None,
+            "held_out_rows": self.held_out_rows,
         }
 
 

@@ -277,7 +277,7 @@ def _evaluations(folder: Path, bpw: float) -> tuple[Evaluation, ...]:
 def _own_evaluation(
     folder: Path, strategy: Mapping[str, Any], section: Mapping[str, Any]
 ) -> tuple[Evaluation, ...]:
-    """What the conversion measured on rows that it kept out; nothing where these were too few."""
+    """What the conversion measured on held-out rows; nothing where these were too few."""
     scores = strategy.get("measured")
     if not scores:
         return ()
@@ -285,7 +285,7 @@ def _own_evaluation(
         length, tokens = int(section["calibration"]["length"]), int(scores["positions"])
         return (
             Evaluation(
-                KEPT_OUT,
+                strategy.get("held_out") or KEPT_OUT,
                 windows=tokens // length,
                 length=length,
                 tokens=tokens,

@@ -23,8 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration import data
-from dbrx_quant.calibration.data import load_tokens
+from dbrx_quant.calibration.data import UNSEEN_EVERY, load_tokens
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.job import source_facts
 from dbrx_quant.quantize.measure import MeasureJob, measure
@@ -110,6 +109,14 @@ class Bench:
             raise ValueError(f"{source}: {ids.numel()} tokens, {setting.tokens} wanted; give more text")
         return ids
 
+    def rows(self, setting: Setting) -> tuple[Tensor, Tensor]:
+        """Rows to calibrate on, and those that the KL is predicted on: held-out text, or a part left out."""
+        ids, given = self.tokens(setting), self.arguments
+        if setting.left_out is None:
+            return ids, windows(given.model, given.held_out, given.held_out_windows, given.length)
+        part = torch.arange(len(ids)) % UNSEEN_EVERY == setting.left_out
+        return ids[~part], ids[part]
+
     def measurement(self, setting: Setting) -> dict[str, Any]:
         """The measurement of a setting and the seconds it took, made if it is not there yet."""
         file = self.folder / "measurements" / f"{setting.name}.json"
@@ -117,8 +124,9 @@ class Bench:
             say(f"measuring: {setting.name}")
             scratch = self._scratch("measure")
             with replaced(setting.patches):
-                ids, _ = data.split_unseen(self.tokens(setting))
-                job = MeasureJob(self.model, ids, scratch, Progress(), **setting.job)
+                ids, unseen = self.rows(setting)
+                unseen = unseen.view(-1, ids.shape[1])  # windows are some rows each
+                job = MeasureJob(self.model, ids, scratch, Progress(), unseen=unseen, **setting.job)
                 found, seconds = timed(lambda: measure(job))
             file.parent.mkdir(exist_ok=True)
             write_json(file, {"seconds": seconds, "measurement": found})
@@ -156,15 +164,13 @@ class Bench:
         )
         strategy = variant.allocation(measurement, target, head_bits)
         groups = {name: option[2] for name, option in strategy.choices.items()}
-        tokens, scratch = self.tokens(variant.setting), self._scratch("quantize")
+        (tokens, unseen), scratch = self.rows(variant.setting), self._scratch("quantize")
+        watched = unseen if variant.setting.left_out is not None else None
         with replaced({**variant.setting.patches, **variant.patches}):
-            ids, unseen = data.split_unseen(tokens)
-            watched = unseen if len(unseen) else None
             job = QuantizeJob(
-                self.model, ids, scratch, measurement, groups, Progress(), unseen=watched, **variant.job
+                self.model, tokens, scratch, measurement, groups, Progress(), unseen=watched, **variant.job
             )
-            shown = ids if watched is None else watched
-            predictor = Predictor(self.model, measurement, shown, scratch / "predict")
+            predictor = Predictor(self.model, measurement, unseen, scratch / "predict")
             (predicted, _), before = timed(lambda: predictor.kl(strategy, job.repair is not None))
             measured, seconds = timed(lambda: quantize_model(job))
         out = scratch / "out"

@@ -65,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         length=arguments.length,
         seed=arguments.seed,
         effort=arguments.effort,
+        held_out=arguments.held_out,
+        held_out_rows=arguments.held_out_rows,
         measurement=arguments.measurement,
         work_dir=arguments.work_dir,
         resume=arguments.resume,
@@ -112,7 +114,7 @@ def _print_results(results: "list[Converted]") -> None:
             ]
             for result in results
         ],
-        note="measured KL: on calibration rows that were kept out of the calibration; most memory: "
+        note="KL: on held-out rows, which were not calibrated on; most memory: "
         + bytes_text(max(result.peak_bytes for result in results)),
     )
 

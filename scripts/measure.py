@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         length=arguments.length,
         seed=arguments.seed,
         effort=arguments.effort,
+        held_out=arguments.held_out,
+        held_out_rows=arguments.held_out_rows,
         work_dir=arguments.work_dir,
         resume=arguments.resume,
         max_memory=arguments.max_memory,

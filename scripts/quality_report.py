@@ -76,8 +76,7 @@ def compare(row: Row, peers: Peers) -> dict[str, Any]:
 
 def size_cells(rows: Sequence[Row], peers: Peers) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of sizes; `~` marks what lies outside of a peer's sizes."""
-    head = ["target", "bpw", "KL", "± se", "perplexity", "top-1", "predicted KL", "unseen rows", "± se"]
-    head += ["predicted/unseen", "predicted/KL"]
+    head = ["target", "bpw", "KL", "± se", "perplexity", "top-1", "predicted KL", "predicted/KL"]
     for tool in rivals(peers):
         head += [f"{LABELS.get(tool, tool)}: KL", "ratio", "bits ahead"]
     cells = []
@@ -85,8 +84,7 @@ def size_cells(rows: Sequence[Row], peers: Peers) -> tuple[list[str], list[list[
         line = [
             f"{row['target']}", f"{row['bpw']:.4f}", number(row["kl"]), number(row["kl_stderr"]),
             f"{row['ppl']:.3f}", f"{row['top1']:.4f}", number(row["predicted_kl"]),
-            number(row["unseen"]["kl"]), number(row["unseen"]["kl_stderr"]),
-            f"{row['predicted_kl'] / row['unseen']['kl']:.2f}", f"{row['predicted_kl'] / row['kl']:.2f}",
+            f"{row['predicted_kl'] / row['kl']:.2f}",
         ]  # fmt: skip
         for other in compare(row, peers).values():
             line.append(("~" if other["kl_extrapolated"] else "") + number(other["kl"]))

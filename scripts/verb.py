@@ -139,6 +139,15 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--rows", type=positive, help="calibration rows (default: 128)")
     texts.add_argument("--length", type=positive, help="tokens a row (default: 2048 or the model's most)")
     texts.add_argument("--seed", type=natural, default=0, help="of everything drawn (default: %(default)s)")
+    texts.add_argument(
+        "--held-out",
+        metavar="NAME|FILE",
+        help="text of the kind the model is for, to predict and measure the KL on; like --calibration, but "
+        "never calibrated on (default: one calibration row in seven)",
+    )
+    texts.add_argument(
+        "--held-out-rows", type=positive, metavar="N", help="rows of --held-out (default: 16; of tokens all)"
+    )
     work = parser.add_argument_group("work")
     work.add_argument("--work-dir", type=Path, metavar="DIR", help="for resuming (default: OUT.work)")
     work.add_argument(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dbrx_quant.calibration import data
+from dbrx_quant.calibration.data import UNSEEN_EVERY
 from dbrx_quant.quantize.allocate import allocate
 from dbrx_quant.quantize.ldlq import factorize, quantize_matrix
 from dbrx_quant.quantize.recipe import GROUP_ROWS, parse_groups
@@ -87,11 +87,10 @@ def test_a_study_shows_each_variant_beside_the_base():
 
 def test_what_lies_beyond_a_peer_is_marked():
     row = {"target": 5.0, "bpw": 5.0, "kl": 0.001, "kl_stderr": None, "ppl": 9.0, "top1": 0.9}
-    unseen = {"kl": 0.004, "kl_stderr": 0.0001}
-    head, (cells,) = size_cells([{**row, "predicted_kl": 0.002, "unseen": unseen}], {"exllamav2": PEER})
+    head, (cells,) = size_cells([{**row, "predicted_kl": 0.002}], {"exllamav2": PEER})
     assert len(head) == len(cells)
     assert cells[-3:] == ["~0.001000", "1.00", "~+0.00"]
-    assert cells[6:11] == ["0.002000", "0.004000", "0.0001000", "0.50", "2.00"]
+    assert cells[6:8] == ["0.002000", "2.00"]
 
 
 def test_predictions_are_shown_as_means_and_for_each_part():
@@ -103,13 +102,8 @@ def test_predictions_are_shown_as_means_and_for_each_part():
 
 
 def test_every_row_is_left_out_in_one_part_of_the_study_of_predictions():
-    ids, found = torch.arange(32)[:, None].expand(32, 2), []
-    for variant in variants.STUDIES["prediction"]:
-        with replaced(variant.setting.patches):
-            seen, unseen = data.split_unseen(ids)
-        assert sorted([*seen[:, 0].tolist(), *unseen[:, 0].tolist()]) == list(range(32))
-        found += unseen[:, 0].tolist()
-    assert sorted(found) == list(range(32))
+    parts = [variant.setting.left_out for variant in variants.STUDIES["prediction"]]
+    assert parts == list(range(UNSEEN_EVERY))
 
 
 def test_peers_of_an_unknown_model_are_refused(tmp_path):

@@ -26,7 +26,7 @@ from dbrx_quant.runtime.inspect import FolderFacts, LinearFacts, inspect_folder
 REPORT_VERSION = 1
 
 HEAD_KIND = "head"
-HELD_OUT = "held-out calibration rows"  # what the conversion measured itself on
+HELD_OUT = "held-out calibration rows"  # what the conversion measured itself on, unless it was told a text
 ATTENTION = "attention"  # the kind of the linears with these roles; others are called by their own names
 _ATTENTION_ROLES = ("q", "k", "v", "o")
 
@@ -90,6 +90,9 @@ def gather(folder: Folder) -> Report:
     facts, strategy, measurement = folder.facts, folder.strategy or {}, folder.measurement or {}
     quantization = folder.config.get("quantization_config") or {}
     record = folder.record or {}
+    held_out = strategy.get("measured")
+    if held_out:
+        held_out = {**held_out, "text": strategy.get("held_out") or HELD_OUT}
     rows, errors = _linears(folder)
     points = _frontier(folder)
     if strategy.get("predicted_kl") and all(point.kl > 0 for point in points):
@@ -113,7 +116,7 @@ def gather(folder: Folder) -> Report:
             "head_bpw": facts.head_bpw,
             "total_bytes": facts.total_bytes,
             "predicted_kl": strategy.get("predicted_kl"),
-            "held_out": strategy.get("measured"),
+            "held_out": held_out,
         },
         "linears": {"columns": list(LINEAR_COLUMNS), "rows": rows},
         "errors": errors,
@@ -160,7 +163,7 @@ def measured_kl(report: Report) -> tuple[float, str] | None:
         entry = max(report["evaluations"], key=lambda entry: entry["tokens"])
         return entry["kl"], entry["text"]
     held_out = report["headline"]["held_out"]
-    return (held_out["kl"], HELD_OUT) if held_out else None
+    return (held_out["kl"], held_out["text"]) if held_out else None
 
 
 def kinds(report: Report) -> list[str]:

@@ -59,7 +59,7 @@ def tiles(report: Report) -> str:
     predicted = headline["predicted_kl"]
     expected = f"predicted {digits(predicted)}" if predicted is not None else ""
     if best or held:
-        entry = best or {**held, "ppl_original": held["reference_ppl"], "text": "held-out rows"}
+        entry = best or {**held, "ppl_original": held["reference_ppl"]}
         error = f"± {digits(entry['kl_stderr'], 1)}, " if entry["kl_stderr"] is not None else ""
         found += [
             ("KL divergence, nats", digits(entry["kl"]), f"{error}{expected}".removesuffix(", ")),
@@ -205,7 +205,7 @@ def curve(report: Report) -> str:
         cells.append(["predicted, this checkpoint", f"{bpw:.3f}", digits(kl)])
     measured = [(entry["text"], entry["kl"]) for entry in report["evaluations"]]
     if headline["held_out"]:
-        measured.append(("held-out rows", headline["held_out"]["kl"]))
+        measured.append((headline["held_out"]["text"], headline["held_out"]["kl"]))
     called: set[str] = set()
     for text, kl in measured:
         if kl > 0:
