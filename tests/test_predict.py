@@ -9,7 +9,7 @@ from small_models import random_tokens, save_model, whole_model
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.allocate import allocate
 from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.predict import Predictor
+from dbrx_quant.quantize.predict import Predictor, over_noise
 from dbrx_quant.quantize.progress import Progress
 
 
@@ -40,6 +40,7 @@ def test_the_noise_of_one_linear_is_as_strong_as_its_error(measured, which, tmp_
     strategy = strategy_of(measurement, errors=lambda name, error: error if which in name else 0.0)
     (spec,) = [s for s in model.architecture.linears() if which in s.name]
     found = Predictor(model, measurement, ids[:2], tmp_path, seed=3).kl(strategy, False)[0]
+    found /= over_noise(strategy.bpw, False)
 
     variance = strategy.choices[spec.name][1] / measurement["linears"][spec.name]["price"] / spec.shape[1]
     generator = torch.Generator().manual_seed(3)
@@ -79,7 +80,7 @@ def test_small_errors_cost_what_the_measurement_says_to_second_order(measured, t
         measurement, errors=lambda name, error: 1e-2 * error if any(p in name for p in parts) else 0.0
     )
     found, _ = Predictor(model, measurement, ids, tmp_path).kl(strategy, False)
-    assert 0.7 < found / strategy.kl < 1.4
+    assert 0.7 < found / over_noise(strategy.bpw, False) / strategy.kl < 1.4
 
 
 def test_the_same_seed_gives_the_same_prediction_and_a_repair_lowers_it(measured, tmp_path):
@@ -89,6 +90,11 @@ def test_the_same_seed_gives_the_same_prediction_and_a_repair_lowers_it(measured
     assert first == predictor.kl(strategy, False)
     assert first == Predictor(model, measurement, ids[:2], tmp_path / "b").kl(strategy, False)
     assert Predictor(model, measurement, ids[:1], tmp_path / "c").kl(strategy, True)[1] is None
-    for bpw, share in ((2.2, 0.83), (2.75, 0.87), (3.0, 0.91), (8.0, 0.97)):
-        repaired = predictor.kl(dataclasses.replace(strategy, bpw=bpw), True)
-        assert repaired == pytest.approx([share * value for value in first])
+    for bpw, repaired, factor in (
+        (2.2, True, 0.91),
+        (2.75, True, 0.97),
+        (8.0, True, 1.16),
+        (8.0, False, 1.22),
+    ):
+        found = predictor.kl(dataclasses.replace(strategy, bpw=bpw), repaired)
+        assert found == pytest.approx([value * factor / over_noise(strategy.bpw, False) for value in first])
