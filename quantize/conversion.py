@@ -344,7 +344,9 @@ def load_measurement(path: Path, model: Path) -> dict[str, Any]:
         measurement: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version, source = measurement["format_version"], measurement["model"]
         if version != MEASUREMENT_VERSION:
-            raise CheckpointError(f"{path}: version {version}, this program reads {MEASUREMENT_VERSION}")
+            raise CheckpointError(
+                f"{path}: version {version}, this program reads {MEASUREMENT_VERSION}; measure again"
+            )
         measurement["linears"]["lm_head"]["options"][0][2].split()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such measurement") from None
