@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-UNSEEN_TOKENS = 4096  # the inputs of so many tokens are kept, as they are
+UNSEEN_TOKENS = 2048  # the inputs of so many tokens are kept, as they are
 
 
 class UnseenInputs:
