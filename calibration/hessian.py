@@ -119,17 +119,25 @@ class Shrinkage:
     prior: float = 0.0
 
 
+def own_share(moments: Moments, prior: Moments | None, shrinkage: Shrinkage) -> float:
+    """How much of a linear's Hessian comes from its own tokens, 0 to 1; the rest is the prior's."""
+    own = moments.effective
+    if prior is None or not prior.weight or (own and not shrinkage.prior):
+        return 1.0
+    pseudo = max(shrinkage.prior * moments.matrix.shape[0], 1.0)
+    return own / (own + pseudo)
+
+
 def hessian(moments: Moments, prior: Moments | None, shrinkage: Shrinkage) -> Tensor:
     """The regularised mean of x x^T, [K, K] float32, positive definite.
 
     An expert that saw no tokens at all gets the prior alone; without a prior, the identity.
     """
     k = moments.matrix.shape[0]
-    own = moments.effective
     result = moments.matrix / moments.weight if moments.weight else torch.zeros(k, k)
-    if prior is not None and prior.weight and (shrinkage.prior or not own):
-        pseudo = max(shrinkage.prior * k, 1.0)
-        result.mul_(own / (own + pseudo)).add_(prior.matrix, alpha=pseudo / (own + pseudo) / prior.weight)
+    own = own_share(moments, prior, shrinkage)
+    if prior is not None and own < 1:
+        result.mul_(own).add_(prior.matrix, alpha=(1 - own) / prior.weight)
     diagonal = result.diagonal().clone()
     mean = float(diagonal.mean())
     if mean <= 0:

@@ -67,6 +67,7 @@ class ConvertOptions:
         held_out: text that KL is predicted and measured on, named as `calibration` is; None: one row in seven
             of the calibration, which is then not calibrated on.
         held_out_rows: its rows, as long as the calibration's; None: 16, of ready tokens all.
+        refit: whether each linear's group maxima are fitted once more when its codes are fixed.
         measurement: an earlier measurement.json of the same model to use instead of measuring.
         work_dir: for everything that a resumed run needs; None: beside `out`, named `<out>.work`.
         resume: whether to go on with earlier work.
@@ -87,6 +88,7 @@ class ConvertOptions:
     effort: Effort = "default"
     held_out: str | None = None
     held_out_rows: int | None = None
+    refit: bool = False
     measurement: Path | None = None
     work_dir: Path | None = None
     resume: Resume = "auto"
@@ -239,6 +241,7 @@ def _facts(options: ConvertOptions) -> dict[str, Any]:
         "held_out_rows": options.held_out_rows,
         "measurement": fingerprint(options.measurement) if options.measurement else None,
         "repair": asdict(options.repair) if options.repair else None,
+        "refit": options.refit,
     }
 
 
@@ -389,6 +392,7 @@ def _one_target(
                     options.effort,
                     options.repair,
                     rows.unseen,
+                    options.refit,
                 )
             )
         _write_output(options, model, rows, strategy, measured, work, out)
@@ -483,6 +487,7 @@ def _write_output(
         length=options.length,
         seed=options.seed,
         effort=options.effort,
+        refit=options.refit,
         measurement=options.measurement,
         held_out=options.held_out,
         held_out_rows=options.held_out_rows,

@@ -62,9 +62,13 @@ def measuring_operations(architecture: Architecture, tokens: int, effort: Effort
     return total + _forward(head, 2 * backward * tokens) + _curves(head, tokens, 0, True, effort)
 
 
-def quantizing_operations(architecture: Architecture, tokens: int, effort: Effort, repair: bool) -> float:
+def quantizing_operations(
+    architecture: Architecture, tokens: int, effort: Effort, repair: bool, refit: bool = False
+) -> float:
     """Operations of quantizing once, on so many tokens."""
     total = _solving((architecture.head,), tokens, effort, False)
+    if refit:  # what is wanted, products of channels, loss
+        total += sum(6 * spec.shape[1] * spec.shape[0] ** 2 for spec in architecture.linears())
     for block in architecture.blocks:
         for stage in block.stages:
             total += _forward(stage, (3 if repair else 2) * tokens) + _solving(stage, tokens, effort, repair)

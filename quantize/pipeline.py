@@ -11,7 +11,7 @@ not calibrated on go through both, and tell at the end how far the quantized mod
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from dbrx_quant.quantize.measure import (
 )
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.recipe import parse_groups
+from dbrx_quant.quantize.refit import Lacking, loss_of, refitted, wanted
 from dbrx_quant.quantize.repair import DEFAULT_REPAIR, REPAIRED, Repair, RepairMoments, repaired
 from dbrx_quant.runtime import _native
 from dbrx_quant.runtime.evaluate import evaluate
@@ -72,6 +73,7 @@ class QuantizeJob:
         effort: of the solver.
         repair: how linears that write into the residual stream make good what it has lost; None: they do not.
         unseen: [U, L] int64 token ids that measure the distance to the original; None: it is not measured.
+        refit: whether the maxima of each linear's groups are fitted once more when its codes are fixed.
     """
 
     model: StreamedModel
@@ -83,6 +85,7 @@ class QuantizeJob:
     effort: Effort = "default"
     repair: Repair | None = DEFAULT_REPAIR
     unseen: Tensor | None = None
+    refit: bool = False
 
     @property
     def all_tokens(self) -> Tensor:
@@ -224,9 +227,11 @@ def _repair_and_solve(
     finally:
         handle.remove()
     inputs.check(spec.name)
-    weight = repaired(job.model.dense(spec), moments, repair)
-    del moments
-    _solve(job, [spec], inputs.joined(), None, {spec.name: weight})
+    dense = job.model.dense(spec)
+    weight = repaired(dense, moments, repair)
+    lacking = Lacking(dense, moments.fit.add_(moments.held)) if job.refit else None
+    del moments, dense
+    _solve(job, [spec], inputs.joined(), None, {spec.name: weight}, lacking)
 
 
 class _Reached(Exception):
@@ -292,10 +297,12 @@ def _quantize_experts(
                 for part in spans(len(tokens.others), EXPERT_TOKENS):
                     _prior(inner).add(expert_inner(x[tokens.others[part]], *weights, act))
                 inner.check(down.name)
+                lacking = None
                 if moments and job.repair:
-                    weight = repaired(weight, moments, job.repair)
-                    del moments
-                _solve(job, [down], inner.joined(), inner.prior, {down.name: weight})
+                    unrepaired, weight = weight, repaired(weight, moments, job.repair)
+                    lacking = Lacking(unrepaired, moments.fit.add_(moments.held)) if job.refit else None
+                    del moments, unrepaired
+                _solve(job, [down], inner.joined(), inner.prior, {down.name: weight}, lacking)
             last = finished_weight(job, down)
             for part in spans(len(everyone.index), EXPERT_TOKENS):
                 at = everyone.index[part]
@@ -379,19 +386,38 @@ def _solve(
     moments: Moments,
     prior: Moments | None,
     weights: Mapping[str, Tensor],
+    lacking: Lacking | None = None,
 ) -> None:
     """Quantize linears that share their inputs, and write each one's file.
 
-    Its metadata has the `loss` tr(E^T H E) and the `energy` tr(W^T H W), to which reports relate it.
+    A file's metadata has the `loss` tr(E^T H E) and the `energy` tr(W^T H W), to which reports relate it.
+    What the stream lacks is for the refit of a single linear that writes into it.
     """
     moments.check(specs[0].name)
-    matrix = hessian(moments, prior, job.shrinkage(specs[0].name))
+    shrinkage = job.shrinkage(specs[0].name)
+    matrix = hessian(moments, prior, shrinkage)
     energies = {spec.name: sampled_energy(weights[spec.name], matrix) for spec in specs}
     prepared = prepare(matrix)
     del matrix
+    solved = {}
     for spec in specs:
         groups = parse_groups(job.groups[spec.name])
-        tensors, loss = solve_linear(weights[spec.name], prepared, groups, job.effort)
+        solved[spec.name] = solve_linear(weights[spec.name], prepared, groups, job.effort)
+    del prepared
+    if job.refit:
+        matrix = hessian(moments, prior, replace(shrinkage, damping=0.0))
+        for spec in specs:
+            goal = wanted(weights[spec.name], matrix, lacking, moments, prior, shrinkage)
+            tensors, _ = solved[spec.name]
+            tensors["q_scale_max"] = refitted(tensors, matrix, goal)
+        del goal
+        matrix = hessian(moments, prior, shrinkage)
+        for spec in specs:
+            tensors, _ = solved[spec.name]
+            solved[spec.name] = tensors, loss_of(tensors, weights[spec.name], matrix)
+        del matrix
+    for spec in specs:
+        tensors, loss = solved[spec.name]
         bias = load_bias(job.model.checkpoint, spec)
         if bias is not None:
             padded = torch.zeros(padded_columns(spec.shape[1]), dtype=torch.float16)

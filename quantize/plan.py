@@ -92,7 +92,7 @@ def plan(options: "ConvertOptions") -> Plan:
         peak_bytes(architecture, tokens),
         states_bytes(architecture, tokens) + max((t.total_bytes for t in targets), default=0),
         measuring_operations(architecture, tokens, options.effort) / speed,
-        quantizing_operations(architecture, tokens, options.effort, repair) / speed,
+        quantizing_operations(architecture, tokens, options.effort, repair, options.refit) / speed,
     )
 
 

@@ -36,6 +36,7 @@ class Settings:
     length: int | None
     seed: int
     effort: Effort
+    refit: bool
     measurement: Path | None
     held_out: str | None = None
     held_out_rows: int | None = None
@@ -48,6 +49,7 @@ class Settings:
         for option, value in (("--rows", self.rows), ("--length", self.length)):
             words += [option, str(value)] if value is not None else []
         words += ["--seed", str(self.seed), "--effort", self.effort]
+        words += ["--refit"] if self.refit else []
         words += ["--measurement", self.measurement.name] if self.measurement else []
         words += ["--held-out", plain_name(self.held_out)] if self.held_out else []
         words += ["--held-out-rows", str(self.held_out_rows)] if self.held_out_rows else []
@@ -64,6 +66,7 @@ class Settings:
             "length": self.length,
             "seed": self.seed,
             "effort": self.effort,
+            "refit": self.refit,
             "measurement": self.measurement.name if self.measurement else None,
             "held_out": plain_name(self.held_out) if self.held_out else None,
             "held_out_rows": self.held_out_rows,

@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of a file (default: 8GB); a result that is finished already keeps its files",
     )
+    parser.add_argument(
+        "--refit", action="store_true", help="fit the scales of groups once more when their codes are fixed"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print size, memory and time, and stop")
     add_measuring_arguments(parser)
 
@@ -67,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         effort=arguments.effort,
         held_out=arguments.held_out,
         held_out_rows=arguments.held_out_rows,
+        refit=arguments.refit,
         measurement=arguments.measurement,
         work_dir=arguments.work_dir,
         resume=arguments.resume,

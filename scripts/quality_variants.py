@@ -363,5 +363,6 @@ STUDIES: Mapping[str, Sequence[Variant]] = {
         Variant(f"part {i + 1} left out", Setting(f"left-out-{i}", left_out=i)) for i in range(UNSEEN_EVERY)
     ],
     "repair": [Variant("without repair", job={"repair": None}), OURS],
+    "refit": [OURS, Variant("with refit", job={"refit": True})],
     "effort": [_effort("fast", repair=None), OURS, _effort("best")],
 }

@@ -33,20 +33,20 @@ def count(action):
     return counted.get_total_flops()
 
 
-@pytest.mark.parametrize("effort", ["fast", "default"])
-def test_products_are_counted_as_torch_counts_them(tmp_path, monkeypatch, effort):
+@pytest.mark.parametrize(("effort", "refit"), [("fast", False), ("default", False), ("default", True)])
+def test_products_are_counted_as_torch_counts_them(tmp_path, monkeypatch, effort, refit):
     monkeypatch.setattr("dbrx_quant.quantize.measure.GRADIENT_TOKENS", 256)
     monkeypatch.setattr(operations, "SEARCHED", 0)  # the native solver's loops are no products
     monkeypatch.setattr(operations, "SOLVED", dict.fromkeys(operations.SOLVED, 0))
     tokens = save_random_tokens(tmp_path / "tokens.safetensors", ROWS, LENGTH, vocabulary=256)
-    usual = {"calibration": str(tokens), "effort": effort, "quiet": True}
+    usual = {"calibration": str(tokens), "effort": effort, "refit": refit, "quiet": True}
     options = ConvertOptions(TINY, tmp_path / "out", (3.0,), **usual)
     architecture, all_tokens = describe(load_config(TINY)), ROWS * LENGTH
     measured = count(lambda: measure_model(options, tmp_path / "measurement.json"))
     expected = operations.measuring_operations(architecture, all_tokens * 7 // 8, effort)
     assert expected == pytest.approx(measured, rel=0.1)
     quantized = count(lambda: convert(options))
-    expected = operations.quantizing_operations(architecture, all_tokens, effort, effort != "fast")
+    expected = operations.quantizing_operations(architecture, all_tokens, effort, effort != "fast", refit)
     assert expected == pytest.approx(quantized, rel=0.25)
 
 

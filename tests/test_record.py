@@ -23,7 +23,8 @@ def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("record")
     model = save_model(folder / "my model", "dbrx")
     tokens = save_random_tokens(folder / "tokens.safetensors", 8, 64)
-    options = ConvertOptions(model, folder / "out", (3.0,), calibration=str(tokens), seed=7, quiet=True)
+    out, tokens = folder / "out", str(tokens)
+    options = ConvertOptions(model, out, (3.0,), calibration=tokens, seed=7, refit=True, quiet=True)
     return options, convert(options)[0].folder
 
 
@@ -51,6 +52,7 @@ def test_its_command_is_one_that_the_parser_takes_to_the_same_settings(converted
     assert program == "dbrx-quant"
     assert (arguments.model, arguments.bpw, arguments.seed) == ("my model", (3.0,), 7)
     assert (arguments.head_bits, arguments.effort) == (options.head_bits, options.effort)
+    assert arguments.refit is options.refit is True
 
 
 def test_every_linear_has_its_error(converted):
@@ -67,7 +69,7 @@ def test_an_error_is_the_loss_over_the_energy_of_the_linears_file(converted, tmp
     for name, (loss, energy) in facts.items():
         metadata = {"loss": repr(loss), "energy": repr(energy)}
         save_tensors(tmp_path / f"{name}.safetensors", {f"{name}.q_weight": torch.zeros(1)}, metadata)
-    settings = Settings(options.model, 3.0, 6, "offline", None, None, 0, "default", None)
+    settings = Settings(options.model, 3.0, 6, "offline", None, None, 0, "default", False, None)
     write_record(tmp_path, settings, tmp_path)
     assert read_record(tmp_path)["relative_errors"] == {"a.q": 0.0025, "b.k": 0.3333}
 

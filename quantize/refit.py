@@ -1,0 +1,103 @@
+"""The maxima of a linear's groups, fitted once more when its codes are fixed.
+
+Axes: K input channels, N output channels, G groups.
+
+A weight Q of the format is linear in the maxima of its groups, Q = sum of f_g Q_g with f = 1. With the second
+moments H of the inputs and C [N, K] those of wanted outputs and inputs, the factors that bring the outputs
+nearest to the wanted ones solve G equations,
+
+    sum over h of <Q_g, Q_h H> f_h = <Q_g, C>.
+
+H is not damped here, since G numbers are too few to learn the calibration text by heart. What is wanted is
+the output of the dense weight W, so C = W H; in linears that write into the residual stream (`repair`) it is
+that and what the stream would still miss of the original's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.calibration.hessian import Moments, Shrinkage, own_share
+from dbrx_quant.runtime.format import read_groups
+from dbrx_quant.runtime.ops import dequantize
+
+RIDGE = 1e-4  # towards factors of 1, in units of the groups' average energy
+MOST = 2.0  # a maximum is at most doubled or halved
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """What the residual stream would miss if a linear were added to it unquantized.
+
+    Attributes:
+        dense: [N, K] the linear's dense weight.
+        cross: [N, K] sum over tokens of what is missing times the linear's inputs.
+    """
+
+    dense: Tensor
+    cross: Tensor
+
+
+def wanted(
+    weight: Tensor,
+    matrix: Tensor,
+    lacking: Lacking | None,
+    moments: Moments,
+    prior: Moments | None,
+    shrinkage: Shrinkage,
+) -> Tensor:
+    """C of a linear, [N, K].
+
+    Args:
+        weight: [N, K], as it was quantized.
+        matrix: [K, K], H from the moments, the prior and its weight in `shrinkage`.
+        lacking: of a linear that writes into the residual stream; None: the weight's own output is wanted.
+        moments: of the linear's inputs.
+        prior: of other tokens.
+        shrinkage: the linear's.
+    """
+    if lacking is None or not moments.weight:
+        return weight @ matrix
+    share = own_share(moments, prior, shrinkage) / moments.weight
+    return (lacking.dense @ matrix).add_(lacking.cross, alpha=share)
+
+
+def refitted(tensors: Mapping[str, Tensor], matrix: Tensor, wanted: Tensor) -> Tensor:
+    """The new maxima of a linear, [G] float16.
+
+    Args:
+        tensors: of the linear as stored, keyed by suffix.
+        matrix: [K, K] float32, H.
+        wanted: [N, K] float32, C.
+    """
+    weight, maxima = dequantize(tensors, wanted.shape[0]).float(), tensors["q_scale_max"]
+    groups = read_groups(tensors["q_groups"], tensors["q_weight"].shape[0], weight.shape[1])
+    rows = torch.tensor([group.rows for group in groups])
+    group = torch.arange(len(groups)).repeat_interleave(rows)[tensors["q_invperm"].long()]  # of each channel
+
+    def by_group(values: Tensor) -> Tensor:
+        sums = torch.zeros(len(groups), *values.shape[1:], dtype=torch.float64)
+        return sums.index_add_(0, group, values.double())
+
+    aims = by_group(torch.einsum("nk,nk->k", weight, wanted))  # without a third matrix of that size
+    products = (weight.T @ weight).mul_(matrix)  # <Q_c, Q_d H> of channels c and d
+    energies = by_group(_columns_by_group(products, group, len(groups)))
+    left = aims - energies.sum(1)
+    mean = float(energies.diagonal().mean())
+    if mean <= 0:
+        return maxima
+    energies.diagonal().add_(RIDGE * mean)
+    factors: Tensor = 1 + torch.linalg.solve(energies, left)
+    return (maxima.double() * factors.clamp(1 / MOST, MOST)).half()
+
+
+def _columns_by_group(values: Tensor, group: Tensor, count: int) -> Tensor:
+    return torch.zeros(len(values), count).index_add_(1, group, values)
+
+
+def loss_of(tensors: Mapping[str, Tensor], weight: Tensor, matrix: Tensor) -> float:
+    """tr(E^T H E) of a linear as stored, for its weight [N, K] and H [K, K]."""
+    error = dequantize(tensors, weight.shape[0]).float().sub_(weight)
+    return float((error @ matrix).mul_(error).sum(dtype=torch.float64))
