@@ -399,25 +399,15 @@ def _solve(
     energies = {spec.name: sampled_energy(weights[spec.name], matrix) for spec in specs}
     prepared = prepare(matrix)
     del matrix
-    solved = {}
     for spec in specs:
-        groups = parse_groups(job.groups[spec.name])
-        solved[spec.name] = solve_linear(weights[spec.name], prepared, groups, job.effort)
-    del prepared
-    if job.refit:
-        matrix = hessian(moments, prior, replace(shrinkage, damping=0.0))
-        for spec in specs:
-            goal = wanted(weights[spec.name], matrix, lacking, moments, prior, shrinkage)
-            tensors, _ = solved[spec.name]
+        weight = weights[spec.name]
+        tensors, loss = solve_linear(weight, prepared, parse_groups(job.groups[spec.name]), job.effort)
+        if job.refit:
+            matrix = hessian(moments, prior, replace(shrinkage, damping=0.0))
+            goal = wanted(weight, matrix, lacking, moments, prior, shrinkage)
             tensors["q_scale_max"] = refitted(tensors, matrix, goal)
-        del goal
-        matrix = hessian(moments, prior, shrinkage)
-        for spec in specs:
-            tensors, _ = solved[spec.name]
-            solved[spec.name] = tensors, loss_of(tensors, weights[spec.name], matrix)
-        del matrix
-    for spec in specs:
-        tensors, loss = solved[spec.name]
+            del matrix, goal
+            loss = loss_of(tensors, weight, hessian(moments, prior, shrinkage))
         bias = load_bias(job.model.checkpoint, spec)
         if bias is not None:
             padded = torch.zeros(padded_columns(spec.shape[1]), dtype=torch.float16)
