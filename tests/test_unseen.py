@@ -18,6 +18,7 @@ from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.record import read_record
 from dbrx_quant.runtime.evaluate import evaluate
 from dbrx_quant.runtime.loader import load_model
+from dbrx_quant.scripts.main import main
 
 TINY = Path(__file__).parent / "data" / "tiny-dbrx"
 
@@ -131,6 +132,13 @@ def test_held_out_text_is_part_of_the_record(converted):
     record = read_record(result.folder)
     assert record["settings"]["held_out"] == "heldout.txt"
     assert "--held-out heldout.txt --held-out-rows 3" in record["command"]
+
+
+def test_a_report_of_a_fresh_result_names_the_text_that_it_was_measured_on(converted, tmp_path):
+    (result,), _ = converted
+    page = tmp_path / "report.html"
+    assert main(["report", str(result.folder), "-o", str(page)]) == 0
+    assert "on heldout.txt" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("change", [{"held_out": None}, {"held_out_rows": 2}])

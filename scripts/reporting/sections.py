@@ -66,7 +66,7 @@ def tiles(report: Report) -> str:
             ("Perplexity", digits(entry["ppl"], 4), f"original {digits(entry['ppl_original'], 4)}"),
             ("Same top token", percent(entry["top1"]), f"on {entry['text']}"),
         ]
-        routed = entry["router_topk"]
+        routed = entry.get("router_topk")  # the conversion itself does not follow the routing
         if isinstance(routed, Sequence):
             routed = sum(routed) / len(routed) if routed else None
         if routed is not None:
