@@ -8,7 +8,7 @@ Finished linears and passed blocks are files, so that a second run goes on where
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.experts import activation, coverage, expert_inner, expert_output, tokens_of
+from dbrx_quant.calibration.experts import activation, coverage, expert_inner, tokens_of
 from dbrx_quant.calibration.fisher import GradientSum, head_gradients
 from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments, hessian
+from dbrx_quant.calibration.passes import batches, check_states, dense_shares, route, token_rows, token_spans
 from dbrx_quant.calibration.states import new_states, open_states
-from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
+from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
 from dbrx_quant.calibration.unseen import UNSEEN_TOKENS, UnseenInputs
 from dbrx_quant.calibration.watch import Watch
 from dbrx_quant.quantize.curve import (
@@ -37,8 +38,6 @@ from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 from dbrx_quant.runtime.files import write_json
 
-ROWS_TOKENS = 2048  # tokens that go through a block's attention at a time
-EXPERT_TOKENS = 2048  # tokens that go through an expert at a time with gradients
 GRADIENT_TOKENS = 2048  # from twice as many on, only a part of the rows goes backward as well
 MOST_STRIDE = 2  # that part is a half at least
 POOLED = 0.3  # share of an expert's price that comes from all experts of its block
@@ -117,46 +116,6 @@ def backward_stride(tokens: int) -> int:
     return min(MOST_STRIDE, max(1, tokens // GRADIENT_TOKENS))
 
 
-def spans(count: int, step: int) -> Iterator[slice]:
-    """Slices of at most `step` that cover `count`."""
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
-
-
-def batches(states: Tensor) -> Iterator[slice]:
-    """Slices of rows with about ROWS_TOKENS tokens each."""
-    yield from spans(states.shape[0], max(1, ROWS_TOKENS // states.shape[1]))
-
-
-def check_states(states: Tensor, what: str) -> None:
-    """Raise ValueError unless all states are finite."""
-    for part in batches(states):
-        if not bool(torch.isfinite(states[part]).all()):
-            row = int((~torch.isfinite(states[part])).nonzero()[0, 0]) + part.start
-            raise ValueError(
-                f"{what}: NaN or infinity in calibration row {row}; the source model overflows in float32 on "
-                "this text, or its weights are damaged"
-            )
-
-
-def token_rows(states: Tensor) -> Tensor:
-    """The calibration row of each token, [R L]."""
-    return torch.arange(states.shape[0]).repeat_interleave(states.shape[1])
-
-
-def route(live: LiveBlock, states: Tensor, output: Tensor, x: Tensor) -> Routing:
-    """Run all rows through a block but its experts: fills `output` and the experts' inputs `x` [R L, D]."""
-    index, weight = [], []
-    length = states.shape[1]
-    for part in batches(states):
-        output[part], routing = live(states[part])
-        assert routing is not None
-        x[part.start * length : part.stop * length] = routing.x
-        index.append(routing.index)
-        weight.append(routing.weight)
-    return Routing(x, torch.cat(index), torch.cat(weight))
-
-
 def measure(job: MeasureJob) -> dict[str, Any]:
     """Run both passes and return the measurement (see `assemble` for its contents)."""
     (job.folder / "linears").mkdir(parents=True, exist_ok=True)
@@ -197,21 +156,6 @@ def _forward(job: MeasureJob) -> None:
         job.progress.step(f"forward, block {block.index}")
 
 
-def dense_shares(
-    model: StreamedModel, experts: ExpertsSpec, routing: Routing
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the unquantized experts add to the stream, expert after expert: positions [T'], shares [T', D]."""
-    act = activation(experts.activation)
-    for expert, linears in enumerate(experts.linears):
-        tokens = tokens_of(routing, expert)
-        if len(tokens.index):
-            gate, up, down = (model.dense(spec) for spec in linears)
-            for part in spans(len(tokens.index), EXPERT_TOKENS):
-                index = tokens.index[part]
-                share = expert_output(routing.x[index], (gate, up, down), act)
-                yield index, tokens.weight[part, None] * share
-
-
 def _head(job: MeasureJob) -> None:
     architecture, count = job.model.architecture, len(job.model.architecture.blocks)
     head = architecture.head
@@ -231,9 +175,9 @@ def _head(job: MeasureJob) -> None:
         )
     moments, rows, unseen = SplitMoments.zero(head.shape[0]), token_rows(states), UnseenInputs()
     seen = job.tokens.numel()
-    for part in spans(seen, ROWS_TOKENS):
+    for part in token_spans(seen):
         moments.add(job.model.final_norm(flat[part]), rows[part])
-    for part in spans(len(flat) - seen, ROWS_TOKENS):
+    for part in token_spans(len(flat) - seen):
         unseen.add(job.model.final_norm(flat[seen:][part]))
     _measure_linears(job, [head], moments, unseen, {head.name: total}, lambda _: weight, _Shared({}, {}))
     job.progress.step("head")
@@ -366,7 +310,7 @@ def _backward_experts(
         sums = {spec.name: GradientSum.zero(spec.shape[1]) for spec in linears}
         inputs, inner = SplitMoments.zero(gate.shape[1], True), SplitMoments.zero(down.shape[1], True)
         backward = int((tokens.index < len(flat)).sum())  # the first ones
-        for part in spans(backward, EXPERT_TOKENS):
+        for part in token_spans(backward):
             index, p = tokens.index[part], tokens.weight[part]
             xe = x[index].requires_grad_()
             with torch.enable_grad():
@@ -381,11 +325,11 @@ def _backward_experts(
                 sums[spec.name].add(gradient)
             inputs.add(xe.detach(), rows[index], p.square())
             inner.add(h.detach(), rows[index], p.square())
-        for part in spans(len(tokens.index) - backward, EXPERT_TOKENS):
+        for part in token_spans(len(tokens.index) - backward):
             index, square = tokens.index[backward:][part], tokens.weight[backward:][part].square()
             inputs.add(x[index], rows[index], square)
             inner.add(expert_inner(x[index], gate, up, act), rows[index], square)
-        for part in spans(len(tokens.others), EXPERT_TOKENS):
+        for part in token_spans(len(tokens.others)):
             assert inputs.prior is not None
             assert inner.prior is not None
             other = x[tokens.others[part]]

@@ -20,26 +20,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dbrx_quant.calibration.experts import (
-    ExpertTokens,
     activation,
     expert_inner,
     expert_output,
     tokens_of,
 )
 from dbrx_quant.calibration.hessian import Moments, Shrinkage, SplitMoments, hessian
-from dbrx_quant.calibration.states import new_states, open_states
-from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
-from dbrx_quant.quantize.curve import Prepared, prepare, sampled_energy
-from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
-from dbrx_quant.quantize.measure import (
-    EXPERT_TOKENS,
+from dbrx_quant.calibration.passes import (
+    DenseShares,
     batches,
     check_states,
     dense_shares,
     route,
-    spans,
     token_rows,
+    token_spans,
 )
+from dbrx_quant.calibration.states import new_states, open_states
+from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
+from dbrx_quant.quantize.curve import Prepared, prepare, sampled_energy
+from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.recipe import parse_groups
 from dbrx_quant.quantize.refit import Lacking, loss_of, refitted, wanted
@@ -267,7 +266,10 @@ def _quantize_experts(
     with new_states(x_path, (states.shape[0] * states.shape[1], hidden)) as x:
         routing = route(live, states, output, x)
         flat, act, rows = output.view(-1, hidden), activation(experts.activation), token_rows(states)
-        unquantized = _DenseShares(job, experts, routing, flat) if job.repair else None
+        unquantized = None
+        if job.repair:
+            shares = job.folder / "experts-shares.npy"
+            unquantized = DenseShares(shares, job.model, experts, routing, flat)
         goal = open_states(job.original(live.spec.index + 1)).view(-1, hidden) if job.repair else None
         calibration = routing.part(slice(job.tokens.numel()))
         for expert, (gate, up, down) in enumerate(experts.linears):
@@ -287,14 +289,14 @@ def _quantize_experts(
                 inner = SplitMoments.zero(down.shape[0], prior=True)
                 weight = job.model.dense(down)
                 moments = RepairMoments(inner, *down.shape) if job.repair else None
-                for part in spans(len(tokens.index), EXPERT_TOKENS):
+                for part in token_spans(len(tokens.index)):
                     at, p = tokens.index[part], tokens.weight[part]
                     h = expert_inner(x[at], *weights, act)
                     inner.add(h, rows[at], square[part])
                     if moments and goal is not None:
                         missing = goal[at] - flat[at] - p[:, None] * (h @ weight.T)
                         moments.add(h, missing, rows[at], p)
-                for part in spans(len(tokens.others), EXPERT_TOKENS):
+                for part in token_spans(len(tokens.others)):
                     _prior(inner).add(expert_inner(x[tokens.others[part]], *weights, act))
                 inner.check(down.name)
                 lacking = None
@@ -304,7 +306,7 @@ def _quantize_experts(
                     del moments, unrepaired
                 _solve(job, [down], inner.joined(), inner.prior, {down.name: weight}, lacking)
             last = finished_weight(job, down)
-            for part in spans(len(everyone.index), EXPERT_TOKENS):
+            for part in token_spans(len(everyone.index)):
                 at = everyone.index[part]
                 flat[at] += everyone.weight[part, None] * expert_output(x[at], (*weights, last), act)
             for spec in (gate, up, down):
@@ -312,41 +314,6 @@ def _quantize_experts(
         if unquantized:
             unquantized.close()
     x_path.unlink()
-
-
-class _DenseShares:
-    """What each expert would add to the stream unquantized: added at first, taken away when its turn comes.
-
-    So the stream misses, at an expert's turn, what those before it have spoilt and not what those after it
-    will add. The shares are kept on disk. A resumed run repeats the same sums and ends with the same bits.
-
-    Args:
-        job: for the dense weights and a place on disk.
-        experts: of a block.
-        routing: of all tokens, with the experts' inputs.
-        flat: [T, D] states, changed in place.
-    """
-
-    def __init__(self, job: QuantizeJob, experts: ExpertsSpec, routing: Routing, flat: Tensor) -> None:
-        self._flat, self._path, self._next = flat, job.folder / "experts-shares.npy", 0
-        with new_states(self._path, (routing.index.numel(), flat.shape[1])) as shares:
-            begin = 0
-            for index, share in dense_shares(job.model, experts, routing):
-                shares[begin : begin + len(index)] = share
-                flat[index] += share
-                begin += len(index)
-        self._shares = open_states(self._path)
-
-    def take_away(self, tokens: ExpertTokens) -> None:
-        """Take the share of the next expert, whose tokens these are, out of the states."""
-        for part in spans(len(tokens.index), EXPERT_TOKENS):
-            index = tokens.index[part]
-            self._flat[index] -= self._shares[self._next : self._next + len(index)]
-            self._next += len(index)
-
-    def close(self) -> None:
-        """Remove the file."""
-        self._path.unlink()
 
 
 def _prior(moments: SplitMoments) -> Moments:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.experts import activation, tokens_of
+from dbrx_quant.calibration.passes import batches, route
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
 from dbrx_quant.quantize.allocate import Strategy
-from dbrx_quant.quantize.measure import batches, route
 from dbrx_quant.runtime.evaluate import evaluate
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 

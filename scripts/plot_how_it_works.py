@@ -122,7 +122,7 @@ def look_at_expert(model: Path, tokens: Tensor, measurement: dict[str, Any]) -> 
 
 def _through(source: StreamedModel, index: int, states: Tensor) -> Tensor:
     """The states after a whole block, experts included."""
-    from dbrx_quant.quantize.measure import dense_shares
+    from dbrx_quant.calibration.passes import dense_shares
 
     output, routing = source.block(index)(states)
     experts = source.architecture.blocks[index].experts

@@ -7,12 +7,11 @@ import torch
 from small_models import EXPERTS, random_tokens, save_model, whole_model
 from torch import nn
 
-from dbrx_quant.calibration import fisher
+from dbrx_quant.calibration import fisher, passes
 from dbrx_quant.calibration.fisher import TOKENS_AT_ONCE, GradientSum, head_gradients
 from dbrx_quant.calibration.hessian import Moments
 from dbrx_quant.calibration.states import open_states
 from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize import measure as measuring
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.runtime.families.facts import module_linears
@@ -104,8 +103,8 @@ def measured(folder, ids, work, monkeypatch):
 def test_the_streamed_gradients_are_those_of_autograd_through_the_whole_model(family, tmp_path, monkeypatch):
     folder = save_model(tmp_path / "model", family, std=0.2)
     ids = random_tokens(4, 12)
-    monkeypatch.setattr(measuring, "ROWS_TOKENS", 24)  # two rows at a time
-    monkeypatch.setattr(measuring, "EXPERT_TOKENS", 5)
+    monkeypatch.setattr(passes, "ROWS_TOKENS", 24)  # two rows at a time
+    monkeypatch.setattr(passes, "EXPERT_TOKENS", 5)
     job, _, entries, labels = measured(folder, ids, tmp_path / "work", monkeypatch)
     _, model, modules = plain_model(folder)
     sums, first = autograd_sums(model, modules, ids, labels)

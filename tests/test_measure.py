@@ -6,12 +6,14 @@ import pytest
 import torch
 from small_models import EXPERTS, random_tokens, run_block, save_model
 
+from dbrx_quant.calibration import passes
 from dbrx_quant.calibration.hessian import HELD_OUT_EVERY
+from dbrx_quant.calibration.passes import batches, route, spans, token_rows
 from dbrx_quant.calibration.states import open_states
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize import curve as drawing
 from dbrx_quant.quantize import measure as measuring
-from dbrx_quant.quantize.measure import MeasureJob, batches, measure, route, spans, token_rows
+from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.progress import Progress
 
 
@@ -47,8 +49,8 @@ def test_slices_cover_every_row_and_token_once():
 
 
 def test_the_states_between_blocks_are_those_of_whole_blocks(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "ROWS_TOKENS", 20)
-    monkeypatch.setattr(measuring, "EXPERT_TOKENS", 7)
+    monkeypatch.setattr(passes, "ROWS_TOKENS", 20)
+    monkeypatch.setattr(passes, "EXPERT_TOKENS", 7)
     ids = random_tokens(5, 10)
     done = job(save_model(tmp_path / "model", family, std=0.2), tmp_path / "work", ids)
     measure(done)
@@ -105,8 +107,8 @@ def test_the_sizes_of_batches_do_not_matter(family, tmp_path, monkeypatch):
     folder, ids = save_model(tmp_path / "model", family, std=0.2), random_tokens(8, 12)
     results = []
     for name, rows, tokens in (("whole", 4096, 4096), ("parts", 24, 5)):
-        monkeypatch.setattr(measuring, "ROWS_TOKENS", rows)
-        monkeypatch.setattr(measuring, "EXPERT_TOKENS", tokens)
+        monkeypatch.setattr(passes, "ROWS_TOKENS", rows)
+        monkeypatch.setattr(passes, "EXPERT_TOKENS", tokens)
         results.append(measure(job(folder, tmp_path / name, ids))["linears"])
     for name, whole in results[0].items():
         parts = results[1][name]
