@@ -70,13 +70,10 @@ class Predictor:
         generator = torch.Generator().manual_seed(self._seed)
 
         def noisy(output: Tensor, spec: LinearSpec) -> Tensor:
-            entry = self._linears[spec.name]
-            # Squared, sum over channels.
-            error = (
-                strategy.choices[spec.name][1] / entry["price"] * entry["unseen"] if entry["price"] else 0.0
-            )
-            if not error:
+            cost, entry = strategy.choices[spec.name][1], self._linears[spec.name]
+            if not cost:
                 return output
+            error = cost / entry["price"] * entry["unseen"]  # squared, sum over channels
             noise = torch.randn(output.shape, generator=generator)
             return output + noise.mul_((error / output.shape[-1]) ** 0.5)
 

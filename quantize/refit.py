@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.hessian import Moments, Shrinkage, own_share
+from dbrx_quant.quantize.curve import energy
 from dbrx_quant.runtime.format import read_groups
 from dbrx_quant.runtime.ops import dequantize
 
@@ -99,5 +100,4 @@ def _columns_by_group(values: Tensor, group: Tensor, count: int) -> Tensor:
 
 def loss_of(tensors: Mapping[str, Tensor], weight: Tensor, matrix: Tensor) -> float:
     """tr(E^T H E) of a linear as stored, for its weight [N, K] and H [K, K]."""
-    error = dequantize(tensors, weight.shape[0]).float().sub_(weight)
-    return float((error @ matrix).mul_(error).sum(dtype=torch.float64))
+    return energy(dequantize(tensors, weight.shape[0]).float().sub_(weight), matrix)
