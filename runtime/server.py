@@ -11,6 +11,7 @@ import json
 import logging
 import secrets
 import time
+from abc import ABC, abstractmethod
 from concurrent.futures import TimeoutError
 from contextlib import suppress
 from pathlib import Path
@@ -98,7 +99,7 @@ class OneModel(ModelManager):  # type: ignore[misc]
         super().shutdown()
 
 
-class _Checked:
+class _Checked(ABC):
     """A handler's requests, looked at before transformers does."""
 
     model_manager: OneModel
@@ -114,9 +115,9 @@ class _Checked:
         self._bound(body, self._prompt(body, tokenizer), model.config)
         return await super().handle_request(body, request_id)  # type: ignore[misc]
 
+    @abstractmethod
     def _prompt(self, body: dict[str, Any], tokenizer: Any) -> int:
         """The number of tokens that a request has."""
-        raise NotImplementedError
 
     def _bound(self, body: dict[str, Any], prompt: int, config: Any) -> None:
         """Keep prompt and answer within the model's context."""
