@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dbrx_quant.quantize.conversion import Converted, ConvertOptions, convert
+    from dbrx_quant.quantize.conversion import Converted, convert
+    from dbrx_quant.quantize.options import ConvertOptions
 
 __all__ = ["ConvertOptions", "Converted", "convert"]
 

@@ -10,29 +10,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dbrx_quant.calibration.data import (
-    UNSEEN_EVERY,
-    TokenRows,
-    load_tokens,
-    reopen_tokens,
-    save_tokens,
-    split_unseen,
-)
+from dbrx_quant.calibration.data import UNSEEN_EVERY
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.allocate import Strategy, allocate, check_targets
-from dbrx_quant.quantize.job import Resume, open_job, source_facts
-from dbrx_quant.quantize.ldlq import Effort
+from dbrx_quant.quantize.job import open_job, source_facts
 from dbrx_quant.quantize.measure import MeasureJob, measure
+from dbrx_quant.quantize.options import ConvertOptions, target_name
 from dbrx_quant.quantize.patch_config import Summary, generation_config, patched_config, write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.plan import check_channels, check_disk, check_memory, shape_range, total_bytes
 from dbrx_quant.quantize.predict import Predictor
 from dbrx_quant.quantize.progress import bar
 from dbrx_quant.quantize.record import RECORD_NAME, Settings, plain_name, write_record
-from dbrx_quant.quantize.repair import DEFAULT_REPAIR, Repair
+from dbrx_quant.quantize.rows import Rows, load_rows
 from dbrx_quant.quantize.shards import write_shards
 from dbrx_quant.quantize.side_files import copy_side_files
 from dbrx_quant.quantize.tokenizer import write_tokenizer
@@ -46,70 +36,6 @@ from dbrx_quant.runtime.verify import verify
 from dbrx_quant.runtime.vocabulary import read_object, special_ids
 
 MEASUREMENT_VERSION = 2
-HELD_OUT_ROWS = 16
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What to convert, and how.
-
-    Attributes:
-        model: the original's folder.
-        out: the result's folder; with several targets, their parent.
-        targets: bits per weight of the decoder's linears, overhead included.
-        head_bits: width of the head.
-        calibration: a named set, a file, or a dataset (see `calibration.data`).
-        rows: calibration rows; None: as many as the set offers or usually has.
-        length: tokens of a row.
-        seed: of everything drawn.
-        effort: "fast", "default" or "best": how long the solver looks for codes and scales; "fast" also
-            leaves out the repair of the residual stream.
-        held_out: text that KL is predicted and measured on, named as `calibration` is; None: one row in seven
-            of the calibration, which is then not calibrated on.
-        held_out_rows: its rows, as long as the calibration's; None: 16, of ready tokens all.
-        refit: whether each linear's group maxima are fitted once more when its codes are fixed.
-        measurement: an earlier measurement.json of the same model to use instead of measuring.
-        work_dir: for everything that a resumed run needs; None: beside `out`, named `<out>.work`.
-        resume: whether to go on with earlier work.
-        max_memory: bytes that the conversion may take; None: no limit.
-        device: where it computes; "cpu".
-        max_shard_bytes: limit of an output file; a result that is finished already keeps its files.
-        quiet: no progress.
-    """
-
-    model: Path
-    out: Path
-    targets: tuple[float, ...] = ()
-    head_bits: int = 6
-    calibration: str = "default"
-    rows: int | None = None
-    length: int | None = None
-    seed: int = 0
-    effort: Effort = "default"
-    held_out: str | None = None
-    held_out_rows: int | None = None
-    refit: bool = False
-    measurement: Path | None = None
-    work_dir: Path | None = None
-    resume: Resume = "auto"
-    max_memory: int | None = None
-    device: str = "cpu"
-    max_shard_bytes: int = 8_000_000_000
-    quiet: bool = False
-
-    @property
-    def repair(self) -> Repair | None:
-        """How the residual stream is repaired: it costs as much as all the rest of quantizing a target."""
-        return None if self.effort == "fast" else DEFAULT_REPAIR
-
-    @property
-    def work(self) -> Path:
-        """The work folder."""
-        return self.work_dir or self.out.with_name(f"{self.out.name}.work")
-
-    def output(self, target: float) -> Path:
-        """The folder of one target's result."""
-        return self.out if len(self.targets) == 1 else self.out / target_name(target)
 
 
 @dataclass(frozen=True)
@@ -137,33 +63,6 @@ class Converted:
     peak_bytes: int
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Token ids of a conversion.
-
-    Attributes:
-        tokens: as they were loaded for the calibration.
-        calibration: [R, L] those to calibrate on.
-        unseen: [U, L] those that nothing is chosen on; None: there are too few to hold any out.
-        held_out: where the unseen ones are from, as others may see it; None: from the calibration's.
-    """
-
-    tokens: TokenRows
-    calibration: Tensor
-    unseen: Tensor | None
-    held_out: str | None
-
-    @property
-    def everything(self) -> Tensor:
-        """[R + U, L]."""
-        return self.calibration if self.unseen is None else torch.cat([self.calibration, self.unseen])
-
-
-def target_name(target: float) -> str:
-    """A target as folders and branches are named: `3.0bpw`, `2.25bpw`."""
-    return f"{target}bpw"
-
-
 @fast_products()
 def convert(options: ConvertOptions) -> list[Converted]:
     """Convert a model to each target; one measurement serves them all.
@@ -186,11 +85,11 @@ def convert(options: ConvertOptions) -> list[Converted]:
         if resumed and not options.quiet:
             print(f"going on with the work in {options.work}", file=sys.stderr)
         _clean(options.work)
-        rows = _rows(options)
-        check_memory(model.architecture, rows.everything, options.max_memory)
+        rows = load_rows(options)
+        check_memory(model.architecture, rows.count, options.max_memory)
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
         measured = options.measurement is not None or (options.work / "measurement.json").exists()
-        check_disk(model.architecture, rows.everything.numel(), options.work, options.out, sizes, measured)
+        check_disk(model.architecture, rows.count, options.work, options.out, sizes, measured)
         measurement = _measurement(options, model, rows)
         strategies = _strategies(options, model, rows, measurement)
         return [_one_target(options, model, rows, measurement, s) for s in strategies]
@@ -203,9 +102,9 @@ def measure_model(options: ConvertOptions, output: Path) -> Path:
     check_channels(model.architecture)
     with open_job(options.work, _facts(options), options.resume):
         _clean(options.work)
-        rows = _rows(options)
-        check_memory(model.architecture, rows.everything, options.max_memory)
-        check_disk(model.architecture, rows.everything.numel(), options.work, None)
+        rows = load_rows(options)
+        check_memory(model.architecture, rows.count, options.max_memory)
+        check_disk(model.architecture, rows.count, options.work, None)
         write_json(output, _measurement(options, model, rows))
     return output
 
@@ -256,27 +155,7 @@ def _clean(folder: Path) -> None:
         remove_leftovers(inner)
 
 
-def _rows(options: ConvertOptions) -> _Rows:
-    tokens = _tokens(options, "tokens", options.calibration, options.rows, options.length)
-    if options.held_out is None:
-        calibration, unseen = split_unseen(tokens.input_ids)
-        return _Rows(tokens, calibration, unseen if len(unseen) else None, None)
-    ready = Path(options.held_out).suffix == ".safetensors"
-    count = options.held_out_rows or (None if ready else HELD_OUT_ROWS)
-    held_out = _tokens(options, "held-out", options.held_out, count, tokens.input_ids.shape[1])
-    return _Rows(tokens, tokens.input_ids, held_out.input_ids, plain_name(options.held_out))
-
-
-def _tokens(
-    options: ConvertOptions, name: str, source: str, rows: int | None, length: int | None
-) -> TokenRows:
-    path = options.work / f"{name}.safetensors"
-    if not path.exists():
-        save_tokens(path, load_tokens(source, options.model, rows, length, options.seed))
-    return reopen_tokens(path)  # in the first run too, so that a resumed one describes them alike
-
-
-def _measurement(options: ConvertOptions, model: StreamedModel, rows: _Rows) -> dict[str, Any]:
+def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> dict[str, Any]:
     if options.measurement:
         return load_measurement(options.measurement, options.model)
     path = options.work / "measurement.json"
@@ -308,7 +187,7 @@ def _public(value: Any) -> Any:
 
 
 def _strategies(
-    options: ConvertOptions, model: StreamedModel, rows: _Rows, measurement: dict[str, Any]
+    options: ConvertOptions, model: StreamedModel, rows: Rows, measurement: dict[str, Any]
 ) -> list[Strategy]:
     """The allocation for each target, with its predicted KL, which is kept in the work folder."""
     folder = options.work / "predict"
@@ -365,7 +244,7 @@ def load_measurement(path: Path, model: Path) -> dict[str, Any]:
 def _one_target(
     options: ConvertOptions,
     model: StreamedModel,
-    rows: _Rows,
+    rows: Rows,
     measurement: dict[str, Any],
     strategy: Strategy,
 ) -> Converted:
@@ -448,7 +327,7 @@ def peak_memory() -> int:
 def _write_output(
     options: ConvertOptions,
     model: StreamedModel,
-    rows: _Rows,
+    rows: Rows,
     strategy: Strategy,
     measured: dict[str, Any] | None,
     work: Path,

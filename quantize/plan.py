@@ -6,13 +6,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import Any
 
 from dbrx_quant.calibration.unseen import UNSEEN_TOKENS
 from dbrx_quant.quantize.allocate import HEAD, HEAD_OVERHEAD_BITS
 from dbrx_quant.quantize.operations import machine_speed, measuring_operations, quantizing_operations
+from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.quantize.recipe import UNIT, coarsest_groups
 from dbrx_quant.quantize.repair import REPAIRED
 from dbrx_quant.runtime.config import load_config
@@ -20,9 +19,6 @@ from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.facts import Architecture, LinearSpec, check_dense_source
 from dbrx_quant.runtime.format import SUFFIXES, WIDTHS, padded_columns, storage_bits, uniform_groups
-
-if TYPE_CHECKING:
-    from dbrx_quant.quantize.conversion import ConvertOptions
 
 BASE_BYTES = 900_000_000  # Python, torch and transformers
 HEADER_BYTES = 68  # of a tensor in a shard's header, its name aside
@@ -69,7 +65,7 @@ class Plan:
         return asdict(self)
 
 
-def plan(options: "ConvertOptions") -> Plan:
+def plan(options: ConvertOptions) -> Plan:
     """What converting with these options will take; reads headers only.
 
     Raises:
@@ -103,7 +99,7 @@ def _architecture(folder: Path) -> Architecture:
     return architecture
 
 
-def _token_shape(options: "ConvertOptions") -> tuple[int, int]:
+def _token_shape(options: ConvertOptions) -> tuple[int, int]:
     if Path(options.calibration).suffix == ".safetensors":
         from dbrx_quant.calibration.data import load_saved
 
@@ -169,7 +165,7 @@ def cache_bytes(architecture: Architecture, context: int) -> int:
     return 2 * cached * context * len(architecture.blocks)
 
 
-def bpw_for_size(options: "ConvertOptions", size: int) -> float:
+def bpw_for_size(options: ConvertOptions, size: int) -> float:
     """The bits per weight at which the checkpoint takes `size` bytes.
 
     Raises:
@@ -178,7 +174,7 @@ def bpw_for_size(options: "ConvertOptions", size: int) -> float:
     return _bpw(_architecture(options.model), options.head_bits, size, f"{size / 1e9:.3g} GB")
 
 
-def bpw_for_vram(options: "ConvertOptions", vram: int, context: int) -> float:
+def bpw_for_vram(options: ConvertOptions, vram: int, context: int) -> float:
     """The bits per weight at which model and a half-precision cache of `context` tokens fit in `vram` bytes.
 
     Five per cent are left for activations and fragmentation.
@@ -236,9 +232,9 @@ def _solving(spec: LinearSpec) -> int:
     return max(repairing, 12 * k * k + 19 * k * n)  # Hessian, ordered copy, factor; weights, targets, results
 
 
-def check_memory(architecture: Architecture, tokens: Tensor, limit: int | None) -> None:
+def check_memory(architecture: Architecture, tokens: int, limit: int | None) -> None:
     """Raise ValueError if a conversion is expected to take more memory than `limit` bytes."""
-    wanted = peak_bytes(architecture, tokens.numel())
+    wanted = peak_bytes(architecture, tokens)
     if limit is not None and wanted > limit:
         raise ValueError(
             f"about {wanted / 1e9:.2f} GB of memory are needed at a time, --max-memory allows "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.quantize.conversion import target_name
+from dbrx_quant.quantize.options import target_name
 from dbrx_quant.quantize.record import read_record
 from dbrx_quant.quantize.source_card import (
     CARD_NAME,

@@ -10,7 +10,8 @@ from dbrx_quant.scripts.output import bytes_text, print_json, print_table, say, 
 from dbrx_quant.scripts.verb import Verb, add_measuring_arguments, bpw_list, positive, size
 
 if TYPE_CHECKING:
-    from dbrx_quant.quantize.conversion import Converted, ConvertOptions
+    from dbrx_quant.quantize.conversion import Converted
+    from dbrx_quant.quantize.options import ConvertOptions
     from dbrx_quant.quantize.plan import Plan
 
 
@@ -54,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, or tell what converting would take."""
-    from dbrx_quant.quantize.conversion import ConvertOptions, convert
+    from dbrx_quant.quantize.conversion import convert
+    from dbrx_quant.quantize.options import ConvertOptions
     from dbrx_quant.quantize.plan import bpw_for_size, bpw_for_vram, plan
     from dbrx_quant.runtime.loader import find_folder
 

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write the file."""
-    from dbrx_quant.quantize.conversion import ConvertOptions, measure_model
+    from dbrx_quant.quantize.conversion import measure_model
+    from dbrx_quant.quantize.options import ConvertOptions
     from dbrx_quant.runtime.loader import find_folder
 
     options = ConvertOptions(

@@ -22,10 +22,10 @@ from dbrx_quant.calibration.experts import activation, expert_inner, tokens_of
 from dbrx_quant.calibration.hessian import Moments, Shrinkage, hessian
 from dbrx_quant.calibration.streamed import Routing, StreamedModel
 from dbrx_quant.quantize import ConvertOptions, convert
-from dbrx_quant.quantize.conversion import target_name
 from dbrx_quant.quantize.curve import Prepared, prepare
 from dbrx_quant.quantize.grid import scale_table, search_group
 from dbrx_quant.quantize.ldlq import EFFORTS, Factor, quantize_matrix
+from dbrx_quant.quantize.options import target_name
 from dbrx_quant.quantize.recipe import parse_groups
 from dbrx_quant.runtime.families.facts import LinearSpec
 from dbrx_quant.runtime.format import uniform_groups

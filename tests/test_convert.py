@@ -10,7 +10,8 @@ from safetensors import safe_open
 from small_models import CONFIGS, VOCABULARY, random_tokens, save_model, save_random_tokens, whole_model
 
 from dbrx_quant.calibration.data import load_tokens, split_unseen
-from dbrx_quant.quantize.conversion import ConvertOptions, convert, measure_model
+from dbrx_quant.quantize.conversion import convert, measure_model
+from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.quantize.patch_config import Summary, patched_config
 from dbrx_quant.runtime.bits import linear_bits, stored_bits
 from dbrx_quant.runtime.config import load_config

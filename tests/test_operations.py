@@ -8,7 +8,8 @@ from small_models import save_random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from dbrx_quant.quantize import operations
-from dbrx_quant.quantize.conversion import ConvertOptions, convert, measure_model
+from dbrx_quant.quantize.conversion import convert, measure_model
+from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.families import describe
 

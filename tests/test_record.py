@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from small_models import save_model, save_random_tokens
 
-from dbrx_quant.quantize.conversion import ConvertOptions, convert
+from dbrx_quant.quantize.conversion import convert
+from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.quantize.record import Settings, read_record, source_name, write_record
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import EVALUATION_NAME

@@ -15,7 +15,8 @@ import report_facts
 import tiny_output
 from small_models import save_model, save_random_tokens
 
-from dbrx_quant.quantize.conversion import ConvertOptions, convert
+from dbrx_quant.quantize.conversion import convert
+from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import save_evaluation
 from dbrx_quant.scripts.main import main

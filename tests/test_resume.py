@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from small_models import save_model, save_random_tokens
 
-from dbrx_quant.quantize.conversion import ConvertOptions, convert
+from dbrx_quant.quantize.conversion import convert
+from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.runtime import files
 from dbrx_quant.runtime.verify import verify
 

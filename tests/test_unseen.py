@@ -11,9 +11,10 @@ from dbrx_quant.calibration.data import load_tokens
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.calibration.unseen import UnseenInputs
 from dbrx_quant.quantize import measure as measuring
-from dbrx_quant.quantize.conversion import ConvertOptions, convert
+from dbrx_quant.quantize.conversion import convert
 from dbrx_quant.quantize.curve import prepare, unseen_ratio
 from dbrx_quant.quantize.measure import MeasureJob, measure
+from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.record import read_record
 from dbrx_quant.runtime.evaluate import evaluate
