@@ -39,6 +39,9 @@ class ConvertOptions:
         device: where it computes; "cpu".
         max_shard_bytes: limit of an output file; a result that is finished already keeps its files.
         quiet: no progress.
+
+    Raises:
+        ValueError: rows of held-out text, but no text.
     """
 
     model: Path
@@ -60,6 +63,10 @@ class ConvertOptions:
     device: str = "cpu"
     max_shard_bytes: int = 8_000_000_000
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.held_out_rows is not None and self.held_out is None:
+            raise ValueError(f"{self.held_out_rows} held-out rows asked for, but no text; give --held-out")
 
     @property
     def repair(self) -> Repair | None:

@@ -142,7 +142,12 @@ def test_a_report_of_a_fresh_result_names_the_text_that_it_was_measured_on(conve
     assert "on heldout.txt" in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("change", [{"held_out": None}, {"held_out_rows": 2}])
+def test_rows_of_no_text_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="3 held-out rows asked for, but no text; give --held-out"):
+        options(tmp_path / "out", held_out=None)
+
+
+@pytest.mark.parametrize("change", [{"held_out": None, "held_out_rows": None}, {"held_out_rows": 2}])
 def test_work_with_other_held_out_text_is_not_gone_on_with(converted, change):
     _, given = converted
     with pytest.raises(ValueError, match="held_out"):
