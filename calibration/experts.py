@@ -1,8 +1,6 @@
 """Which tokens an expert learns from: those routed to it, and some that were not, as a prior."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,33 +37,27 @@ def tokens_of(routing: Routing, expert: int) -> ExpertTokens:
     return ExpertTokens(index, slot, routing.weight[index, slot].float(), others)
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation function of that name, transformers' own."""
-    from transformers.activations import ACT2FN
+@dataclass(frozen=True)
+class ExpertCoverage:
+    """How much of the calibration an expert saw.
 
-    function: Any = ACT2FN[name]
-    return lambda x: function(x)
+    Attributes:
+        tokens: that were routed to it.
+        share: of all choices.
+        mean_weight: the mean of its routing weights.
+    """
 
-
-def expert_inner(x: Tensor, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-    """act(gate x) * up x, the input of an expert's down projection, for tokens [T, D] and weights [N, K]."""
-    return act(x @ gate.T) * (x @ up.T)
-
-
-def expert_output(
-    x: Tensor, weights: tuple[Tensor, Tensor, Tensor], act: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """down(act(gate x) * up x) for tokens [T, D] and weights [N, K] of gate, up and down."""
-    gate, up, down = weights
-    return expert_inner(x, gate, up, act) @ down.T
+    tokens: int
+    share: float
+    mean_weight: float
 
 
-def coverage(routing: Routing, experts: int) -> list[dict[str, float]]:
-    """Per expert: tokens, share of all choices, and the mean routing weight."""
-    rows = []
+def coverage(routing: Routing, experts: int) -> tuple[ExpertCoverage, ...]:
+    """The coverage of each expert."""
+    found = []
     for expert in range(experts):
         mine = routing.index == expert
         count = int(mine.sum())
         mean = float(routing.weight[mine].float().mean()) if count else 0.0
-        rows.append({"tokens": count, "share": count / routing.index.numel(), "mean_weight": mean})
-    return rows
+        found.append(ExpertCoverage(count, count / routing.index.numel(), mean))
+    return tuple(found)

@@ -1,4 +1,4 @@
-"""Second moments of a linear's inputs, and the Hessian made of them.
+"""Second moments of a linear's inputs: what the Hessian of its output error is made of.
 
 The Hessian of a linear's squared output error is H = E[w x x^T] over its input tokens x. For an expert w is
 the square of the routing weight, so that tr(E^T H E) is the expert's share of the block's output error; then
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 HELD_OUT_EVERY = 8  # one row of tokens in so many is held out
+MIN_HELD_TOKENS = 64  # with fewer tokens held out, or to fit on, nothing can be chosen
 
 
 def held_out(token_rows: Tensor) -> Tensor:
@@ -89,6 +90,17 @@ class SplitMoments:
         for part, mask in ((self.fit, ~held), (self.held, held)):
             part.add(x[mask], None if weights is None else weights[mask])
 
+    def add_prior(self, x: Tensor) -> None:
+        """Add tokens x [T, K] of the prior."""
+        if self.prior is None:
+            raise ValueError("these moments have no prior; make them with prior=True")
+        self.prior.add(x)
+
+    @property
+    def can_choose(self) -> bool:
+        """Whether there are enough tokens to fit on, and enough others to judge the fit by."""
+        return min(self.fit.tokens, self.held.tokens) >= MIN_HELD_TOKENS
+
     def check(self, name: str) -> None:
         """Raise ValueError naming the linear if a moment is not finite."""
         for part in (self.fit, self.held, *([self.prior] if self.prior else [])):
@@ -102,47 +114,3 @@ class SplitMoments:
             self.fit.squares + self.held.squares,
             self.fit.tokens + self.held.tokens,
         )
-
-
-@dataclass(frozen=True)
-class Shrinkage:
-    """How a Hessian is regularised.
-
-    Attributes:
-        damping: off-diagonal entries are scaled by 1 - damping. Ledoit & Wolf 2004 in spirit, towards the
-            diagonal instead of a multiple of the identity so that the channels' own variances stay.
-        prior: weight of the prior in tokens per input channel (experts with few tokens lean on tokens that
-            were routed elsewhere).
-    """
-
-    damping: float
-    prior: float = 0.0
-
-
-def own_share(moments: Moments, prior: Moments | None, shrinkage: Shrinkage) -> float:
-    """How much of a linear's Hessian comes from its own tokens, 0 to 1; the rest is the prior's."""
-    own = moments.effective
-    if prior is None or not prior.weight or (own and not shrinkage.prior):
-        return 1.0
-    pseudo = max(shrinkage.prior * moments.matrix.shape[0], 1.0)
-    return own / (own + pseudo)
-
-
-def hessian(moments: Moments, prior: Moments | None, shrinkage: Shrinkage) -> Tensor:
-    """The regularised mean of x x^T, [K, K] float32, positive definite.
-
-    An expert that saw no tokens at all gets the prior alone; without a prior, the identity.
-    """
-    k = moments.matrix.shape[0]
-    result = moments.matrix / moments.weight if moments.weight else torch.zeros(k, k)
-    own = own_share(moments, prior, shrinkage)
-    if prior is not None and own < 1:
-        result.mul_(own).add_(prior.matrix, alpha=(1 - own) / prior.weight)
-    diagonal = result.diagonal().clone()
-    mean = float(diagonal.mean())
-    if mean <= 0:
-        return torch.eye(k)
-    result.mul_(1 - shrinkage.damping)
-    # A channel that is (nearly) dead on the calibration text must still not be free to take any value.
-    result.diagonal().copy_(diagonal.clamp_min(1e-6 * mean) + 1e-4 * mean)
-    return result

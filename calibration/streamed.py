@@ -28,8 +28,6 @@ from dbrx_quant.runtime.families.facts import (
     module_linears,
 )
 
-Weights = Callable[[LinearSpec], Tensor]  # the float32 weight [N, K] of a linear
-
 
 @dataclass(frozen=True)
 class Routing:

@@ -1,6 +1,5 @@
 """From a model folder to EXL2 checkpoints: tokens, measurement, allocation, quantization, output files."""
 
-import json
 import resource
 import shutil
 import sys
@@ -12,30 +11,41 @@ from typing import Any
 
 from dbrx_quant.calibration.data import UNSEEN_EVERY
 from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize.allocate import Strategy, allocate, check_targets
-from dbrx_quant.quantize.job import open_job, source_facts
+from dbrx_quant.quantize.allocate import allocate, check_targets
+from dbrx_quant.quantize.declared import plain_name
+from dbrx_quant.quantize.job import open_job
 from dbrx_quant.quantize.measure import MeasureJob, measure
+from dbrx_quant.quantize.measurement import (
+    MEASUREMENT_NAME,
+    Measurement,
+    read_measurement_of,
+    source_facts,
+    write_measurement,
+)
 from dbrx_quant.quantize.options import ConvertOptions, target_name
 from dbrx_quant.quantize.patch_config import Summary, generation_config, patched_config, write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.plan import check_channels, check_disk, check_memory, shape_range, total_bytes
 from dbrx_quant.quantize.predict import Predictor
 from dbrx_quant.quantize.progress import bar
-from dbrx_quant.quantize.record import RECORD_NAME, Settings, plain_name, write_record
+from dbrx_quant.quantize.record import RECORD_NAME, write_record
+from dbrx_quant.quantize.repair import NO_REPAIR
 from dbrx_quant.quantize.rows import Rows, load_rows
 from dbrx_quant.quantize.shards import write_shards
 from dbrx_quant.quantize.side_files import copy_side_files
+from dbrx_quant.quantize.strategy import STRATEGY_NAME, Outcome, Strategy, read_strategy, write_strategy
 from dbrx_quant.quantize.tokenizer import write_tokenizer
 from dbrx_quant.runtime.config import read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import EVALUATION_NAME
-from dbrx_quant.runtime.files import fingerprint, remove_leftovers, write_json
+from dbrx_quant.runtime.files import remove_leftovers, write_json
+from dbrx_quant.runtime.json_file import JsonFile
 from dbrx_quant.runtime.products import fast_products
 from dbrx_quant.runtime.tokenizer_check import check_tokenizer
 from dbrx_quant.runtime.verify import verify
 from dbrx_quant.runtime.vocabulary import read_object, special_ids
 
-MEASUREMENT_VERSION = 2
+_PREDICTED = JsonFile("a prediction", version=1, remedy="start anew with --resume never")
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
         rows = load_rows(options)
         check_memory(model.architecture, rows.count, options.max_memory)
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
-        measured = options.measurement is not None or (options.work / "measurement.json").exists()
+        measured = options.measurement is not None or (options.work / MEASUREMENT_NAME).exists()
         check_disk(model.architecture, rows.count, options.work, options.out, sizes, measured)
         measurement = _measurement(options, model, rows)
         strategies = _strategies(options, model, rows, measurement)
@@ -105,7 +115,7 @@ def measure_model(options: ConvertOptions, output: Path) -> Path:
         rows = load_rows(options)
         check_memory(model.architecture, rows.count, options.max_memory)
         check_disk(model.architecture, rows.count, options.work, None)
-        write_json(output, _measurement(options, model, rows))
+        write_measurement(output, _measurement(options, model, rows))
     return output
 
 
@@ -129,24 +139,13 @@ def _check_side_files(folder: Path, vocabulary: int) -> None:
 
 def _facts(options: ConvertOptions) -> dict[str, Any]:
     """What the contents of the work folder depend on. Targets have folders of their own in it."""
+    asked = options.work_facts()
     return {
         "model": source_facts(options.model),
-        "calibration": _source_facts(options.calibration),
-        "rows": options.rows,
-        "length": options.length,
-        "seed": options.seed,
-        "effort": options.effort,
-        "held_out": _source_facts(options.held_out) if options.held_out else f"1/{UNSEEN_EVERY}",
-        "held_out_rows": options.held_out_rows,
-        "measurement": fingerprint(options.measurement) if options.measurement else None,
-        "repair": asdict(options.repair) if options.repair else None,
-        "refit": options.refit,
+        **asked,
+        "held_out": asked["held_out"] or f"1/{UNSEEN_EVERY}",
+        "repair": None if options.repair == NO_REPAIR else asdict(options.repair),
     }
-
-
-def _source_facts(source: str) -> Any:
-    """What identifies a source of text."""
-    return fingerprint(Path(source)) if Path(source).is_file() else source
 
 
 def _clean(folder: Path) -> None:
@@ -155,10 +154,10 @@ def _clean(folder: Path) -> None:
         remove_leftovers(inner)
 
 
-def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> dict[str, Any]:
+def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> Measurement:
     if options.measurement:
-        return load_measurement(options.measurement, options.model)
-    path = options.work / "measurement.json"
+        return read_measurement_of(options.measurement, options.model)
+    path = options.work / MEASUREMENT_NAME
     if not path.exists():
         folder = options.work / "measure"
         folder.mkdir(exist_ok=True)
@@ -170,15 +169,11 @@ def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> d
             )
             found = measure(job)
         described = {k: _public(v) for k, v in rows.tokens.description.items() if k != "notices"}
-        facts = {
-            "format_version": MEASUREMENT_VERSION,
-            "model": source_facts(options.model),
-            "calibration": described,
-            "held_out": rows.held_out,
-        }
-        write_json(path, {**facts, **found})
+        write_measurement(path, found.of(source_facts(options.model), described, rows.held_out))
         shutil.rmtree(folder)
-    return load_measurement(path, options.model)
+    return read_measurement_of(
+        path, options.model
+    )  # in the first run too: a resumed one adds up in its order
 
 
 def _public(value: Any) -> Any:
@@ -187,7 +182,7 @@ def _public(value: Any) -> Any:
 
 
 def _strategies(
-    options: ConvertOptions, model: StreamedModel, rows: Rows, measurement: dict[str, Any]
+    options: ConvertOptions, model: StreamedModel, rows: Rows, measurement: Measurement
 ) -> list[Strategy]:
     """The allocation for each target, with its predicted KL, which is kept in the work folder."""
     folder = options.work / "predict"
@@ -199,13 +194,14 @@ def _strategies(
         file = _target_work(options, target) / "predicted.json"
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
-            kl, stderr = predictor.kl(strategy, options.repair is not None)
-            write_json(file, {"kl": kl, "kl_stderr": stderr})
-        predicted = json.loads(file.read_text(encoding="utf-8"))
+            kl, stderr = predictor.kl(strategy, options.repair != NO_REPAIR)
+            _PREDICTED.write(file, {"kl": kl, "kl_stderr": stderr})
+        predicted = _PREDICTED.read(file)
+        kl, stderr = predicted.number("kl", 0), predicted.number_or_none("kl_stderr")
         if not options.quiet:
-            error = f" ± {predicted['kl_stderr']:.2g}" if predicted["kl_stderr"] is not None else ""
-            print(f"{target} bits per weight: predicted KL {predicted['kl']:.4g}{error}", file=sys.stderr)
-        strategies.append(replace(strategy, kl=predicted["kl"]))
+            error = f" ± {stderr:.2g}" if stderr is not None else ""
+            print(f"{target} bits per weight: predicted KL {kl:.4g}{error}", file=sys.stderr)
+        strategies.append(replace(strategy, kl=kl))
     if folder.exists():
         shutil.rmtree(folder)
     return strategies
@@ -216,48 +212,23 @@ def _target_work(options: ConvertOptions, target: float) -> Path:
     return options.work / f"{target_name(target)}-h{options.head_bits}"
 
 
-def load_measurement(path: Path, model: Path) -> dict[str, Any]:
-    """A measurement, checked to be one of this model.
-
-    Raises:
-        CheckpointError: the file is damaged, of another version, or of another model.
-    """
-    try:
-        measurement: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version, source = measurement["format_version"], measurement["model"]
-        if version != MEASUREMENT_VERSION:
-            raise CheckpointError(
-                f"{path}: version {version}, this program reads {MEASUREMENT_VERSION}; measure again"
-            )
-        measurement["linears"]["lm_head"]["options"][0][2].split()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such measurement") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not a measurement ({error!r}); measure again") from None
-    if source != source_facts(model):
-        raise CheckpointError(f"{path}: measured on another model than {model}; measure this one")
-    return measurement
-
-
 def _one_target(
     options: ConvertOptions,
     model: StreamedModel,
     rows: Rows,
-    measurement: dict[str, Any],
+    measurement: Measurement,
     strategy: Strategy,
 ) -> Converted:
     started = time.monotonic()
     out = options.output(strategy.target_bpw)
     work = _target_work(options, strategy.target_bpw)
-    done, written = work / "done.json", strategy.to_json()
-    if not (done.exists() and _holds(out, written)):
-        strategy_path = work / "strategy.json"
-        if strategy_path.exists() and json.loads(strategy_path.read_text(encoding="utf-8")) != written:
+    done = work / "done.json"
+    if not (done.exists() and _holds(out, strategy)):
+        strategy_path = work / STRATEGY_NAME
+        if strategy_path.exists() and read_strategy(strategy_path)[0] != strategy:
             raise ValueError(f"{strategy_path}: made by another version; start anew with --resume never")
-        write_json(strategy_path, written)
-        groups = {name: option[2] for name, option in strategy.choices.items()}
+        write_strategy(strategy_path, strategy)
+        groups = {name: option.groups for name, option in strategy.choices.items()}
         title = f"quantize {strategy.target_bpw}"
         with bar(len(groups), title, options.quiet) as progress:
             measured = quantize_model(
@@ -275,7 +246,7 @@ def _one_target(
                 )
             )
         _write_output(options, model, rows, strategy, measured, work, out)
-        write_json(out / "measurement.json", measurement)
+        write_measurement(out / MEASUREMENT_NAME, measurement)
         report = verify(out)
         if not report.ok:
             raise CheckpointError(f"{out}: the result does not verify: {'; '.join(report.faults[:3])}")
@@ -285,30 +256,28 @@ def _one_target(
         shutil.rmtree(work / "linears")
     elif not options.quiet:
         print(f"{out}: finished earlier; kept as it is, with the shards that it has", file=sys.stderr)
-    found = json.loads((out / "strategy.json").read_text(encoding="utf-8"))["measured"]
+    _, outcome = read_strategy(out / STRATEGY_NAME)
+    measured_kl = outcome.measured["kl"] if outcome is not None and outcome.measured else None
     shards = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return Converted(
         out,
         strategy.target_bpw,
         strategy.bpw,
         strategy.kl,
-        found and found["kl"],
+        measured_kl,
         shards,
         time.monotonic() - started,
         peak_memory(),
     )
 
 
-def _holds(out: Path, strategy: dict[str, Any]) -> bool:
+def _holds(out: Path, strategy: Strategy) -> bool:
     """Whether a folder has the finished result of a strategy, and no other's that came into it later."""
     try:
-        found = json.loads((out / "strategy.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        found, outcome = read_strategy(out / STRATEGY_NAME)
+    except (FileNotFoundError, CheckpointError):
         return False
-    if not isinstance(found, dict) or "measured" not in found:
-        return False
-    same = {k: v for k, v in found.items() if k not in ("held_out", "measured", "notes")} == strategy
-    return same and (out / "config.json").exists()
+    return found == strategy and outcome is not None and (out / "config.json").exists()
 
 
 def peak_memory() -> int:
@@ -334,7 +303,7 @@ def _write_output(
     out: Path,
 ) -> None:
     notes: list[str] = list(rows.tokens.description.get("notices", []))
-    for name in ("strategy.json", RECORD_NAME, EVALUATION_NAME):  # of an earlier result, now replaced
+    for name in (STRATEGY_NAME, RECORD_NAME, EVALUATION_NAME):  # of an earlier result, now replaced
         (out / name).unlink(missing_ok=True)
     write_shards(
         out,
@@ -357,20 +326,5 @@ def _write_output(
     )
     skipped = copy_side_files(options.model, out).skipped
     notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
-    settings = Settings(
-        model=options.model,
-        bpw=strategy.target_bpw,
-        head_bits=options.head_bits,
-        calibration=options.calibration,
-        rows=options.rows,
-        length=options.length,
-        seed=options.seed,
-        effort=options.effort,
-        refit=options.refit,
-        measurement=options.measurement,
-        held_out=options.held_out,
-        held_out_rows=options.held_out_rows,
-    )
-    write_record(out, settings, work / "linears")
-    found = {"held_out": rows.held_out, "measured": measured, "notes": notes}
-    write_json(out / "strategy.json", {**strategy.to_json(), **found})
+    write_record(out, options, strategy.target_bpw, work / "linears")
+    write_strategy(out / STRATEGY_NAME, strategy, Outcome(rows.held_out, measured, notes))

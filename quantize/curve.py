@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments, hessian
 from dbrx_quant.calibration.unseen import UnseenInputs
 from dbrx_quant.quantize.grid import error_table
-from dbrx_quant.quantize.ldlq import Effort, Factor, factorize, quantize_matrix
+from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
+from dbrx_quant.quantize.measurement import Option
+from dbrx_quant.quantize.prepare import SAMPLE_COLUMNS, Prepared, spread_columns
 from dbrx_quant.quantize.recipe import (
     GROUP_ROWS,
     lower_hull,
@@ -23,24 +23,12 @@ from dbrx_quant.quantize.recipe import (
     render_groups,
     water_fill,
 )
+from dbrx_quant.quantize.shrinkage import trial_error
 from dbrx_quant.runtime.format import WIDTHS, padded_columns, storage_bits, uniform_groups
 
 PRICES = 48  # prices of a bit that the curve is drawn at
-SAMPLE_COLUMNS = 128  # columns that stand for all: in the error table, and where some are solved for real
-DAMPINGS = (0.01, 0.03, 0.1, 0.2, 0.4)
-PRIORS = (0.0, 0.1, 0.5)  # tokens of prior per input channel
-UNCHOSEN = Shrinkage(0.2, 0.5)  # where too few tokens are held out to choose
-MIN_HELD_TOKENS = 64
 FEEDBACK_ROWS = 64  # rows of the groups of the real solutions that calibrate the table
 FEEDBACK_WIDTHS = (2, 4, 6, 8)  # widths that are solved for real; those between lie between
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A Hessian ready for solving: the order of the input channels, and the factor in that order."""
-
-    permutation: Tensor
-    factor: Factor
 
 
 @dataclass(frozen=True)
@@ -48,43 +36,15 @@ class Curve:
     """Options of one linear by rising bits and falling error.
 
     Attributes:
-        options: (bits on disk, error, group map as text).
+        options: with errors of the output, not yet in nats.
         feedback: per width of WIDTHS, error of a real solution over the table's prediction, included in the
             errors.
         energy: tr(W^T H W), the error of dropping the linear altogether.
     """
 
-    options: tuple[tuple[int, float, str], ...]
+    options: tuple[Option, ...]
     feedback: tuple[float, ...]
     energy: float
-
-
-def prepare(matrix: Tensor) -> Prepared:
-    """Order channels by falling variance (act-order) and factorise; takes over the Hessian's memory."""
-    permutation = torch.argsort(matrix.diagonal(), descending=True, stable=True)
-    ordered = matrix[permutation[:, None], permutation[None, :]]
-    return Prepared(permutation, factorize(ordered, overwrite=True))
-
-
-def spread_columns(n: int, count: int) -> Tensor:
-    """`count` columns spread evenly over N, all of them where there are no more."""
-    return torch.arange(n) if n <= count else torch.linspace(0, n - 1, count).long()
-
-
-def trial(weight: Tensor, prepared: Prepared) -> tuple[Tensor, float]:
-    """The error E [K, C] of a quick 3-bit solution of some columns, and its tr(E^T H E).
-
-    Args:
-        weight: [N, K] float32.
-        prepared: its Hessian's factor.
-    """
-    columns = spread_columns(weight.shape[0], SAMPLE_COLUMNS)
-    ordered = weight[columns].T[prepared.permutation].contiguous()
-    groups = uniform_groups(ordered.shape[0], 3, 64)
-    solved = quantize_matrix(ordered, prepared.factor, groups, effort="fast")
-    error = torch.empty_like(ordered)
-    error[prepared.permutation] = ordered - solved.dequantized.float()
-    return error, solved.loss
 
 
 def unseen_ratio(weight: Tensor, prepared: Prepared, unseen: UnseenInputs) -> float:
@@ -97,33 +57,8 @@ def unseen_ratio(weight: Tensor, prepared: Prepared, unseen: UnseenInputs) -> fl
     """
     if not unseen.tokens:
         return 1.0
-    error, expected = trial(weight, prepared)
+    error, expected = trial_error(weight, prepared)
     return unseen.error(error) / expected if expected > 0 else 1.0
-
-
-def choose_shrinkage(weight: Tensor, moments: SplitMoments) -> Shrinkage:
-    """The shrinkage with the least error on held-out tokens, one dimension after the other.
-
-    Args:
-        weight: [N, K] float32, one of the linears that share these inputs.
-        moments: of its inputs, fit and held-out.
-    """
-    if moments.held.tokens < MIN_HELD_TOKENS or moments.fit.tokens < MIN_HELD_TOKENS:
-        return UNCHOSEN
-    scores: dict[Shrinkage, float] = {}
-
-    def score(shrinkage: Shrinkage) -> float:
-        if shrinkage not in scores:
-            prepared = prepare(hessian(moments.fit, moments.prior, shrinkage))
-            error, _ = trial(weight, prepared)
-            scores[shrinkage] = energy(error.T, moments.held.matrix)
-        return scores[shrinkage]
-
-    has_prior = moments.prior is not None and moments.prior.tokens > 0
-    best = min((Shrinkage(d, PRIORS[1] if has_prior else 0.0) for d in DAMPINGS), key=score)
-    if has_prior:
-        best = min((Shrinkage(best.damping, p) for p in PRIORS), key=score)
-    return best
 
 
 def draw(
@@ -159,7 +94,7 @@ def draw(
     maps = list(dict.fromkeys(water_fill(tables, stored, price_range(tables, stored, PRICES))))
     points = [(storage_bits(groups, (k, stored), bias), predicted_error(tables, groups)) for groups in maps]
     hull = lower_hull(points)
-    options = tuple((*points[i], render_groups(maps[i])) for i in hull)
+    options = tuple(Option(*points[i], render_groups(maps[i])) for i in hull)
     return Curve(options, tuple(feedback), energy)
 
 
@@ -189,14 +124,3 @@ def feedback_factors(
         actual = float((solved.loss_per_column * weights.double()).sum())
         factors.append(actual / expected if expected > 0 else 1.0)
     return tuple(np.interp(WIDTHS, FEEDBACK_WIDTHS, factors).tolist())
-
-
-def energy(weight: Tensor, matrix: Tensor) -> float:
-    """tr(W^T H W) for W [N, K] and H [K, K]."""
-    return float(((weight @ matrix) * weight).sum(dtype=torch.float64))
-
-
-def sampled_energy(weight: Tensor, matrix: Tensor) -> float:
-    """tr(W^T H W) for W [N, K] and H [K, K], from at most SAMPLE_COLUMNS of its columns."""
-    columns = spread_columns(weight.shape[0], SAMPLE_COLUMNS)
-    return energy(weight[columns], matrix) * weight.shape[0] / len(columns)

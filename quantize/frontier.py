@@ -4,11 +4,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from dbrx_quant.quantize.allocate import HEAD, head_option, steps_by_gain, weights_of
+from dbrx_quant.quantize.allocate import head_option, steps_by_gain
+from dbrx_quant.quantize.measurement import Measurement
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FrontierPoint:
 
 
 def frontier(
-    measurement: Mapping[str, Any],
+    measurement: Measurement,
     head_bits: int,
     targets: Sequence[float],
     kind: Callable[[str], str],
@@ -38,33 +38,32 @@ def frontier(
     difference is less than that step.
 
     Args:
-        measurement: from `measure`.
+        measurement: of the model.
         head_bits: width of the head.
         targets: bits per weight, rising; those below the least possible give the least possible.
         kind: name of a linear → the kind that its bits are counted under.
     """
-    linears = measurement["linears"]
-    names = [name for name in linears if name != HEAD]
-    curves = [linears[name]["options"] for name in names]
-    kinds = [kind(name) for name in names]
-    weights = weights_of(linears)
+    curves = [linear.options for linear in measurement.decoder.values()]
+    kinds = [kind(name) for name in measurement.decoder]
+    weights = measurement.decoder_weights
     bits = Counter[str]()
     for at, curve in enumerate(curves):
-        bits[kinds[at]] += curve[0][0]
+        bits[kinds[at]] += curve[0].bits
     total = sum(bits.values())
-    error = math.fsum(curve[0][1] for curve in curves)
-    head = head_option(linears[HEAD], head_bits)[1] if HEAD in linears else 0.0
+    error = math.fsum(curve[0].error for curve in curves)
+    head = head_option(measurement.head, head_bits).error if measurement.head else 0.0
     points, steps = [], iter(steps_by_gain(curves))
     step = next(steps, None)
     for target in targets:
         while step is not None:
             at, to = step
             before, after = curves[at][to - 1], curves[at][to]
-            if total + after[0] - before[0] > target * weights:
+            added = after.bits - before.bits
+            if total + added > target * weights:
                 break
-            total += after[0] - before[0]
-            bits[kinds[at]] += after[0] - before[0]
-            error -= before[1] - after[1]
+            total += added
+            bits[kinds[at]] += added
+            error -= before.error - after.error
             step = next(steps, None)
         points.append(FrontierPoint(total / weights, error + head, dict(bits)))
     return points

@@ -8,19 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.files import fingerprint, write_json
+from dbrx_quant.runtime.json_file import JsonFile
 
 Resume = Literal["auto", "never", "must"]
 
 JOB_NAME = "job.json"
-JOB_VERSION = 1
-
-
-def source_facts(folder: Path) -> dict[str, Any]:
-    """What identifies a source model: its config and a fingerprint of every shard."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return {file.name: fingerprint(file) for file in files}
+_FILE = JsonFile("a job file", version=1, remedy="start anew with --resume never")
 
 
 @contextmanager
@@ -55,18 +48,12 @@ def open_job(folder: Path, facts: Mapping[str, Any], resume: Resume) -> Iterator
         if resumed:
             _check_same(path, facts)
         else:
-            write_json(path, {"format_version": JOB_VERSION, "facts": facts})
+            _FILE.write(path, {"facts": facts})
         yield resumed
 
 
 def _check_same(path: Path, facts: Mapping[str, Any]) -> None:
-    try:
-        job = json.loads(path.read_text(encoding="utf-8"))
-        version, earlier = job["format_version"], job["facts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a job file ({error!r}); start anew with --resume never") from None
-    if version != JOB_VERSION:
-        raise CheckpointError(f"{path}: format version {version}, this program writes {JOB_VERSION}")
+    earlier = _FILE.read(path).object("facts").values
     different = differences(earlier, json.loads(json.dumps(facts)))
     if different:
         raise ValueError(

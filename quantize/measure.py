@@ -6,41 +6,47 @@ there are many) while its linears' inputs and output gradients are summed up; ea
 Finished linears and passed blocks are files, so that a second run goes on where the first one stopped.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.experts import activation, coverage, expert_inner, tokens_of
+from dbrx_quant.calibration.experts import ExpertCoverage, coverage
 from dbrx_quant.calibration.fisher import GradientSum, head_gradients
-from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments, hessian
-from dbrx_quant.calibration.passes import batches, check_states, dense_shares, route, token_rows, token_spans
+from dbrx_quant.calibration.hessian import SplitMoments
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
 from dbrx_quant.calibration.unseen import UNSEEN_TOKENS, UnseenInputs
-from dbrx_quant.calibration.watch import Watch
-from dbrx_quant.quantize.curve import (
-    choose_shrinkage,
-    draw,
-    feedback_factors,
-    prepare,
-    sampled_energy,
-    spread_columns,
-    unseen_ratio,
+from dbrx_quant.calibration.walk import (
+    Span,
+    Turn,
+    Weights,
+    add_dense_experts,
+    batches,
+    check_states,
+    route,
+    token_rows,
+    token_spans,
+    turns,
 )
+from dbrx_quant.calibration.watch import Watch
+from dbrx_quant.quantize.curve import draw, feedback_factors, unseen_ratio
+from dbrx_quant.quantize.entries import REMEDY, Entry, priced
 from dbrx_quant.quantize.ldlq import Effort
+from dbrx_quant.quantize.measurement import LinearMeasurement, Measurement, read_coverage
+from dbrx_quant.quantize.prepare import prepare, sampled_energy, spread_columns
 from dbrx_quant.quantize.progress import Progress
+from dbrx_quant.quantize.shrinkage import Shrinkage, choose_shrinkage, hessian
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
-from dbrx_quant.runtime.files import write_json
+from dbrx_quant.runtime.json_file import JsonFile
 
 GRADIENT_TOKENS = 2048  # from twice as many on, only a part of the rows goes backward as well
 MOST_STRIDE = 2  # that part is a half at least
-POOLED = 0.3  # share of an expert's price that comes from all experts of its block
+
+_COVERAGE = JsonFile("the coverage of a block", version=1, remedy=REMEDY)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,10 @@ class MeasureJob:
         """What was measured of one linear."""
         return self.folder / "linears" / f"{name}.json"
 
+    def coverage(self, block: int) -> Path:
+        """How many tokens each expert of a block saw."""
+        return self.folder / f"coverage-{block:03}.json"
+
 
 @dataclass(frozen=True)
 class _Shared:
@@ -116,8 +126,8 @@ def backward_stride(tokens: int) -> int:
     return min(MOST_STRIDE, max(1, tokens // GRADIENT_TOKENS))
 
 
-def measure(job: MeasureJob) -> dict[str, Any]:
-    """Run both passes and return the measurement (see `assemble` for its contents)."""
+def measure(job: MeasureJob) -> Measurement:
+    """Run both passes and return the measurement, errors in nats per token."""
     (job.folder / "linears").mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         _forward(job)
@@ -147,10 +157,10 @@ def _forward(job: MeasureJob) -> None:
                     x_path = job.folder / "experts-input.npy"
                     with new_states(x_path, (ids.numel(), architecture.hidden)) as x:
                         routing = route(live, states, output, x)
-                        report = coverage(routing.part(slice(job.tokens.numel())), block.experts.count)
-                        write_json(job.folder / f"coverage-{block.index:03}.json", report)
-                        for at, share in dense_shares(job.model, block.experts, routing):
-                            output.view(-1, architecture.hidden)[at] += share
+                        seen = coverage(routing.part(slice(job.tokens.numel())), block.experts.count)
+                        _COVERAGE.write(job.coverage(block.index), {"experts": [vars(one) for one in seen]})
+                        stream = output.view(-1, architecture.hidden)
+                        add_dense_experts(stream, job.model, block.experts, routing)
                     x_path.unlink()
                 check_states(output, f"output of block {block.index}")
         job.progress.step(f"forward, block {block.index}")
@@ -195,9 +205,9 @@ def _measure_linears(
     """Draw the curves of linears that share their inputs, and write them."""
     role, todo = specs[0].role, [spec for spec in specs if not job.entry(spec.name).exists()]
     if not todo:
-        entry = json.loads(job.entry(specs[0].name).read_text())
-        shared.shrinkage[(role, entry["step"])] = Shrinkage(entry["damping"], entry["prior"])
-        shared.feedback[role] = entry["feedback"]
+        entry = Entry.read(job.entry(specs[0].name))
+        shared.shrinkage[(role, entry.step)] = entry.linear.shrinkage
+        shared.feedback[role] = entry.linear.feedback
         return
     moments.check(specs[0].name)
     own, weight = moments.fit.effective + moments.held.effective, weight_of(specs[0])
@@ -219,23 +229,20 @@ def _measure_linears(
         curve = draw(
             weight_of(spec), prepared, columns, energies[spec.name], shared.feedback[role], spec.bias
         )
-        write_json(
-            job.entry(spec.name),
-            {
-                "role": spec.role,
-                "shape": list(spec.shape),
-                "tokens": joined.tokens,
-                "effective_tokens": joined.effective,
-                "weight": joined.weight,
-                "gradient": total.total * len(job.tokens) / job.backward_rows,
-                "step": step,
-                **asdict(shrinkage),
-                "feedback": list(curve.feedback),
-                "unseen": ratio,
-                "energy": curve.energy,
-                "options": [list(option) for option in curve.options],
-            },
+        measured = LinearMeasurement(
+            role=spec.role,
+            shape=spec.shape,
+            options=curve.options,
+            energy=curve.energy,
+            tokens=joined.tokens,
+            effective_tokens=joined.effective,
+            weight=joined.weight,
+            unseen=ratio,
+            shrinkage=shrinkage,
+            feedback=curve.feedback,
         )
+        gradient = total.total * len(job.tokens) / job.backward_rows
+        Entry(measured, gradient, step).write(job.entry(spec.name))
 
 
 def _backward(job: MeasureJob, index: int) -> None:
@@ -301,95 +308,113 @@ def _backward_experts(
     routing = route(live, states, torch.empty_like(states), x)
     flat = upstream.reshape(-1, hidden)
     result = _RoutedGradients(torch.zeros_like(flat), torch.zeros(len(flat), routing.weight.shape[1]))
-    rows, act, seen = token_rows(states), activation(experts.activation), job.tokens.numel()
-    calibration, others = routing.part(slice(seen)), routing.part(slice(seen, None))
-    for expert, linears in enumerate(experts.linears):
-        tokens, unseen = tokens_of(calibration, expert), tokens_of(others, expert)
-        gate, up, down = weights = tuple(job.model.dense(spec) for spec in linears)
-        dense = dict(zip(linears, weights, strict=True)).__getitem__
-        sums = {spec.name: GradientSum.zero(spec.shape[1]) for spec in linears}
-        inputs, inner = SplitMoments.zero(gate.shape[1], True), SplitMoments.zero(down.shape[1], True)
-        backward = int((tokens.index < len(flat)).sum())  # the first ones
-        for part in token_spans(backward):
-            index, p = tokens.index[part], tokens.weight[part]
-            xe = x[index].requires_grad_()
-            with torch.enable_grad():
-                g, u = xe @ gate.T, xe @ up.T
-                h = act(g) * u
-            y_gradient = p[:, None] * flat[index]
-            y = h.detach() @ down.T
-            result.weight[index, tokens.slot[part]] = (y * flat[index]).sum(-1)
-            g_gradient, u_gradient, x_gradient = torch.autograd.grad(h, (g, u, xe), y_gradient @ down)
-            result.x[index] += x_gradient
-            for spec, gradient in zip(linears, (g_gradient, u_gradient, y_gradient), strict=True):
-                sums[spec.name].add(gradient)
-            inputs.add(xe.detach(), rows[index], p.square())
-            inner.add(h.detach(), rows[index], p.square())
-        for part in token_spans(len(tokens.index) - backward):
-            index, square = tokens.index[backward:][part], tokens.weight[backward:][part].square()
-            inputs.add(x[index], rows[index], square)
-            inner.add(expert_inner(x[index], gate, up, act), rows[index], square)
-        for part in token_spans(len(tokens.others)):
-            assert inputs.prior is not None
-            assert inner.prior is not None
-            other = x[tokens.others[part]]
-            inputs.prior.add(other)
-            inner.prior.add(expert_inner(other, gate, up, act))
-        unseen_inputs, unseen_inner = UnseenInputs(), UnseenInputs()
-        unseen_inputs.add(others.x[unseen.index], unseen.weight.square())
-        unseen_inner.add(expert_inner(others.x[unseen.index], gate, up, act), unseen.weight.square())
-        _measure_linears(job, list(linears[:2]), inputs, unseen_inputs, sums, dense, shared)
-        _measure_linears(job, list(linears[2:]), inner, unseen_inner, sums, dense, shared)
-        job.progress.step(f"block {live.spec.index}, expert {expert}")
+    rows, count = token_rows(states), job.tokens.numel()
+    for turn in turns(routing, experts):
+        _measure_expert(
+            job, turn.part(slice(count)), turn.part(slice(count, None)), rows, flat, result, shared
+        )
+        job.progress.step(f"block {live.spec.index}, expert {turn.expert}")
     return result
 
 
-def assemble(job: MeasureJob) -> dict[str, Any]:
-    """The measurement of all linears, errors in nats per token.
+@dataclass(frozen=True)
+class _ExpertSums:
+    """What is summed up over the tokens of an expert.
 
-    Returns:
-        `tokens`: how many; `coverage`: per block of experts, tokens and shares; `linears`: name → shape,
-        tokens, shrinkage, energy (the cost of dropping it, in nats to second order), `unseen` (how many times
-        as large errors are on unseen tokens) and `options` [bits on disk, nats per token, group map].
+    Attributes:
+        rows: the calibration row of each token of the block.
+        inputs: moments of what gate and up get.
+        inner: moments of what the down projection gets.
+        gradients: of each linear's output, by its name.
     """
+
+    rows: Tensor
+    inputs: SplitMoments
+    inner: SplitMoments
+    gradients: dict[str, GradientSum]
+
+    @staticmethod
+    def zero(turn: Turn, rows: Tensor) -> "_ExpertSums":
+        """No tokens seen yet."""
+        inputs = SplitMoments.zero(turn.gate.shape[0], prior=True)
+        inner = SplitMoments.zero(turn.down.shape[0], prior=True)
+        return _ExpertSums(rows, inputs, inner, {s.name: GradientSum.zero(s.shape[1]) for s in turn.linears})
+
+    def add(self, span: Span, inner: Tensor) -> None:
+        """Add tokens with what the down projection gets of them."""
+        rows, square = self.rows[span.index], span.weight.square()
+        self.inputs.add(span.x.detach(), rows, square)
+        self.inner.add(inner.detach(), rows, square)
+
+
+def _measure_expert(
+    job: MeasureJob,
+    seen: Turn,
+    unseen: Turn,
+    rows: Tensor,
+    upstream: Tensor,
+    result: _RoutedGradients,
+    shared: _Shared,
+) -> None:
+    """Take an expert's tokens through it, those of `upstream` [T, D] backward as well, and draw its curves.
+
+    Args:
+        job: where and with what.
+        seen: the expert's turn with the tokens to calibrate on, those that go backward first.
+        unseen: with the tokens that nothing is chosen on.
+        rows: the calibration row of each token.
+        upstream: gradients with respect to the block's output.
+        result: gradients with respect to what the expert got are added to it.
+        shared: what linears of this block have in common.
+    """
+    gate, up, _ = weights = seen.dense(job.model)
+    sums = _ExpertSums.zero(seen, rows)
+    backward = int((seen.tokens.index < len(upstream)).sum())
+    for span in seen.spans(end=backward):
+        _backward_span(seen, span, weights, upstream, result, sums)
+    for span in seen.spans(begin=backward):
+        sums.add(span, seen.inner(span.x, gate, up))
+    for x in seen.others():
+        sums.inputs.add_prior(x)
+        sums.inner.add_prior(seen.inner(x, gate, up))
+    unseen_inputs, unseen_inner, span = UnseenInputs(), UnseenInputs(), unseen.whole()
+    unseen_inputs.add(span.x, span.weight.square())
+    unseen_inner.add(seen.inner(span.x, gate, up), span.weight.square())
+    dense = dict(zip(seen.linears, weights, strict=True)).__getitem__
+    _measure_linears(job, [seen.gate, seen.up], sums.inputs, unseen_inputs, sums.gradients, dense, shared)
+    _measure_linears(job, [seen.down], sums.inner, unseen_inner, sums.gradients, dense, shared)
+
+
+def _backward_span(
+    turn: Turn, span: Span, weights: Weights, upstream: Tensor, result: _RoutedGradients, sums: _ExpertSums
+) -> None:
+    """Take some tokens through an expert and back."""
+    gate, up, down = weights
+    x, index = span.x.requires_grad_(), span.index
+    with torch.enable_grad():
+        g, u = x @ gate.T, x @ up.T
+        h = turn.activate(g) * u
+    y_gradient = span.weight[:, None] * upstream[index]
+    y = h.detach() @ down.T
+    result.weight[index, span.slot] = (y * upstream[index]).sum(-1)
+    g_gradient, u_gradient, x_gradient = torch.autograd.grad(h, (g, u, x), y_gradient @ down)
+    result.x[index] += x_gradient
+    for spec, gradient in zip(turn.linears, (g_gradient, u_gradient, y_gradient), strict=True):
+        sums.gradients[spec.name].add(gradient)
+    sums.add(span, h)
+
+
+def assemble(job: MeasureJob) -> Measurement:
+    """The measurement from all linears' entries, their errors priced."""
     architecture, count = job.model.architecture, job.tokens.numel()
-    entries = {s.name: json.loads(job.entry(s.name).read_text()) for s in architecture.linears()}
-    prices = {name: entry["gradient"] / (2 * count) for name, entry in entries.items()}
-    for block in architecture.blocks:
-        for linears in zip(*(block.experts.linears if block.experts else ()), strict=True):
-            prices.update(_pooled_prices([spec.name for spec in linears], entries, count))
-    linears_out = {}
-    for name, entry in entries.items():
-        options = [[bits, error * prices[name], text] for bits, error, text in entry.pop("options")]
-        entry["energy"] *= prices[name]
-        entry["price"] = prices[name]
-        del entry["step"], entry["gradient"]
-        linears_out[name] = {**entry, "options": options}
-    report = {
-        str(block.index): json.loads((job.folder / f"coverage-{block.index:03}.json").read_text())
-        for block in architecture.blocks
-        if block.experts
-    }
-    return {"tokens": count, "coverage": report, "linears": linears_out}
+    entries = {spec.name: Entry.read(job.entry(spec.name)) for spec in architecture.linears()}
+    sparse = [block for block in architecture.blocks if block.experts]
+    return Measurement(
+        priced(entries, architecture, count),
+        count,
+        {block.index: _covered(job, block.index) for block in sparse},
+    )
 
 
-def _pooled_prices(names: list[str], entries: dict[str, Any], count: int) -> dict[str, float]:
-    """Prices of one role's experts: gradients of an expert with few tokens lean on those of all.
-
-    A price is the sum of squared gradients; per unit of squared routing weight it is much the same for all
-    experts of a block, which is what an expert seen rarely falls back to (as if 32 average tokens had said
-    so).
-    """
-    gradient = sum(entries[n]["gradient"] for n in names)
-    weight = sum(entries[n]["weight"] for n in names)
-    tokens = sum(entries[n]["tokens"] for n in names)
-    if not weight:
-        return {n: 0.0 for n in names}
-    usual, pseudo = gradient / weight, 32 * weight / tokens
-    prices = {}
-    for n in names:
-        own = entries[n]["weight"]
-        seen = max(own, weight / tokens)  # an expert never seen counts as seen once
-        estimate = (entries[n]["gradient"] + pseudo * usual) / (own + pseudo)
-        prices[n] = seen * ((1 - POOLED) * estimate + POOLED * usual) / (2 * count)
-    return prices
+def _covered(job: MeasureJob, block: int) -> tuple[ExpertCoverage, ...]:
+    return read_coverage(_COVERAGE.read(job.coverage(block)), "experts")

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dbrx_quant.quantize.release import KEPT_OUT, MAIN, MEASUREMENT_NAME, Branch, Evaluation, Model
+from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
+from dbrx_quant.quantize.release import KEPT_OUT, MAIN, Branch, Evaluation, Model
 from dbrx_quant.quantize.source_card import dump_front_matter
 from dbrx_quant.runtime.verify import PRODUCER
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 
 from dbrx_quant.calibration.experts import PRIOR_TOKENS
-from dbrx_quant.quantize.curve import DAMPINGS, FEEDBACK_WIDTHS, PRIORS, SAMPLE_COLUMNS
+from dbrx_quant.quantize.curve import FEEDBACK_WIDTHS
 from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.measure import backward_stride
+from dbrx_quant.quantize.prepare import SAMPLE_COLUMNS
 from dbrx_quant.quantize.recipe import GROUP_ROWS
 from dbrx_quant.quantize.repair import REPAIRED
+from dbrx_quant.quantize.shrinkage import DAMPINGS, PRIORS
 from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, LinearSpec
 from dbrx_quant.runtime.format import WIDTHS
 from dbrx_quant.runtime.products import fast_products

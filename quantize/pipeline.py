@@ -11,7 +11,7 @@ not calibrated on go through both, and tell at the end how far the quantized mod
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +19,30 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dbrx_quant.calibration.experts import (
-    activation,
-    expert_inner,
-    expert_output,
-    tokens_of,
-)
-from dbrx_quant.calibration.hessian import Moments, Shrinkage, SplitMoments, hessian
-from dbrx_quant.calibration.passes import (
-    DenseShares,
+from dbrx_quant.calibration.hessian import Moments, SplitMoments
+from dbrx_quant.calibration.states import new_states, open_states
+from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
+from dbrx_quant.calibration.walk import (
+    Turn,
+    add_dense_experts,
     batches,
     check_states,
-    dense_shares,
     route,
     token_rows,
-    token_spans,
+    turns,
 )
-from dbrx_quant.calibration.states import new_states, open_states
-from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
-from dbrx_quant.quantize.curve import Prepared, prepare, sampled_energy
-from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
+from dbrx_quant.quantize.ldlq import Effort
+from dbrx_quant.quantize.measurement import Measurement
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.recipe import parse_groups
-from dbrx_quant.quantize.refit import Lacking, loss_of, refitted, wanted
-from dbrx_quant.quantize.repair import DEFAULT_REPAIR, REPAIRED, Repair, RepairMoments, repaired
-from dbrx_quant.runtime import _native
+from dbrx_quant.quantize.refit import ResidualTarget
+from dbrx_quant.quantize.repair import DEFAULT_REPAIR, NO_REPAIR, Repair, RepairMoments
+from dbrx_quant.quantize.solve import Solved, solve_linears
+from dbrx_quant.quantize.stream import RepairedStream, Stream, finish_repair
 from dbrx_quant.runtime.evaluate import evaluate
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias, to_half
 from dbrx_quant.runtime.files import save_tensors, write_json
-from dbrx_quant.runtime.format import (
-    Group,
-    GroupMap,
-    UnpackedLinear,
-    pack_linear,
-    padded_columns,
-    write_groups,
-)
+from dbrx_quant.runtime.format import padded_columns
 from dbrx_quant.runtime.ops import dequantize
 
 
@@ -66,11 +54,11 @@ class QuantizeJob:
         model: the source.
         tokens: [R, L] int64 token ids to calibrate on.
         folder: for finished linears and the states between blocks.
-        measurement: from `measure`.
+        measurement: of the model.
         groups: linear → group map as text.
         progress: told of every finished linear.
         effort: of the solver.
-        repair: how linears that write into the residual stream make good what it has lost; None: they do not.
+        repair: how linears that write into the residual stream make good what it has lost.
         unseen: [U, L] int64 token ids that measure the distance to the original; None: it is not measured.
         refit: whether the maxima of each linear's groups are fitted once more when its codes are fixed.
     """
@@ -78,11 +66,11 @@ class QuantizeJob:
     model: StreamedModel
     tokens: Tensor
     folder: Path
-    measurement: Mapping[str, Any]
+    measurement: Measurement
     groups: Mapping[str, str]
     progress: Progress
     effort: Effort = "default"
-    repair: Repair | None = DEFAULT_REPAIR
+    repair: Repair = DEFAULT_REPAIR
     unseen: Tensor | None = None
     refit: bool = False
 
@@ -94,7 +82,7 @@ class QuantizeJob:
     @property
     def original_tokens(self) -> Tensor | None:
         """The rows that are followed through the original too: all for the repair, else those not seen."""
-        return self.all_tokens if self.repair else self.unseen
+        return self.unseen if self.repair == NO_REPAIR else self.all_tokens
 
     def calibration(self, states: Tensor) -> Tensor:
         """The part of states that is calibrated on."""
@@ -121,10 +109,15 @@ class QuantizeJob:
         """The packed tensors of one linear."""
         return self.folder / "linears" / f"{name}.safetensors"
 
-    def shrinkage(self, name: str) -> Shrinkage:
-        """What the measurement chose on held-out tokens."""
-        entry = self.measurement["linears"][name]
-        return Shrinkage(entry["damping"], entry["prior"])
+    def unfinished(self, specs: Sequence[LinearSpec]) -> list[LinearSpec]:
+        """Those of some linears that have no file yet."""
+        return [spec for spec in specs if not self.linear(spec.name).exists()]
+
+    @property
+    def next_block(self) -> int:
+        """The first block that is not finished: the last one that there are states before."""
+        count = len(self.model.architecture.blocks)
+        return max((i for i in range(count + 1) if self.states(i).exists()), default=0)
 
 
 def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
@@ -136,19 +129,19 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
     (job.folder / "linears").mkdir(parents=True, exist_ok=True)
     blocks = job.model.architecture.blocks
     with torch.no_grad():
-        if not any(job.states(i).exists() for i in range(len(blocks) + 1)):
+        first = job.next_block
+        if not job.states(first).exists():
             if job.original_tokens is not None:
                 _embed(job, job.original_tokens, job.original(0))
             _embed(job, job.all_tokens, job.states(0))
-        for block in blocks:
-            if not any(job.states(i).exists() for i in range(block.index + 1, len(blocks) + 1)):
-                _quantize_block(job, block.index)
-                job.states(block.index).unlink()  # the next block's states are on disk by now
-                for path in (job.original(block.index), job.middle(block.index)):
-                    path.unlink(missing_ok=True)
-            else:
-                for spec in block.linears():
-                    job.progress.step(spec.name)
+        for block in blocks[:first]:
+            for spec in block.linears():
+                job.progress.step(spec.name)
+        for block in blocks[first:]:
+            _quantize_block(job, block.index)
+            job.states(block.index).unlink()  # the next block's states are on disk by now
+            for path in (job.original(block.index), job.middle(block.index)):
+                path.unlink(missing_ok=True)
         _quantize_head(job)
         if job.unseen is not None and not job.distance.exists():
             write_json(job.distance, _measure_distance(job, job.unseen))
@@ -168,12 +161,12 @@ def _quantize_block(job: QuantizeJob, index: int) -> None:
     live = job.model.block(index)
     states = open_states(job.states(index))
     for stage in live.spec.stages:
-        todo = [spec for spec in stage if not job.linear(spec.name).exists()]
-        if todo and job.repair and stage[0].role in REPAIRED:
-            _repair_and_solve(job, job.repair, live, stage[0], job.calibration(states))
-        elif todo:
-            moments = _stage_moments(live, stage[0], job.calibration(states))
-            _solve(job, todo, moments, None, {s.name: job.model.dense(s) for s in todo})
+        if todo := job.unfinished(stage):
+            if job.repair.repairs(stage[0].role):
+                _repair_and_solve(job, live, stage[0], job.calibration(states))
+            else:
+                moments = _stage_moments(live, stage[0], job.calibration(states))
+                _solve(job, {spec.name: job.model.dense(spec) for spec in todo}, todo, moments)
         live.install({spec.name: finished_weight(job, spec) for spec in stage})
         for spec in stage:
             job.progress.step(spec.name)
@@ -202,14 +195,11 @@ def _run_original(job: QuantizeJob, index: int) -> None:
         with new_states(x_path, (states.shape[0] * states.shape[1], hidden)) as x:
             routing = route(live, states, middle, x)
             output.copy_(middle)
-            for at, share in dense_shares(job.model, experts, routing):
-                output.view(-1, hidden)[at] += share
+            add_dense_experts(output.view(-1, hidden), job.model, experts, routing)
         x_path.unlink()
 
 
-def _repair_and_solve(
-    job: QuantizeJob, repair: Repair, live: LiveBlock, spec: LinearSpec, states: Tensor
-) -> None:
+def _repair_and_solve(job: QuantizeJob, live: LiveBlock, spec: LinearSpec, states: Tensor) -> None:
     """Quantize an output or down projection outside of experts, repaired."""
     attention = spec.role == "o"
     goal = open_states(job.middle(live.spec.index) if attention else job.original(live.spec.index + 1))
@@ -226,11 +216,9 @@ def _repair_and_solve(
     finally:
         handle.remove()
     inputs.check(spec.name)
-    dense = job.model.dense(spec)
-    weight = repaired(dense, moments, repair)
-    lacking = Lacking(dense, moments.fit.add_(moments.held)) if job.refit else None
-    del moments, dense
-    _solve(job, [spec], inputs.joined(), None, {spec.name: weight}, lacking)
+    weight, target = finish_repair(job.model.dense(spec), moments, job.repair, job.refit)
+    del moments
+    _solve(job, {spec.name: weight}, [spec], inputs.joined(), target=target)
 
 
 class _Reached(Exception):
@@ -264,71 +252,61 @@ def _quantize_experts(
     hidden = states.shape[-1]
     x_path = job.folder / "experts-input.npy"
     with new_states(x_path, (states.shape[0] * states.shape[1], hidden)) as x:
-        routing = route(live, states, output, x)
-        flat, act, rows = output.view(-1, hidden), activation(experts.activation), token_rows(states)
-        unquantized = None
-        if job.repair:
-            shares = job.folder / "experts-shares.npy"
-            unquantized = DenseShares(shares, job.model, experts, routing, flat)
-        goal = open_states(job.original(live.spec.index + 1)).view(-1, hidden) if job.repair else None
-        calibration = routing.part(slice(job.tokens.numel()))
-        for expert, (gate, up, down) in enumerate(experts.linears):
-            everyone, tokens = tokens_of(routing, expert), tokens_of(calibration, expert)
-            square = tokens.weight.square()
-            todo = [spec for spec in (gate, up) if not job.linear(spec.name).exists()]
-            if todo:
-                inputs = SplitMoments.zero(hidden, prior=True)
-                inputs.add(x[tokens.index], rows[tokens.index], square)
-                _prior(inputs).add(x[tokens.others])
-                dense = {spec.name: job.model.dense(spec) for spec in todo}
-                _solve(job, todo, inputs.joined(), inputs.prior, dense)
-            weights = (finished_weight(job, gate), finished_weight(job, up))
-            if unquantized:
-                unquantized.take_away(everyone)
-            if not job.linear(down.name).exists():
-                inner = SplitMoments.zero(down.shape[0], prior=True)
-                weight = job.model.dense(down)
-                moments = RepairMoments(inner, *down.shape) if job.repair else None
-                for part in token_spans(len(tokens.index)):
-                    at, p = tokens.index[part], tokens.weight[part]
-                    h = expert_inner(x[at], *weights, act)
-                    inner.add(h, rows[at], square[part])
-                    if moments and goal is not None:
-                        missing = goal[at] - flat[at] - p[:, None] * (h @ weight.T)
-                        moments.add(h, missing, rows[at], p)
-                for part in token_spans(len(tokens.others)):
-                    _prior(inner).add(expert_inner(x[tokens.others[part]], *weights, act))
-                inner.check(down.name)
-                lacking = None
-                if moments and job.repair:
-                    unrepaired, weight = weight, repaired(weight, moments, job.repair)
-                    lacking = Lacking(unrepaired, moments.fit.add_(moments.held)) if job.refit else None
-                    del moments, unrepaired
-                _solve(job, [down], inner.joined(), inner.prior, {down.name: weight}, lacking)
-            last = finished_weight(job, down)
-            for part in token_spans(len(everyone.index)):
-                at = everyone.index[part]
-                flat[at] += everyone.weight[part, None] * expert_output(x[at], (*weights, last), act)
-            for spec in (gate, up, down):
+        routing, rows = route(live, states, output, x), token_rows(states)
+        stream = _open_stream(job, live.spec.index, experts, routing, output.view(-1, hidden))
+        for turn in turns(routing, experts):
+            _quantize_expert(job, turn, stream, rows)
+            for spec in turn.linears:
                 job.progress.step(spec.name)
-        if unquantized:
-            unquantized.close()
+        stream.close()
     x_path.unlink()
 
 
-def _prior(moments: SplitMoments) -> Moments:
-    assert moments.prior is not None
-    return moments.prior
+def _open_stream(
+    job: QuantizeJob, block: int, experts: ExpertsSpec, routing: Routing, states: Tensor
+) -> Stream:
+    if not job.repair.repairs(experts.linears[0][2].role):
+        return Stream(states)
+    goal, shares = open_states(job.original(block + 1)), job.folder / "experts-shares.npy"
+    return RepairedStream(
+        states, goal.view(-1, goal.shape[-1]), shares, job.model, experts, routing, job.repair
+    )
+
+
+def _quantize_expert(job: QuantizeJob, turn: Turn, stream: Stream, rows: Tensor) -> None:
+    """Quantize an expert and let it add to the stream; `rows` [T] has each token's calibration row."""
+    seen = turn.part(slice(job.tokens.numel()))
+    if todo := job.unfinished((turn.gate, turn.up)):
+        inputs, span = SplitMoments.zero(turn.gate.shape[0], prior=True), seen.whole()
+        inputs.add(span.x, rows[span.index], span.weight.square())
+        inputs.add_prior(seen.routing.x[seen.tokens.others])
+        _solve(job, {spec.name: job.model.dense(spec) for spec in todo}, todo, inputs.joined(), inputs.prior)
+    gate, up = finished_weight(job, turn.gate), finished_weight(job, turn.up)
+    stream.take_turn(turn)
+    if todo := job.unfinished((turn.down,)):
+        inner = SplitMoments.zero(turn.down.shape[0], prior=True)
+        aim = stream.aim(job.model.dense(turn.down), inner)
+        for span in seen.spans():
+            h = seen.inner(span.x, gate, up)
+            inner.add(h, rows[span.index], span.weight.square())
+            aim.add(span, h, rows[span.index])
+        for x in seen.others():
+            inner.add_prior(seen.inner(x, gate, up))
+        inner.check(turn.down.name)
+        weight, target = aim.finish(job.refit)
+        del aim
+        _solve(job, {turn.down.name: weight}, todo, inner.joined(), inner.prior, target)
+    turn.add_to(stream.states, (gate, up, finished_weight(job, turn.down)))
 
 
 def _quantize_head(job: QuantizeJob) -> None:
     head = job.model.architecture.head
-    if not job.linear(head.name).exists():
+    if todo := job.unfinished([head]):
         states = job.calibration(open_states(job.states(len(job.model.architecture.blocks))))
         moments = Moments.zero(head.shape[0])
         for part in batches(states):
             moments.add(job.model.final_norm(states[part]).view(-1, states.shape[-1]))
-        _solve(job, [head], moments, None, {head.name: job.model.dense(head)})
+        _solve(job, {head.name: job.model.dense(head)}, todo, moments)
     job.progress.step(head.name)
 
 
@@ -349,68 +327,38 @@ def _measure_distance(job: QuantizeJob, unseen: Tensor) -> dict[str, Any]:
 
 def _solve(
     job: QuantizeJob,
-    specs: list[LinearSpec],
-    moments: Moments,
-    prior: Moments | None,
     weights: Mapping[str, Tensor],
-    lacking: Lacking | None = None,
+    specs: Sequence[LinearSpec],
+    moments: Moments,
+    prior: Moments | None = None,
+    target: ResidualTarget | None = None,
 ) -> None:
-    """Quantize linears that share their inputs, and write each one's file.
-
-    A file's metadata has the `loss` tr(E^T H E) and the `energy` tr(W^T H W), to which reports relate it.
-    What the stream lacks is for the refit of a single linear that writes into it.
-    """
-    moments.check(specs[0].name)
-    shrinkage = job.shrinkage(specs[0].name)
-    matrix = hessian(moments, prior, shrinkage)
-    energies = {spec.name: sampled_energy(weights[spec.name], matrix) for spec in specs}
-    prepared = prepare(matrix)
-    del matrix
-    for spec in specs:
-        weight = weights[spec.name]
-        tensors, loss = solve_linear(weight, prepared, parse_groups(job.groups[spec.name]), job.effort)
-        if job.refit:
-            matrix = hessian(moments, prior, replace(shrinkage, damping=0.0))
-            goal = wanted(weight, matrix, lacking, moments, prior, shrinkage)
-            tensors["q_scale_max"] = refitted(tensors, matrix, goal)
-            del matrix, goal
-            loss = loss_of(tensors, weight, hessian(moments, prior, shrinkage))
-        bias = load_bias(job.model.checkpoint, spec)
-        if bias is not None:
-            padded = torch.zeros(padded_columns(spec.shape[1]), dtype=torch.float16)
-            padded[: spec.shape[1]] = to_half(bias, f"{spec.name}.bias")
-            tensors["bias"] = padded
-        named = {f"{spec.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-        facts = {"loss": repr(loss), "energy": repr(energies[spec.name])}
-        save_tensors(job.linear(spec.name), named, facts)
-
-
-def solve_linear(
-    weight: Tensor, prepared: Prepared, groups: GroupMap, effort: Effort = "default"
-) -> tuple[dict[str, Tensor], float]:
-    """Quantize one linear and pack it.
+    """Quantize linears that share their inputs, and write the file of each as soon as it is solved.
 
     Args:
-        weight: [N, K] float32.
-        prepared: its Hessian's order and factor.
-        groups: its group map.
-        effort: of the solver.
-
-    Returns:
-        Its tensors as stored (N padded to a multiple of 32), and tr(E^T H E).
+        job: where and with what.
+        weights: name → [N, K], what is quantized.
+        specs: the linears.
+        moments: of their inputs.
+        prior: of other tokens, for experts.
+        target: what a single linear that writes into the residual stream is refitted to.
     """
-    n = weight.shape[0]
-    missing = padded_columns(n) - n
-    ordered = torch.nn.functional.pad(weight.T[prepared.permutation], (0, missing))
-    solved = quantize_matrix(ordered, prepared.factor, groups, effort=effort)
-    unpacked = UnpackedLinear(
-        solved.codes, solved.scale_codes, solved.scale_max, groups, prepared.permutation
-    )
-    return pack_linear(unpacked, _pack_codes), solved.loss
+    groups = {spec.name: parse_groups(job.groups[spec.name]) for spec in specs}
+    shrinkage = job.measurement.linears[specs[0].name].shrinkage
+    solved = solve_linears(weights, groups, moments, prior, shrinkage, job.effort, job.refit, target)
+    for spec, one in zip(specs, solved, strict=True):
+        _write_linear(job, spec, one)
 
 
-def _pack_codes(codes: Tensor, groups: Sequence[Group]) -> Tensor:
-    return _native.pack_codes(codes, write_groups(groups), sum(group.word_rows for group in groups))
+def _write_linear(job: QuantizeJob, spec: LinearSpec, solved: Solved) -> None:
+    tensors, bias = solved.tensors, load_bias(job.model.checkpoint, spec)
+    if bias is not None:
+        padded = torch.zeros(padded_columns(spec.shape[1]), dtype=torch.float16)
+        padded[: spec.shape[1]] = to_half(bias, f"{spec.name}.bias")
+        tensors["bias"] = padded
+    named = {f"{spec.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    facts = {"loss": repr(solved.loss), "energy": repr(solved.energy)}
+    save_tensors(job.linear(spec.name), named, facts)
 
 
 def finished_weight(job: QuantizeJob, spec: LinearSpec) -> Tensor:

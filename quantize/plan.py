@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.calibration.unseen import UNSEEN_TOKENS
-from dbrx_quant.quantize.allocate import HEAD, HEAD_OVERHEAD_BITS
+from dbrx_quant.quantize.allocate import HEAD_OVERHEAD_BITS
+from dbrx_quant.quantize.measurement import HEAD
 from dbrx_quant.quantize.operations import machine_speed, measuring_operations, quantizing_operations
 from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.quantize.recipe import UNIT, coarsest_groups
-from dbrx_quant.quantize.repair import REPAIRED
+from dbrx_quant.quantize.repair import NO_REPAIR, REPAIRED
 from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
@@ -75,7 +76,7 @@ def plan(options: ConvertOptions) -> Plan:
     low, high = shape_range(architecture)
     rows, length = _token_shape(options)
     tokens = rows * length
-    speed, repair = machine_speed(), options.repair is not None
+    speed, repair = machine_speed(), options.repair != NO_REPAIR
     targets = tuple(
         Target(t, total_bytes(architecture, t, options.head_bits), low <= t <= high) for t in options.targets
     )

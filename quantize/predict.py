@@ -7,7 +7,6 @@ twice, the second time with normal noise on every linear's output, as strong as 
 on unseen tokens, and the heads tell how far apart they end.
 """
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.experts import activation, tokens_of
-from dbrx_quant.calibration.passes import batches, route
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
-from dbrx_quant.quantize.allocate import Strategy
+from dbrx_quant.calibration.walk import Through, batches, route, turns, unchanged
+from dbrx_quant.quantize.measurement import Measurement
+from dbrx_quant.quantize.strategy import Strategy
 from dbrx_quant.runtime.evaluate import evaluate
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 
@@ -28,8 +27,6 @@ from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 SIZES = (2.5, 3.0, 4.25)  # bits per weight
 REPAIRED = (0.91, 1.03, 1.16)
 UNREPAIRED = (1.05, 1.17, 1.22)
-
-Noise = Callable[[Tensor, LinearSpec], Tensor]  # a linear's output [.., N] → with noise
 
 
 def over_noise(bpw: float, repaired: bool) -> float:
@@ -42,7 +39,7 @@ class Predictor:
 
     Args:
         model: the source.
-        measurement: from `measure`.
+        measurement: of the model.
         tokens: [R, L] int64 ids of rows to run.
         folder: for hidden states.
         seed: of the noise.
@@ -51,12 +48,12 @@ class Predictor:
     def __init__(
         self,
         model: StreamedModel,
-        measurement: Mapping[str, Any],
+        measurement: Measurement,
         tokens: Tensor,
         folder: Path,
         seed: int = 0,
     ) -> None:
-        self._model, self._linears, self._tokens = model, measurement["linears"], tokens
+        self._model, self._linears, self._tokens = model, measurement.linears, tokens
         self._folder, self._seed = folder, seed
         self._original = folder / "original.npy"
 
@@ -70,16 +67,16 @@ class Predictor:
         generator = torch.Generator().manual_seed(self._seed)
 
         def noisy(output: Tensor, spec: LinearSpec) -> Tensor:
-            cost, entry = strategy.choices[spec.name][1], self._linears[spec.name]
+            cost, measured = strategy.choices[spec.name].error, self._linears[spec.name]
             if not cost:
                 return output
-            error = cost / entry["price"] * entry["unseen"]  # squared, sum over channels
+            error = cost / measured.price * measured.unseen  # squared, sum over channels
             noise = torch.randn(output.shape, generator=generator)
             return output + noise.mul_((error / output.shape[-1]) ** 0.5)
 
         with torch.no_grad():
             if not self._original.exists():
-                self._run(self._original, lambda output, spec: output)
+                self._run(self._original, unchanged)
             self._run(self._folder / "noisy.npy", noisy)
             exact, disturbed = (open_states(path) for path in (self._original, self._folder / "noisy.npy"))
             head = self._model.architecture.head
@@ -93,7 +90,7 @@ class Predictor:
         factor = over_noise(strategy.bpw, repaired)
         return factor * scores.kl, scores.kl_stderr and factor * scores.kl_stderr
 
-    def _run(self, path: Path, noise: Noise) -> None:
+    def _run(self, path: Path, noise: Through) -> None:
         """Write the states after the last block."""
         hidden = self._model.architecture.hidden
         with new_states(path, (*self._tokens.shape, hidden)) as states:
@@ -108,19 +105,15 @@ class Predictor:
                     for part in batches(states):
                         states[part] = live(states[part])[0]
 
-    def _run_experts(self, live: LiveBlock, experts: ExpertsSpec, states: Tensor, noise: Noise) -> None:
-        flat, act = states.view(-1, states.shape[-1]), activation(experts.activation)
-        routing = route(live, states, states, torch.empty_like(flat))
-        for expert, (gate, up, down) in enumerate(experts.linears):
-            tokens = tokens_of(routing, expert)
-            if not len(tokens.index):
-                continue
-            x = routing.x[tokens.index]
-            h = act(noise(x @ self._model.dense(gate).T, gate)) * noise(x @ self._model.dense(up).T, up)
-            flat[tokens.index] += tokens.weight[:, None] * noise(h @ self._model.dense(down).T, down)
+    def _run_experts(self, live: LiveBlock, experts: ExpertsSpec, states: Tensor, noise: Through) -> None:
+        stream = states.view(-1, states.shape[-1])
+        routing = route(live, states, states, torch.empty_like(stream))
+        for turn in turns(routing, experts):
+            if turn.count:  # all tokens at once, so that noise does not depend on how they are cut into spans
+                turn.add_to(stream, turn.dense(self._model), noise, at_once=True)
 
 
-def _disturb(live: LiveBlock, noise: Noise) -> None:
+def _disturb(live: LiveBlock, noise: Through) -> None:
     """Let the outputs of a block's linears, experts aside, go through `noise`."""
     for stage in live.spec.stages:
         for spec in stage:

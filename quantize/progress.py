@@ -12,9 +12,6 @@ class Progress:
     def step(self, what: str) -> None:
         """One more step is finished."""
 
-    def note(self, text: str) -> None:
-        """A line worth reading that does not disturb the count."""
-
 
 class BarProgress(Progress):
     """A tqdm bar on stderr."""
@@ -26,10 +23,6 @@ class BarProgress(Progress):
         """One more step is finished."""
         self._bar.set_postfix_str(what, refresh=False)
         self._bar.update()
-
-    def note(self, text: str) -> None:
-        """A line above the bar."""
-        self._bar.write(text, file=sys.stderr)
 
 
 @contextmanager

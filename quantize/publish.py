@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbrx_quant.quantize.allocate import reachable_bpw
 from dbrx_quant.quantize.frontier import anchored, frontier
 from dbrx_quant.quantize.hub import Hub, HubError
+from dbrx_quant.quantize.measurement import MEASUREMENT_NAME, read_measurement
 from dbrx_quant.quantize.model_card import (
     PICTURE_NAME,
     branch_card,
@@ -22,17 +22,10 @@ from dbrx_quant.quantize.model_card import (
     main_card,
 )
 from dbrx_quant.quantize.pictures import SizePoint, error_curve_png
-from dbrx_quant.quantize.release import (
-    MAIN,
-    MEASUREMENT_NAME,
-    Branch,
-    Release,
-    branch_files,
-    load_facts,
-)
+from dbrx_quant.quantize.release import MAIN, Branch, Release, branch_files
 from dbrx_quant.quantize.remote import Remote, remote_files
 from dbrx_quant.quantize.source_card import CARD_NAME
-from dbrx_quant.runtime.verify import CHECKSUMS_NAME
+from dbrx_quant.runtime.checksums import read_checksums
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
@@ -183,8 +176,8 @@ def _predicted(branches: Sequence[Branch], release: Release) -> list[SizePoint]:
     """KL divergence that the measurement predicts over the range that the branches span, and a bit more."""
     if release.measurement is None:
         return []
-    measurement = load_facts(release.measurement)
-    low, high = reachable_bpw(measurement["linears"])
+    measurement = read_measurement(release.measurement)
+    low, high = measurement.reachable_bpw
     low = max(low, branches[0].bpw - _MARGIN_BPW)
     high = min(high, branches[-1].bpw + _MARGIN_BPW)
     targets = [low + (high - low) * i / _CURVE_POINTS for i in range(_CURVE_POINTS + 1)]
@@ -266,7 +259,7 @@ def _same(path: str, file: Path, entry: "RepoFile", digests: dict[str, str]) -> 
 
 def _digests(folder: Path) -> dict[str, str]:
     """What `checksums.json` says, which `verify` has compared with the files."""
-    path = folder / CHECKSUMS_NAME
-    if not path.exists():
+    try:
+        return {name: checksum.sha256 for name, checksum in read_checksums(folder).items()}
+    except FileNotFoundError:
         return {}
-    return {name: entry["sha256"] for name, entry in load_facts(path)["files"].items()}

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.hessian import Moments, Shrinkage, own_share
-from dbrx_quant.quantize.curve import energy
+from dbrx_quant.calibration.hessian import Moments
+from dbrx_quant.quantize.prepare import energy
+from dbrx_quant.quantize.shrinkage import Shrinkage, own_share
 from dbrx_quant.runtime.format import read_groups
 from dbrx_quant.runtime.ops import dequantize
 
@@ -29,7 +30,7 @@ MOST = 2.0  # a maximum is at most doubled or halved
 
 
 @dataclass(frozen=True)
-class Lacking:
+class ResidualTarget:
     """What the residual stream would miss if a linear were added to it unquantized.
 
     Attributes:
@@ -41,10 +42,10 @@ class Lacking:
     cross: Tensor
 
 
-def wanted(
+def cross_moments(
     weight: Tensor,
     matrix: Tensor,
-    lacking: Lacking | None,
+    target: ResidualTarget | None,
     moments: Moments,
     prior: Moments | None,
     shrinkage: Shrinkage,
@@ -54,15 +55,15 @@ def wanted(
     Args:
         weight: [N, K], as it was quantized.
         matrix: [K, K], H from the moments, the prior and its weight in `shrinkage`.
-        lacking: of a linear that writes into the residual stream; None: the weight's own output is wanted.
+        target: of a linear that writes into the residual stream; None: the weight's own output is wanted.
         moments: of the linear's inputs.
         prior: of other tokens.
         shrinkage: the linear's.
     """
-    if lacking is None or not moments.weight:
+    if target is None or not moments.weight:
         return weight @ matrix
     share = own_share(moments, prior, shrinkage) / moments.weight
-    return (lacking.dense @ matrix).add_(lacking.cross, alpha=share)
+    return (target.dense @ matrix).add_(target.cross, alpha=share)
 
 
 def refitted(tensors: Mapping[str, Tensor], matrix: Tensor, wanted: Tensor) -> Tensor:

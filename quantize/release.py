@@ -1,11 +1,11 @@
 """Quantized folders on their way to the Hub: what each branch will hold, and what is known about it."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
 from dbrx_quant.quantize.options import target_name
 from dbrx_quant.quantize.record import read_record
 from dbrx_quant.quantize.source_card import (
@@ -15,13 +15,13 @@ from dbrx_quant.quantize.source_card import (
     term_faults,
     term_files,
 )
+from dbrx_quant.quantize.strategy import STRATEGY_NAME, Outcome, find_strategy
 from dbrx_quant.runtime.config import read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import EVALUATION_NAME, read_evaluations
+from dbrx_quant.runtime.json_file import read_object
 from dbrx_quant.runtime.verify import PRODUCER
 
-MEASUREMENT_NAME = "measurement.json"
-STRATEGY_NAME = "strategy.json"
 KEPT_OUT = "calibration text kept out of the calibration"  # the text of what the conversion itself measured
 MAIN = "main"
 
@@ -254,12 +254,14 @@ def read_branch(folder: Path, name: str, config: Mapping[str, Any], size: int) -
     section = config["quantization_config"]
     target = _number(section, "bits", path)
     bpw = _number(section, "bpw", path) if "bpw" in section else target
-    strategy = load_facts(folder / STRATEGY_NAME)
-    predicted = _number(strategy, "predicted_kl", folder / STRATEGY_NAME) if strategy else None
-    evaluations = _evaluations(folder, bpw) + _own_evaluation(folder, strategy, section)
+    strategy, outcome = find_strategy(folder) or (None, None)
+    predicted = strategy.kl if strategy else None
+    evaluations = _evaluations(folder, bpw) + _own_evaluation(folder, outcome, section)
     head_bits = int(section.get("head_bits", 6))
-    command = (read_record(folder) or {}).get("command", "")
-    return Branch(name, target, bpw, head_bits, size, predicted, evaluations, command)
+    record = read_record(folder)
+    return Branch(
+        name, target, bpw, head_bits, size, predicted, evaluations, record.command if record else ""
+    )
 
 
 def _evaluations(folder: Path, bpw: float) -> tuple[Evaluation, ...]:
@@ -275,17 +277,17 @@ def _evaluations(folder: Path, bpw: float) -> tuple[Evaluation, ...]:
 
 
 def _own_evaluation(
-    folder: Path, strategy: Mapping[str, Any], section: Mapping[str, Any]
+    folder: Path, outcome: Outcome | None, section: Mapping[str, Any]
 ) -> tuple[Evaluation, ...]:
     """What the conversion measured on held-out rows; nothing where these were too few."""
-    scores = strategy.get("measured")
-    if not scores:
+    if outcome is None or not outcome.measured:
         return ()
+    scores = outcome.measured
     try:
         length, tokens = int(section["calibration"]["length"]), int(scores["positions"])
         return (
             Evaluation(
-                strategy.get("held_out") or KEPT_OUT,
+                outcome.held_out or KEPT_OUT,
                 windows=tokens // length,
                 length=length,
                 tokens=tokens,
@@ -311,7 +313,7 @@ def _model(folder: Path, config: Mapping[str, Any], base_model: str | None, card
     if faults:
         raise ValueError(f"{folder}: cannot be published: {'; '.join(faults)}")
     section = config["quantization_config"]
-    tokenizer = load_facts(folder / "tokenizer_config.json")
+    tokenizer = _tokenizer_config(folder)
     return Model(
         base_model=str(base),
         card=inherited,
@@ -333,7 +335,7 @@ def _producer(version: str) -> str:
 def _recorded_original(folder: Path) -> str | None:
     """The original's id on the Hub, where the conversion was given one."""
     record = read_record(folder)
-    name = str(record["settings"].get("model", "")) if record else ""
+    name = str(record.settings.get("model", "")) if record else ""
     return name if "/" in name else None
 
 
@@ -355,21 +357,11 @@ def _shared_measurement(folders: Sequence[Path]) -> Path | None:
     return paths[0] if len(contents) == 1 else None
 
 
-def load_facts(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no such file.
-
-    Raises:
-        CheckpointError: it cannot be read, or is none.
-    """
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(folder / "tokenizer_config.json", "a tokenizer config", "fetch it again")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return content
 
 
 def _number(values: Mapping[str, Any], key: str, path: Path) -> float:

@@ -10,13 +10,13 @@ from dbrx_quant.quantize.hub import Hub, HubError
 from dbrx_quant.quantize.model_card import kept_text
 from dbrx_quant.quantize.release import (
     MAIN,
-    STRATEGY_NAME,
     Branch,
     Release,
     quantized_config,
     read_branch,
 )
 from dbrx_quant.quantize.source_card import CARD_NAME, front_matter, read_source_card
+from dbrx_quant.quantize.strategy import STRATEGY_NAME
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import EVALUATION_NAME
 

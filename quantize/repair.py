@@ -21,12 +21,11 @@ from dbrx_quant.calibration.hessian import SplitMoments, held_out
 from dbrx_quant.quantize.ldlq import Factor, factorize
 
 REPAIRED = ("o", "down")  # roles of the linears that write into the residual stream
-MIN_HELD_TOKENS = 64  # with fewer tokens held out (or to fit on) nothing is repaired
 
 
 @dataclass(frozen=True)
 class Repair:
-    """How a weight is repaired.
+    """How weights are repaired.
 
     Attributes:
         ridge: added to each input channel's mean square, in units of the channels' average.
@@ -34,8 +33,22 @@ class Repair:
 
     ridge: float = 1.0
 
+    def repairs(self, role: str) -> bool:
+        """Whether linears of this role are repaired; then the original's stream runs beside the model's."""
+        return role in REPAIRED
+
+
+@dataclass(frozen=True)
+class NoRepair(Repair):
+    """No weight is repaired."""
+
+    def repairs(self, role: str) -> bool:
+        """No linear is."""
+        return False
+
 
 DEFAULT_REPAIR = Repair()
+NO_REPAIR = NoRepair()
 
 
 class RepairMoments:
@@ -73,7 +86,7 @@ def repaired(weight: Tensor, moments: RepairMoments, repair: Repair) -> Tensor:
     squared error of the held-out ones; then all tokens together give the change that is made.
     """
     fit, held = moments.inputs.fit, moments.inputs.held
-    if min(fit.tokens, held.tokens) < MIN_HELD_TOKENS or not fit.matrix.any():
+    if not moments.inputs.can_choose or not fit.matrix.any():  # then nothing is repaired
         return weight
     change = _least_squares(moments.fit, fit.matrix, fit.weight, repair)
     gain = float((change * moments.held).sum(dtype=torch.float64))

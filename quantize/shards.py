@@ -25,11 +25,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header
+from dbrx_quant.runtime.checksums import CHECKSUMS_NAME, Checksum, write_checksums
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, FloatSpec, LinearSpec, to_half
 from dbrx_quant.runtime.files import DTYPE_NAMES, remove_leftovers, write_json, write_parts
 from dbrx_quant.runtime.format import padded_columns, validate_linear
-from dbrx_quant.runtime.verify import CHECKSUMS_NAME, CHECKSUMS_VERSION
 
 MAX_SHARD_BYTES = 8_000_000_000
 
@@ -76,7 +76,6 @@ def write_shards(
     checkpoint: Checkpoint,
     linears_folder: Path,
     max_shard_bytes: int | float = MAX_SHARD_BYTES,
-    progress: Callable[[int], None] | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Write the weight files of a quantized checkpoint and return the shards in order.
@@ -93,7 +92,6 @@ def write_shards(
         linears_folder: one `<name>.safetensors` for every quantized linear.
         max_shard_bytes: limit of a shard's file size; only a larger single tensor exceeds it, in a file of
             its own. A linear's tensors stay together where they fit.
-        progress: told the size of each piece written, 16 MB or less.
         notify: told, a sentence each, what readers of the report should know.
 
     Raises:
@@ -127,12 +125,12 @@ def write_shards(
     index = out / INDEX_NAME
     for stale in (index, out / CHECKSUMS_NAME):  # they speak of other shards than those to come
         stale.unlink(missing_ok=True)
-    checksums: dict[str, dict[str, object]] = {}
+    checksums: dict[str, Checksum] = {}
     for path, head, shard, size in zip(paths, headers, shards, sizes, strict=True):
         digest = hashlib.sha256()
         parts = chain((head,), _contents(shard, checkpoint))
-        write_parts(path, _watched(parts, digest.update, progress), size)
-        checksums[path.name] = {"sha256": digest.hexdigest(), "size": size}
+        write_parts(path, _digested(parts, digest.update), size)
+        checksums[path.name] = Checksum(digest.hexdigest(), size)
     for file in present:
         if file not in paths:
             file.unlink()
@@ -142,10 +140,7 @@ def write_shards(
         total = sum(tensor.nbytes for shard in shards for tensor in shard)
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     flushed = {name: count.zero for name, count in sorted(rounding.items()) if count.zero}
-    write_json(
-        out / CHECKSUMS_NAME,
-        {"format_version": CHECKSUMS_VERSION, "files": checksums, "rounded_to_zero": flushed},
-    )
+    write_checksums(out, checksums, flushed)
     if notify:
         for name, count in sorted(rounding.items()):
             if count.zero or count.subnormal:
@@ -295,16 +290,13 @@ def _header(shard: list[PlannedTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _watched(
-    parts: Iterable[bytes | memoryview],
-    digest: Callable[[bytes | memoryview], None],
-    progress: Callable[[int], None] | None,
+def _digested(
+    parts: Iterable[bytes | memoryview], digest: Callable[[bytes | memoryview], None]
 ) -> Iterator[bytes | memoryview]:
+    """The parts, shown to a digest as they pass."""
     for part in parts:
         digest(part)
         yield part
-        if progress:
-            progress(len(part))
 
 
 def _contents(shard: list[PlannedTensor], checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from dbrx_quant.quantize.record import RECORD_NAME
 from dbrx_quant.quantize.tokenizer import TOKENIZER_FILES
+from dbrx_quant.runtime.checksums import CHECKSUMS_NAME
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import EVALUATION_NAME
 from dbrx_quant.runtime.files import write_parts
-from dbrx_quant.runtime.verify import CHECKSUMS_NAME
 
 LARGEST_BYTES = 64 << 20
 

@@ -1,16 +1,13 @@
 """`evaluation.json` of a quantized folder: what was measured of it, an entry for each text and windows."""
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.files import write_json
+from dbrx_quant.runtime.json_file import JsonFile, is_number
 
 EVALUATION_NAME = "evaluation.json"
-EVALUATION_VERSION = 1
+_FILE = JsonFile("a list of evaluations", version=1, remedy="delete the file and evaluate again")
 
 _KEY = ("text", "windows", "length")  # what tells entries apart
 _WHOLE = ("windows", "length", "tokens")
@@ -31,23 +28,15 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: the file is damaged, or of another version.
     """
-    path = Path(folder) / EVALUATION_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        fields = _FILE.read(Path(folder) / EVALUATION_NAME)
     except FileNotFoundError:
         return []
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); delete it and evaluate again") from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != EVALUATION_VERSION:
-        raise CheckpointError(f"{path}: format version {version!r}, this program reads {EVALUATION_VERSION}")
-    entries = content.get("evaluations")
-    if not isinstance(entries, list):
-        raise CheckpointError(f"{path}: evaluations is no list; delete the file and evaluate again")
-    for at, entry in enumerate(entries):
-        fault = _fault(entry)
-        if fault:
-            raise CheckpointError(f"{path}: entry {at}: {fault}; delete the file and evaluate again")
+    entries = []
+    for at, entry in enumerate(fields.items("evaluations")):
+        if fault := _fault(entry):
+            raise fields.fault(f"evaluations[{at}]", fault)
+        entries.append(entry)
     return sorted(entries, key=_key)
 
 
@@ -65,7 +54,7 @@ def save_evaluation(folder: Path, entry: Evaluation) -> Path:
     path = Path(folder) / EVALUATION_NAME
     kept = [other for other in read_evaluations(folder) if _key(other) != _key(entry)]
     entries = sorted([*kept, {name: entry[name] for name in _NAMES}], key=_key)
-    write_json(path, {"format_version": EVALUATION_VERSION, "evaluations": entries})
+    _FILE.write(path, {"evaluations": entries})
     return path
 
 
@@ -76,21 +65,17 @@ def _key(entry: Evaluation) -> tuple[Any, ...]:
 def _fault(entry: Any) -> str | None:
     """What is wrong with an entry."""
     if not isinstance(entry, Mapping):
-        return f"{type(entry).__name__} instead of an object"
+        return f"{type(entry).__name__}, expected an object"
     for name in _NAMES:
         if name not in entry:
-            return f"{name} is missing"
+            return f"without {name}"
         value = entry[name]
         if name == "text":
             fine = isinstance(value, str)
         elif name in _WHOLE:
             fine = type(value) is int and value > 0
         else:
-            fine = _is_number(value) or (value is None and name in _NUMBERS_OR_NULL)
+            fine = is_number(value) or (value is None and name in _NUMBERS_OR_NULL)
         if not fine:
-            return f"{name} is {value!r}"
+            return f"not sound: {name} is {value!r}"
     return None
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)

@@ -6,7 +6,6 @@ a fault in our own, which promise better.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from dbrx_quant.runtime.bits import stored_bits
 from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header, read_index
+from dbrx_quant.runtime.checksums import CHECKSUMS_NAME, read_checksums
 from dbrx_quant.runtime.config import load_config, read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
@@ -24,8 +24,6 @@ from dbrx_quant.runtime.format import SUFFIXES, padded_columns, validate_linear
 from dbrx_quant.runtime.tokenizer_check import check_tokenizer
 
 PRODUCER = "dbrx-quant"
-CHECKSUMS_NAME = "checksums.json"
-CHECKSUMS_VERSION = 1
 
 _CHUNK_BYTES = 16 << 20
 _SHOWN = 4  # names in a message
@@ -343,28 +341,25 @@ def _check_checksums(
     folder: Path, compare: bool, progress: Callable[[int, int], None] | None, report: Report
 ) -> None:
     try:
-        content = json.loads((folder / CHECKSUMS_NAME).read_text(encoding="utf-8"))
-        if content["format_version"] != CHECKSUMS_VERSION:
-            raise ValueError(
-                f"format_version {content['format_version']}, this reader knows {CHECKSUMS_VERSION}"
-            )
-        wanted = {str(name): (str(e["sha256"]), int(e["size"])) for name, e in content["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        report.faults.append(f"{CHECKSUMS_NAME}: not readable ({error!r})")
+        wanted = read_checksums(folder)
+    except (CheckpointError, OSError) as error:
+        report.faults.append(f"{CHECKSUMS_NAME}: not readable ({error})")
         return
     for file in sorted(folder.glob("*.safetensors")):
         if file.name not in wanted:
             report.faults.append(f"{CHECKSUMS_NAME}: leaves out {file.name}")
-    total = sum(size for _, size in wanted.values())
+    total = sum(checksum.size for checksum in wanted.values())
     done = 0
-    for name, (digest, size) in sorted(wanted.items()):
+    for name, checksum in sorted(wanted.items()):
         file = folder / name
         if not file.is_file():
             report.faults.append(f"{name}: missing; {CHECKSUMS_NAME} names it")
             continue
         found = file.stat().st_size
-        if found != size:
-            report.faults.append(f"{name}: {found} bytes, {CHECKSUMS_NAME} says {size}; fetch it again")
+        if found != checksum.size:
+            report.faults.append(
+                f"{name}: {found} bytes, {CHECKSUMS_NAME} says {checksum.size}; fetch it again"
+            )
             continue
         if not compare:
             continue
@@ -375,6 +370,6 @@ def _check_checksums(
                 done += len(piece)
                 if progress:
                     progress(done, total)
-        if hasher.hexdigest() != digest:
+        if hasher.hexdigest() != checksum.sha256:
             report.faults.append(f"{name}: its SHA-256 differs from {CHECKSUMS_NAME}; fetch it again")
     report.facts["checksums"] = compare

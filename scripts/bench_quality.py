@@ -25,12 +25,18 @@ from torch import Tensor
 
 from dbrx_quant.calibration.data import UNSEEN_EVERY, load_tokens
 from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize.job import source_facts
 from dbrx_quant.quantize.measure import MeasureJob, measure
+from dbrx_quant.quantize.measurement import (
+    Measurement,
+    read_measurement,
+    source_facts,
+    write_measurement,
+)
 from dbrx_quant.quantize.patch_config import write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.predict import Predictor
 from dbrx_quant.quantize.progress import Progress
+from dbrx_quant.quantize.repair import NO_REPAIR
 from dbrx_quant.quantize.shards import write_shards
 from dbrx_quant.quantize.tokenizer import write_tokenizer
 from dbrx_quant.runtime import _native
@@ -117,7 +123,7 @@ class Bench:
         part = torch.arange(len(ids)) % UNSEEN_EVERY == setting.left_out
         return ids[~part], ids[part]
 
-    def measurement(self, setting: Setting) -> dict[str, Any]:
+    def measurement(self, setting: Setting) -> tuple[Measurement, float]:
         """The measurement of a setting and the seconds it took, made if it is not there yet."""
         file = self.folder / "measurements" / f"{setting.name}.json"
         if not file.exists():
@@ -129,24 +135,24 @@ class Bench:
                 job = MeasureJob(self.model, ids, scratch, Progress(), unseen=unseen, **setting.job)
                 found, seconds = timed(lambda: measure(job))
             file.parent.mkdir(exist_ok=True)
-            write_json(file, {"seconds": seconds, "measurement": found})
+            write_measurement(file, found.of({}, {"seconds": seconds}, None))
             shutil.rmtree(scratch)
-        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return kept
+        kept = read_measurement(file)
+        return kept, kept.calibration["seconds"]
 
     def run(self, variant: Variant, target: float, text: str) -> dict[str, Any]:
         """Scores of a variant at a target on one of the texts, from the results or made now."""
         key = f"{variant.name} @ {target}, {text}"
         if key not in self.results:
-            measured = self.measurement(variant.setting)
-            out, result = self._quantize(variant, target, measured["measurement"])
+            measurement, seconds = self.measurement(variant.setting)
+            out, result = self._quantize(variant, target, measurement)
             count = self.facts["windows"][text]
             file = self.arguments.held_out if text == "held-out" else self.arguments.text
             rows = windows(self.arguments.model, file, count, self.arguments.length)
             scores = evaluate(load_model(out), self.original, rows).as_dict()
             shutil.rmtree(out.parent)
             self.results[key] = {
-                "variant": variant.name, "target": target, "measure": measured["seconds"], **result, **scores,
+                "variant": variant.name, "target": target, "measure": seconds, **result, **scores,
             }  # fmt: skip
             write_json(self._file, {"facts": self.facts, "results": self.results})
             say(f"{key}: KL {scores['kl']:.6f}")
@@ -154,7 +160,7 @@ class Bench:
         return found
 
     def _quantize(
-        self, variant: Variant, target: float, measurement: Mapping[str, Any]
+        self, variant: Variant, target: float, measurement: Measurement
     ) -> tuple[Path, dict[str, Any]]:
         """A checkpoint as `convert` writes it, and its size, predicted KL and seconds."""
         source, architecture, head_bits = (
@@ -163,7 +169,7 @@ class Bench:
             self.arguments.head_bits,
         )
         strategy = variant.allocation(measurement, target, head_bits)
-        groups = {name: option[2] for name, option in strategy.choices.items()}
+        groups = {name: option.groups for name, option in strategy.choices.items()}
         (tokens, unseen), scratch = self.rows(variant.setting), self._scratch("quantize")
         watched = unseen if variant.setting.left_out is not None else None
         with replaced({**variant.setting.patches, **variant.patches}):
@@ -171,7 +177,7 @@ class Bench:
                 self.model, tokens, scratch, measurement, groups, Progress(), unseen=watched, **variant.job
             )
             predictor = Predictor(self.model, measurement, unseen, scratch / "predict")
-            (predicted, _), before = timed(lambda: predictor.kl(strategy, job.repair is not None))
+            (predicted, _), before = timed(lambda: predictor.kl(strategy, job.repair != NO_REPAIR))
             measured, seconds = timed(lambda: quantize_model(job))
         out = scratch / "out"
         write_shards(out, architecture, self.model.checkpoint, scratch / "linears")

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from dbrx_quant.scripts.arguments import add_quiet_argument, natural, positive, temperature
 from dbrx_quant.scripts.chat_screen import PlainScreen, TerminalScreen
 from dbrx_quant.scripts.chat_session import Screen, Session
 from dbrx_quant.scripts.output import hush_loading, model_title, print_json
-from dbrx_quant.scripts.verb import Verb, add_quiet_argument, natural, positive, temperature
+from dbrx_quant.scripts.verb import Verb
 
 _PROMPT = "\001\033[1;36m\002> \001\033[0m\002"  # \001 … \002: no columns, for readline
 

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from dbrx_quant.scripts.arguments import positive, temperature
 from dbrx_quant.scripts.output import seconds_text
-from dbrx_quant.scripts.verb import positive, temperature
 
 if TYPE_CHECKING:
     from dbrx_quant.runtime.conversation import Answer, Conversation

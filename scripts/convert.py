@@ -5,9 +5,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dbrx_quant.scripts.arguments import add_options, bpw_list, options_of, positive, size
 from dbrx_quant.scripts.coverage import print_coverage
 from dbrx_quant.scripts.output import bytes_text, print_json, print_table, say, seconds_text
-from dbrx_quant.scripts.verb import Verb, add_measuring_arguments, bpw_list, positive, size
+from dbrx_quant.scripts.verb import Verb
 
 if TYPE_CHECKING:
     from dbrx_quant.quantize.conversion import Converted
@@ -31,55 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=positive, default=8192, help="tokens of cache for --vram (default: %(default)s)"
     )
-    parser.add_argument(
-        "--head-bits",
-        type=int,
-        choices=(2, 3, 4, 5, 6, 8),
-        default=6,
-        help="width of the head (default: %(default)s)",
-    )
-    parser.add_argument("--measurement", type=Path, metavar="FILE", help="of this model, to use again")
-    parser.add_argument(
-        "--max-shard-size",
-        type=size,
-        default=8_000_000_000,
-        metavar="SIZE",
-        help="of a file (default: 8GB); a result that is finished already keeps its files",
-    )
-    parser.add_argument(
-        "--refit", action="store_true", help="fit the scales of groups once more when their codes are fixed"
-    )
     parser.add_argument("--dry-run", action="store_true", help="print size, memory and time, and stop")
-    add_measuring_arguments(parser)
+    add_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, or tell what converting would take."""
     from dbrx_quant.quantize.conversion import convert
-    from dbrx_quant.quantize.options import ConvertOptions
+    from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
     from dbrx_quant.quantize.plan import bpw_for_size, bpw_for_vram, plan
     from dbrx_quant.runtime.loader import find_folder
 
-    options = ConvertOptions(
-        model=find_folder(arguments.model, None),
-        out=arguments.out,
-        targets=arguments.bpw or (),
-        head_bits=arguments.head_bits,
-        calibration=arguments.calibration,
-        rows=arguments.rows,
-        length=arguments.length,
-        seed=arguments.seed,
-        effort=arguments.effort,
-        held_out=arguments.held_out,
-        held_out_rows=arguments.held_out_rows,
-        refit=arguments.refit,
-        measurement=arguments.measurement,
-        work_dir=arguments.work_dir,
-        resume=arguments.resume,
-        max_memory=arguments.max_memory,
-        device=arguments.device,
-        max_shard_bytes=arguments.max_shard_size,
-        quiet=arguments.quiet,
+    options = options_of(
+        arguments, find_folder(arguments.model, None), arguments.out, targets=arguments.bpw or ()
     )
     if arguments.size is not None:
         options = _aim(options, bpw_for_size(options, arguments.size))
@@ -93,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"results": [{**asdict(result), "folder": str(result.folder)} for result in results]})
     else:
-        print_coverage(results[0].folder / "measurement.json")
+        print_coverage(results[0].folder / MEASUREMENT_NAME)
         _print_results(results)
     return 0
 

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbrx_quant.scripts.arguments import add_quiet_argument, positive
 from dbrx_quant.scripts.output import counter, hush_loading, print_json, print_table, say, seconds_text
-from dbrx_quant.scripts.verb import UsageError, Verb, add_quiet_argument, positive
+from dbrx_quant.scripts.verb import UsageError, Verb
 
 if TYPE_CHECKING:
     from torch import Tensor

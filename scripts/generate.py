@@ -5,8 +5,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from dbrx_quant.scripts.arguments import add_quiet_argument, natural, positive, temperature
 from dbrx_quant.scripts.output import hush_loading, print_json
-from dbrx_quant.scripts.verb import Verb, add_quiet_argument, natural, positive, temperature
+from dbrx_quant.scripts.verb import Verb
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -35,8 +35,9 @@ from dbrx_quant.scripts import (
     upload,
     verify,
 )
+from dbrx_quant.scripts.arguments import add_output_arguments
 from dbrx_quant.scripts.output import ends_with_its_reader, say
-from dbrx_quant.scripts.verb import UsageError, Verb, add_output_arguments
+from dbrx_quant.scripts.verb import UsageError, Verb
 
 VERBS: tuple[Verb, ...] = (
     convert.VERB,

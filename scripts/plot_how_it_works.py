@@ -6,7 +6,6 @@ and takes about two minutes. Every figure in a picture is measured in that run.
 
 import argparse
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,15 +17,23 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.data import load_saved, split_unseen
-from dbrx_quant.calibration.experts import activation, expert_inner, tokens_of
-from dbrx_quant.calibration.hessian import Moments, Shrinkage, hessian
-from dbrx_quant.calibration.streamed import Routing, StreamedModel
+from dbrx_quant.calibration.hessian import Moments
+from dbrx_quant.calibration.streamed import StreamedModel
+from dbrx_quant.calibration.walk import add_dense_experts, turns
 from dbrx_quant.quantize import ConvertOptions, convert
-from dbrx_quant.quantize.curve import Prepared, prepare
 from dbrx_quant.quantize.grid import scale_table, search_group
 from dbrx_quant.quantize.ldlq import EFFORTS, Factor, quantize_matrix
+from dbrx_quant.quantize.measurement import (
+    HEAD,
+    MEASUREMENT_NAME,
+    LinearMeasurement,
+    Measurement,
+    read_measurement,
+)
 from dbrx_quant.quantize.options import target_name
-from dbrx_quant.quantize.recipe import parse_groups
+from dbrx_quant.quantize.prepare import Prepared, prepare
+from dbrx_quant.quantize.shrinkage import hessian
+from dbrx_quant.quantize.strategy import STRATEGY_NAME, Outcome, Strategy, read_strategy
 from dbrx_quant.runtime.families.facts import LinearSpec
 from dbrx_quant.runtime.format import uniform_groups
 from dbrx_quant.scripts.output import ends_with_its_reader
@@ -74,15 +81,12 @@ def make_checkpoints(model: Path, work: Path) -> None:
     )
 
 
-def read(work: Path, target: float, name: str) -> dict[str, Any]:
-    """A JSON file of a finished target."""
-    found: dict[str, Any] = json.loads(
-        (work / "out" / target_name(target) / name).read_text(encoding="utf-8")
-    )
-    return found
+def finished(work: Path, target: float) -> Path:
+    """The folder of a finished target."""
+    return work / "out" / target_name(target)
 
 
-def look_at_expert(model: Path, tokens: Tensor, measurement: dict[str, Any]) -> tuple[Expert, Expert]:
+def look_at_expert(model: Path, tokens: Tensor, measurement: Measurement) -> tuple[Expert, Expert]:
     """The gate and the down projection of EXPERT with their Hessians, as the measurement had them."""
     source = StreamedModel(model)
     calibration, unseen = split_unseen(tokens)
@@ -94,21 +98,18 @@ def look_at_expert(model: Path, tokens: Tensor, measurement: dict[str, Any]) -> 
     experts = source.architecture.blocks[BLOCK].experts
     assert routing is not None
     assert experts is not None
-    gate, up, down = experts.linears[EXPERT]
-    weights, act = (source.dense(gate), source.dense(up)), activation(experts.activation)
-    fit, held = (
-        Routing(*(part[span] for part in (routing.x, routing.index, routing.weight)))
-        for span in (slice(calibration.numel()), slice(calibration.numel(), None))
-    )
+    turn = list(turns(routing, experts))[EXPERT]
+    gate, up, _ = turn.dense(source)
+    count = calibration.numel()
+    fit, held = turn.part(slice(count)), turn.part(slice(count, None))
 
     def look(spec: LinearSpec, inputs: Callable[[Tensor], Tensor]) -> Expert:
         moments = {part: Moments.zero(spec.shape[0]) for part in ("own", "others", "held")}
         for part, seen in (("own", fit), ("held", held)):
-            mine = tokens_of(seen, EXPERT)
-            moments[part].add(inputs(seen.x[mine.index]), mine.weight.square())
-        moments["others"].add(inputs(fit.x[tokens_of(fit, EXPERT).others]))
-        entry = measurement["linears"][spec.name]
-        chosen = Shrinkage(entry["damping"], entry["prior"])
+            mine = seen.whole()
+            moments[part].add(inputs(mine.x), mine.weight.square())
+        moments["others"].add(inputs(fit.routing.x[fit.tokens.others]))
+        chosen = measurement.linears[spec.name].shrinkage
         matrix = hessian(moments["own"], moments["others"], chosen)
         diagonal = matrix.diagonal().clone()
         prepared = prepare(matrix)
@@ -117,18 +118,15 @@ def look_at_expert(model: Path, tokens: Tensor, measurement: dict[str, Any]) -> 
         ordered = source.dense(spec).T[order].contiguous()
         return Expert(spec.name, ordered, diagonal[order], prepared, unseen_matrix[order][:, order])
 
-    return look(gate, lambda x: x), look(down, lambda x: expert_inner(x, *weights, act))
+    return look(turn.gate, lambda x: x), look(turn.down, lambda x: turn.inner(x, gate, up))
 
 
 def _through(source: StreamedModel, index: int, states: Tensor) -> Tensor:
     """The states after a whole block, experts included."""
-    from dbrx_quant.calibration.passes import dense_shares
-
     output, routing = source.block(index)(states)
     experts = source.architecture.blocks[index].experts
     if experts is not None and routing is not None:
-        for at, share in dense_shares(source, experts, routing):
-            output.view(-1, output.shape[-1])[at] += share
+        add_dense_experts(output.view(-1, output.shape[-1]), source, experts, routing)
     return output
 
 
@@ -161,13 +159,13 @@ def scale_errors(expert: Expert, bits: int, column: int) -> tuple[np.ndarray, np
     return scales, errors, stored, int(codes[column])
 
 
-def draw_order(pyplot: Any, matrices: Sequence[Expert], strategy: dict[str, Any], file: Path) -> None:
+def draw_order(pyplot: Any, matrices: Sequence[Expert], strategy: Strategy, file: Path) -> None:
     """Variances of the input channels in packed order, what is left of them, and the bits they get."""
     figure, panels = pyplot.subplots(1, 2, figsize=(7.4, 3.5))
     shades = {2: "#f8fafc", 3: "#eef2f7", 4: "#dbe6f0", 5: "#c5d5e4", 6: "#b0c6da", 8: "#9ab5cd"}
     for axes, matrix in zip(panels, matrices, strict=True):
         start, before = 0, 0
-        for group in parse_groups(strategy["linears"][matrix.name]["groups"]):
+        for group in strategy.choices[matrix.name].group_map:
             axes.axvspan(start, start + group.rows, color=shades[group.bits], linewidth=0)
             if group.bits != before:
                 place = (start + 2, 0.97)
@@ -222,20 +220,20 @@ def draw_rounding(pyplot: Any, errors: dict[str, list[float]], file: Path) -> No
     _save(figure, axes, f"block {BLOCK}, expert {EXPERT}, w1: on tokens that were kept out", file)
 
 
-def draw_curves(pyplot: Any, measurement: dict[str, Any], strategy: dict[str, Any], file: Path) -> None:
+def draw_curves(pyplot: Any, measurement: Measurement, strategy: Strategy, file: Path) -> None:
     """Error over bits of matrices of one size, the chosen points, and the price as a slope."""
     figure, axes = _figure(pyplot)
     names = _spread_of_experts(measurement)
-    weights = int(np.prod(measurement["linears"][names[0]]["shape"]))
+    weights = measurement.linears[names[0]].weights
     price = _price(measurement, strategy)
     for name, color in zip(names, COLORS, strict=True):
-        options = measurement["linears"][name]["options"]
-        bits = np.array([option[0] for option in options]) / weights
-        errors = 1e3 * np.array([option[1] for option in options])
+        options = measurement.linears[name].options
+        bits = np.array([option.bits for option in options]) / weights
+        errors = 1e3 * np.array([option.error for option in options])
         block, expert, matrix = name.split(".")[2], name.split(".")[5], name.split(".")[6]
         axes.plot(bits, errors, color=color, linewidth=1.8, label=f"block {block}, expert {expert}, {matrix}")
-        chosen = strategy["linears"][name]
-        x, y = chosen["bits"] / weights, 1e3 * chosen["error"]
+        chosen = strategy.choices[name]
+        x, y = chosen.bits / weights, 1e3 * chosen.error
         reach = np.array([-0.33, 0.33])
         axes.plot(x + reach, y - 1e3 * price * weights * reach, color=INK, linewidth=1, linestyle=(0, (4, 2)))
         axes.plot(x, y, "o", color=color, markersize=8, markeredgecolor="white", zorder=3)
@@ -246,43 +244,41 @@ def draw_curves(pyplot: Any, measurement: dict[str, Any], strategy: dict[str, An
     _save(figure, axes, f"{SHOWN:g} bits per weight on average: one slope for all", file)
 
 
-def _spread_of_experts(measurement: dict[str, Any]) -> list[str]:
+def _spread_of_experts(measurement: Measurement) -> list[str]:
     """Four matrices of experts, from one that costs much to one that costs little."""
-    experts = {n: e for n, e in measurement["linears"].items() if ".experts." in n}
+    experts = {n: e for n, e in measurement.linears.items() if ".experts." in n}
     middle = {n: np.interp(3.0, *_curve(e)) for n, e in experts.items()}
     ranked = sorted(middle, key=lambda name: -middle[name])
     return [ranked[round(share * (len(ranked) - 1))] for share in (0.0, 0.2, 0.55, 1.0)]
 
 
-def _curve(entry: dict[str, Any]) -> tuple[list[float], list[float]]:
-    weights = float(np.prod(entry["shape"]))
-    return [o[0] / weights for o in entry["options"]], [o[1] for o in entry["options"]]
+def _curve(linear: LinearMeasurement) -> tuple[list[float], list[float]]:
+    return [o.bits / linear.weights for o in linear.options], [o.error for o in linear.options]
 
 
-def _price(measurement: dict[str, Any], strategy: dict[str, Any]) -> float:
+def _price(measurement: Measurement, strategy: Strategy) -> float:
     """Nats per bit between the last step that was taken and the first that was not."""
     taken, refused = [], []
-    for name, chosen in strategy["linears"].items():
-        options = measurement["linears"][name]["options"]
-        gains = [(a[1] - b[1]) / (b[0] - a[0]) for a, b in pairwise(options)]
-        at = next(i for i, option in enumerate(options) if option[0] == chosen["bits"])
-        if name != "lm_head":
+    for name, chosen in strategy.choices.items():
+        options = measurement.linears[name].options
+        gains = [(a.error - b.error) / (b.bits - a.bits) for a, b in pairwise(options)]
+        at = next(i for i, option in enumerate(options) if option.bits == chosen.bits)
+        if name != HEAD:
             taken += gains[at - 1 : at] if at else []
             refused += gains[at : at + 1]
     return float(np.sqrt(np.median(sorted(taken)[:5]) * np.median(sorted(refused)[-5:])))
 
 
-def draw_bits(pyplot: Any, measurement: dict[str, Any], strategy: dict[str, Any], file: Path) -> None:
+def draw_bits(pyplot: Any, measurement: Measurement, strategy: Strategy, file: Path) -> None:
     """Bits of every matrix of every expert, with the experts' shares of the tokens above."""
-    coverage = measurement["coverage"]
-    shares = np.array([[expert["share"] for expert in coverage[block]] for block in coverage])
+    coverage = measurement.coverage
+    shares = np.array([[expert.share for expert in experts] for experts in coverage.values()])
     rows, labels = [], []
     for block in coverage:
         for role, label in ROLES.items():
             stem = f"model.layers.{block}.block_sparse_moe.experts"
             names = [f"{stem}.{expert}.{role}" for expert in range(shares.shape[1])]
-            sizes = [np.prod(measurement["linears"][name]["shape"]) for name in names]
-            rows.append([strategy["linears"][n]["bits"] / size for n, size in zip(names, sizes, strict=True)])
+            rows.append([strategy.choices[n].bits / measurement.linears[n].weights for n in names])
             labels.append(f"block {block}  {label}")
     figure, (above, axes) = pyplot.subplots(
         2, 1, figsize=(7.4, 4.4), sharex=True, height_ratios=(1, 2.2), layout="constrained"
@@ -310,12 +306,12 @@ def draw_bits(pyplot: Any, measurement: dict[str, Any], strategy: dict[str, Any]
     figure.savefig(file, dpi=110, facecolor="white")
 
 
-def draw_sizes(pyplot: Any, strategies: Sequence[dict[str, Any]], file: Path) -> None:
+def draw_sizes(pyplot: Any, results: Sequence[tuple[Strategy, Outcome | None]], file: Path) -> None:
     """KL divergence over bits per weight: predicted, and measured on rows that were kept out."""
     figure, axes = _figure(pyplot)
-    bpw = [strategy["bpw"] for strategy in strategies]
-    measured = [strategy["measured"]["kl"] for strategy in strategies]
-    predicted = [strategy["predicted_kl"] for strategy in strategies]
+    bpw = [strategy.bpw for strategy, _ in results]
+    measured = [outcome.measured["kl"] for _, outcome in results if outcome and outcome.measured]
+    predicted = [strategy.kl for strategy, _ in results]
     axes.plot(bpw, measured, "o-", color=GREEN, linewidth=2, label="measured on rows that were kept out")
     axes.plot(
         bpw, predicted, "s--", color=ORANGE, linewidth=1.4, markersize=4, label="predicted by the measurement"
@@ -364,7 +360,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     matplotlib.rcParams.update({"font.size": 10, "text.color": INK, "axes.edgecolor": GREY})
     pyplot = importlib.import_module("matplotlib.pyplot")
     make_checkpoints(options.model, options.work)
-    measurement, strategy = (read(options.work, SHOWN, f"{n}.json") for n in ("measurement", "strategy"))
+    shown = finished(options.work, SHOWN)
+    measurement, (strategy, _) = (
+        read_measurement(shown / MEASUREMENT_NAME),
+        read_strategy(shown / STRATEGY_NAME),
+    )
     tokens = load_saved(options.work / "out.work" / "tokens.safetensors").input_ids
     gate, down = look_at_expert(options.model, tokens, measurement)
     out = options.out
@@ -373,7 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw_rounding(pyplot, rounding_errors(gate), out / "how-rounding.png")
     draw_curves(pyplot, measurement, strategy, out / "how-curves.png")
     draw_bits(pyplot, measurement, strategy, out / "how-bits.png")
-    draw_sizes(pyplot, [read(options.work, t, "strategy.json") for t in TARGETS], out / "how-sizes.png")
+    results = [read_strategy(finished(options.work, target) / STRATEGY_NAME) for target in TARGETS]
+    draw_sizes(pyplot, results, out / "how-sizes.png")
     return 0
 
 

@@ -4,7 +4,6 @@ A variant is data: the allocation that chooses its group maps, fields of `Quanti
 package that are replaced while it is measured or quantized. To add one, write it into STUDIES.
 """
 
-import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,21 +15,25 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.data import UNSEEN_EVERY
-from dbrx_quant.calibration.hessian import Moments, Shrinkage, SplitMoments
-from dbrx_quant.quantize.allocate import HEAD, Option, Strategy, allocate, head_option, spend, weights_of
-from dbrx_quant.quantize.curve import choose_shrinkage
+from dbrx_quant.calibration.hessian import Moments, SplitMoments
+from dbrx_quant.quantize.allocate import allocate, spend, strategy_of
 from dbrx_quant.quantize.grid import SCALES, inverse_scale, round_half, scale_table, search_group
 from dbrx_quant.quantize.ldlq import Factor, SolvedLinear
+from dbrx_quant.quantize.measurement import LinearMeasurement, Measurement, Option
 from dbrx_quant.quantize.recipe import GROUP_ROWS, lower_hull
+from dbrx_quant.quantize.repair import NO_REPAIR
+from dbrx_quant.quantize.shrinkage import Shrinkage, choose_shrinkage
+from dbrx_quant.quantize.strategy import Strategy
 from dbrx_quant.runtime.format import WIDTHS, GroupMap, uniform_groups
 
-Measurement = Mapping[str, Any]
 Allocation = Callable[
     [Measurement, float, int], Strategy
 ]  # measurement, target in bits per weight, head bits
 
 LENGTH = 256  # tokens of a row made from --calibration-text
-MEASURE, CURVE, PIPELINE = (f"dbrx_quant.quantize.{name}" for name in ("measure", "curve", "pipeline"))
+MEASURE, CURVE, SHRINKAGE, SOLVE = (
+    f"dbrx_quant.quantize.{name}" for name in ("measure", "curve", "shrinkage", "solve")
+)
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def block_of(name: str) -> int:
     return int(found[1])
 
 
-def shared_by(key: Callable[[str, Mapping[str, Any]], Hashable]) -> Allocation:
+def shared_by(key: Callable[[str, LinearMeasurement], Hashable]) -> Allocation:
     """An allocation in which all linears of equal key(name, entry) get the same bits per weight.
 
     Each takes its own best option of at most that many; groups of linears share the budget as single ones do
@@ -191,26 +194,25 @@ def shared_by(key: Callable[[str, Mapping[str, Any]], Hashable]) -> Allocation:
     """
 
     def strategy(measurement: Measurement, target: float, head_bits: int) -> Strategy:
-        linears, weights = measurement["linears"], weights_of(measurement["linears"])
+        linears = measurement.decoder
         groups: dict[Hashable, list[str]] = {}
-        for name, entry in linears.items():
-            if name != HEAD:
-                groups.setdefault(key(name, entry), []).append(name)
+        for name, linear in linears.items():
+            groups.setdefault(key(name, linear), []).append(name)
         ladders = [_Ladder([linears[name] for name in names]) for names in groups.values()]
         curves: list[list[Option]] = []
         for ladder in ladders:
             points = list(zip(ladder.bits.tolist(), ladder.errors.tolist(), strict=True))
-            curves.append([(*points[rung], str(rung)) for rung in lower_hull(points)])
-        chosen = spend(curves, budget := int(target * weights))
-        rungs = [int(curve[i][2]) for curve, i in zip(curves, chosen, strict=True)]
+            curves.append([Option(*points[rung], str(rung)) for rung in lower_hull(points)])
+        chosen = spend(curves, budget := int(target * measurement.decoder_weights))
+        rungs = [int(curve[i].groups) for curve, i in zip(curves, chosen, strict=True)]
         left = budget - sum(int(ladder.bits[rung]) for ladder, rung in zip(ladders, rungs, strict=True))
         choices: dict[str, Option] = {}
         for names, ladder, rung in zip(groups.values(), ladders, rungs, strict=True):
             raised = int(np.searchsorted(ladder.bits, ladder.bits[rung] + left, "right")) - 1
             left -= int(ladder.bits[raised] - ladder.bits[rung])
             for name, option in zip(names, ladder.options(raised), strict=True):
-                choices[name] = _option(linears[name]["options"][option])
-        return _strategy(measurement, target, head_bits, choices)
+                choices[name] = linears[name].options[option]
+        return strategy_of(measurement, target, head_bits, choices)
 
     return strategy
 
@@ -223,19 +225,19 @@ class _Ladder:
         errors: [rungs + 1] of all of them.
     """
 
-    def __init__(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        turns = np.random.default_rng(0).permutation(len(entries)).tolist()
+    def __init__(self, linears: Sequence[LinearMeasurement]) -> None:
+        turns = np.random.default_rng(0).permutation(len(linears)).tolist()
         steps = []
-        for member, (entry, turn) in enumerate(zip(entries, turns, strict=True)):
-            weights = math.prod(entry["shape"])
-            for below, above in pairwise(entry["options"]):
-                steps.append((above[0] / weights, turn, member, above[0] - below[0], above[1] - below[1]))
+        for member, (linear, turn) in enumerate(zip(linears, turns, strict=True)):
+            for below, above in pairwise(linear.options):
+                bits, error = above.bits - below.bits, above.error - below.error
+                steps.append((above.bits / linear.weights, turn, member, bits, error))
         steps.sort()
-        first = [entry["options"][0] for entry in entries]
-        self.bits = np.cumsum([sum(option[0] for option in first), *(step[3] for step in steps)])
-        self.errors = np.cumsum([sum(option[1] for option in first), *(step[4] for step in steps)])
+        first = [linear.options[0] for linear in linears]
+        self.bits = np.cumsum([sum(option.bits for option in first), *(step[3] for step in steps)])
+        self.errors = np.cumsum([sum(option.error for option in first), *(step[4] for step in steps)])
         self._members = [step[2] for step in steps]
-        self._count = len(entries)
+        self._count = len(linears)
 
     def options(self, rung: int) -> list[int]:
         """The option of each linear on a rung."""
@@ -245,34 +247,19 @@ class _Ladder:
 
 def relative_errors(measurement: Measurement, target: float, head_bits: int) -> Strategy:
     """The least sum of errors relative to each linear's own output, whatever they cost the model."""
-    linears = measurement["linears"]
-    relative = {}
-    for name, entry in linears.items():
-        energy = entry["energy"] or 1.0
-        options = [[bits, error / energy, groups] for bits, error, groups in entry["options"]]
-        relative[name] = {**entry, "options": options}
-    chosen = allocate({"linears": relative}, target, head_bits).choices
-    choices = {}
-    for name, (_, _, groups) in chosen.items():
-        choices[name] = next(_option(o) for o in linears[name]["options"] if o[2] == groups)
-    return _strategy(measurement, target, head_bits, choices)
-
-
-def _option(stored: Sequence[Any]) -> Option:
-    bits, error, groups = stored
-    return int(bits), float(error), str(groups)
-
-
-def _strategy(
-    measurement: Measurement, target: float, head_bits: int, choices: Mapping[str, Option]
-) -> Strategy:
-    linears = measurement["linears"]
-    decoder = {name: option for name, option in choices.items() if name != HEAD}
-    bits = sum(option[0] for option in decoder.values())
-    if HEAD in linears:
-        decoder[HEAD] = head_option(linears[HEAD], head_bits)
-    error = sum(option[1] for option in decoder.values())
-    return Strategy(target, bits / weights_of(linears), error, decoder)
+    relative = {
+        name: replace(
+            linear,
+            options=tuple(replace(o, error=o.error / (linear.energy or 1.0)) for o in linear.options),
+        )
+        for name, linear in measurement.decoder.items()
+    }
+    chosen = allocate(replace(measurement, linears=relative), target, head_bits).choices
+    choices = {
+        name: next(o for o in measurement.linears[name].options if o.groups == option.groups)
+        for name, option in chosen.items()
+    }
+    return strategy_of(measurement, target, head_bits, choices)
 
 
 def one_width(tables: Mapping[int, np.ndarray], n: int, prices: np.ndarray) -> list[GroupMap]:
@@ -304,7 +291,7 @@ OURS = Variant("ours")
 
 
 def _solver(name: str, scales: Scales) -> Variant:
-    return Variant(name, patches={f"{PIPELINE}.quantize_matrix": one_sweep(scales)})
+    return Variant(name, patches={f"{SOLVE}.quantize_matrix": one_sweep(scales)})
 
 
 def _effort(effort: str, **job: Any) -> Variant:
@@ -313,7 +300,7 @@ def _effort(effort: str, **job: Any) -> Variant:
 
 def _damping(value: float) -> Variant:
     return Variant(
-        f"damping {value} everywhere", Setting(f"damping-{value}", {f"{CURVE}.DAMPINGS": (value,)})
+        f"damping {value} everywhere", Setting(f"damping-{value}", {f"{SHRINKAGE}.DAMPINGS": (value,)})
     )
 
 
@@ -328,7 +315,7 @@ def _tokens(count: int) -> Variant:
 _WHITE = {
     f"{MEASURE}.choose_shrinkage": lambda weight, moments: Shrinkage(0.0),
     f"{MEASURE}.hessian": white,
-    f"{PIPELINE}.hessian": white,
+    f"{SOLVE}.hessian": white,
 }
 
 STUDIES: Mapping[str, Sequence[Variant]] = {
@@ -340,18 +327,18 @@ STUDIES: Mapping[str, Sequence[Variant]] = {
         OURS,
     ],
     "allocation": [
-        Variant("uniform", allocation=shared_by(lambda name, entry: 0)),
+        Variant("uniform", allocation=shared_by(lambda name, linear: 0)),
         Variant("one width per matrix", Setting("one-width", {f"{CURVE}.water_fill": one_width})),
-        Variant("per role", allocation=shared_by(lambda name, entry: entry["role"])),
-        Variant("per block", allocation=shared_by(lambda name, entry: block_of(name))),
+        Variant("per role", allocation=shared_by(lambda name, linear: linear.role)),
+        Variant("per block", allocation=shared_by(lambda name, linear: block_of(name))),
         Variant(
-            "per block and role", allocation=shared_by(lambda name, entry: (block_of(name), entry["role"]))
+            "per block and role", allocation=shared_by(lambda name, linear: (block_of(name), linear.role))
         ),
         Variant("by relative error", allocation=relative_errors),
         OURS,
     ],
     "hessian": [
-        Variant("no calibration", Setting("white", _WHITE), job={"repair": None}),
+        Variant("no calibration", Setting("white", _WHITE), job={"repair": NO_REPAIR}),
         _damping(0.12),
         _damping(0.03),
         _shrinkage("no prior", no_prior),
@@ -362,7 +349,7 @@ STUDIES: Mapping[str, Sequence[Variant]] = {
     "prediction": [
         Variant(f"part {i + 1} left out", Setting(f"left-out-{i}", left_out=i)) for i in range(UNSEEN_EVERY)
     ],
-    "repair": [Variant("without repair", job={"repair": None}), OURS],
+    "repair": [Variant("without repair", job={"repair": NO_REPAIR}), OURS],
     "refit": [OURS, Variant("with refit", job={"refit": True})],
-    "effort": [_effort("fast", repair=None), OURS, _effort("best")],
+    "effort": [_effort("fast", repair=NO_REPAIR), OURS, _effort("best")],
 }

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from dbrx_quant.scripts.arguments import add_quiet_argument
 from dbrx_quant.scripts.output import hush_loading, model_title, print_json, say
-from dbrx_quant.scripts.verb import Verb, add_quiet_argument
+from dbrx_quant.scripts.verb import Verb
 
 API_KEY = "DBRXQ_API_KEY"
 _STOP_SECONDS = 3

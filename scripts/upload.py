@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbrx_quant.scripts.arguments import add_quiet_argument
 from dbrx_quant.scripts.output import bytes_text, counter, print_json, print_table, say
-from dbrx_quant.scripts.verb import UsageError, Verb, add_quiet_argument
+from dbrx_quant.scripts.verb import UsageError, Verb
 
 if TYPE_CHECKING:
     from dbrx_quant.quantize.publish import Contents, Sent
@@ -62,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _tell_surprises(release: "Release") -> None:
     """What stays behind, and what others learn about this machine."""
-    from dbrx_quant.quantize.release import MEASUREMENT_NAME, files_that_mention
+    from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
+    from dbrx_quant.quantize.release import files_that_mention
 
     folders = list(release.folders.values())
     for folder in folders:

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from dbrx_quant.scripts.arguments import add_quiet_argument
 from dbrx_quant.scripts.output import bytes_text, counter, print_json, say
-from dbrx_quant.scripts.verb import Verb, add_quiet_argument
+from dbrx_quant.scripts.verb import Verb
 
 CHECK_FAILED = 3
 

@@ -3,8 +3,13 @@
 import math
 import random
 
+from measurements import linear
+from measurements import measurement as made
+
+from dbrx_quant.calibration.experts import ExpertCoverage
 from dbrx_quant.quantize.allocate import allocate
-from dbrx_quant.quantize.recipe import parse_groups
+from dbrx_quant.quantize.record import Record
+from dbrx_quant.quantize.strategy import Outcome
 from dbrx_quant.runtime.inspect import FolderFacts, LinearFacts
 from dbrx_quant.scripts.reporting.data import Folder
 
@@ -19,10 +24,10 @@ def _entry(choose, role, tokens):
     weights, scale = math.prod(shape), choose.lognormvariate(0, 1)
     steps = [2.2 + 0.15 * i for i in range(40)]
     options = [
-        [round(b * weights), scale * 4 ** (2 - b) / 1e3, f"3:32x{i % 7 + 1} 2:32"]
+        (round(b * weights), scale * 4 ** (2 - b) / 1e3, f"3:32x{i % 7 + 1} 2:32")
         for i, b in enumerate(steps)
     ]
-    return {"role": role, "shape": shape, "tokens": tokens, "energy": scale / 10, "options": options}
+    return linear(shape, options, role, scale / 10, tokens)
 
 
 def measurement(blocks=6, experts=16, seed=0):
@@ -37,21 +42,14 @@ def measurement(blocks=6, experts=16, seed=0):
                 linears[f"{prefix}.mlp.{name}"] = _entry(choose, role, 4096)
             continue
         tokens = [choose.randrange(20, 3000) for _ in range(experts)]
-        coverage[str(block)] = [{"tokens": count, "share": 0.1, "mean_weight": 0.2} for count in tokens]
+        coverage[block] = tuple(ExpertCoverage(count, 0.1, 0.2) for count in tokens)
         for expert, count in enumerate(tokens):
             for name, role in EXPERT.items():
                 key = f"{prefix}.block_sparse_moe.experts.{expert}.{name}"
                 linears[key] = _entry(choose, role, count)
     linears["lm_head"] = _entry(choose, "head", 4096)
     calibration = {"source": "default", "rows": 16, "length": 256, "seed": 0}
-    return {
-        "format_version": 1,
-        "model": {},
-        "tokens": 4096,
-        "coverage": coverage,
-        "calibration": calibration,
-        "linears": linears,
-    }
+    return made(linears, tokens=4096, coverage=coverage, calibration=calibration)
 
 
 def evaluation(kl, bpw, text="wiki.txt"):
@@ -75,26 +73,27 @@ def folder(measured, bpw=3.0, name="made/3.0bpw", model="maker/dbrx-mini"):
     """What `read_folder` would find of a conversion to `bpw`."""
     strategy = allocate(measured, bpw, HEAD_BITS)
     linears = []
-    for key, (bits, _, groups) in strategy.choices.items():
+    for key, option in strategy.choices.items():
         parts = key.split(".")
         block = int(parts[2]) if parts[0] == "model" else None
         expert = int(parts[5]) if "experts" in parts else None
-        entry = measured["linears"][key]
+        entry = measured.linears[key]
         linears.append(
-            LinearFacts(key, entry["role"], block, expert, tuple(entry["shape"]), bits, parse_groups(groups))
+            LinearFacts(key, entry.role, block, expert, entry.shape, option.bits, option.group_map)
         )
     errors = {key: 1e-4 * (i % 50 + 1) for i, key in enumerate(strategy.choices)}
     return Folder(
         name=name,
         facts=FolderFacts("dbrx", tuple(linears), sum(linear.bits for linear in linears) // 8),
         config={"quantization_config": {"version": "dbrx-quant 0.1.0", "head_bits": HEAD_BITS}},
-        strategy={**strategy.to_json(), "measured": None, "notes": ["a note"]},
+        strategy=strategy,
+        outcome=Outcome(None, None, ["a note"]),
         measurement=measured,
-        record={
-            "command": f"dbrx-quant convert {model} OUT --bpw {bpw}",
-            "settings": {"model": model, "bpw": bpw, "seed": 0, "calibration": "default"},
-            "versions": {"dbrx-quant": "0.1.0", "torch": "2.13.0"},
-            "relative_errors": errors,
-        },
+        record=Record(
+            command=f"dbrx-quant convert {model} OUT --bpw {bpw}",
+            settings={"model": model, "bpw": bpw, "seed": 0, "calibration": "default"},
+            versions={"dbrx-quant": "0.1.0", "torch": "2.13.0"},
+            relative_errors=errors,
+        ),
         evaluations=[evaluation(1.3 * strategy.kl, strategy.bpw)],
     )

@@ -5,9 +5,10 @@ from safetensors.torch import load_file, save_file
 from test_families import CONFIGS
 from tiny_output import make_tokenizer
 from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
 from dbrx_quant.calibration.data import TokenRows, save_tokens
-from dbrx_quant.calibration.experts import activation, expert_output, tokens_of
+from dbrx_quant.calibration.experts import tokens_of
 from dbrx_quant.runtime.config import load_config
 
 VOCABULARY = 300  # of the tokenizer that `make_tokenizer` writes, with some room
@@ -60,6 +61,12 @@ def save_random_tokens(path, rows, length, seed=0, vocabulary=VOCABULARY):
     return path
 
 
+def expert_output(x, weights, act):
+    """down(act(gate x) * up x) for tokens [T, D] and weights [N, K] of gate, up and down."""
+    gate, up, down = weights
+    return (act(x @ gate.T) * (x @ up.T)) @ down.T
+
+
 def run_block(model, index, states):
     """A whole block of a streamed model, its experts included."""
     live = model.block(index)
@@ -70,6 +77,6 @@ def run_block(model, index, states):
         for expert, linears in enumerate(experts.linears):
             chosen = tokens_of(routing, expert)
             weights = tuple(model.dense(spec) for spec in linears)
-            y = expert_output(routing.x[chosen.index], weights, activation(experts.activation))
+            y = expert_output(routing.x[chosen.index], weights, ACT2FN[experts.activation])
             flat[chosen.index] += chosen.weight[:, None] * y
     return output

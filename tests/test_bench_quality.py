@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from measurements import linear
+from measurements import measurement as made
 
 from dbrx_quant.calibration.data import UNSEEN_EVERY
 from dbrx_quant.quantize.allocate import allocate
@@ -115,13 +117,13 @@ def test_peers_of_an_unknown_model_are_refused(tmp_path):
 
 
 def test_patches_hold_inside_the_block_alone():
-    name = f"{variants.CURVE}.DAMPINGS"
-    from dbrx_quant.quantize import curve
+    name = f"{variants.SHRINKAGE}.DAMPINGS"
+    from dbrx_quant.quantize import shrinkage
 
-    before = curve.DAMPINGS
+    before = shrinkage.DAMPINGS
     with replaced({name: (0.5,)}):
-        assert curve.DAMPINGS == (0.5,)
-    assert before == curve.DAMPINGS
+        assert shrinkage.DAMPINGS == (0.5,)
+    assert before == shrinkage.DAMPINGS
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +135,11 @@ def measurement():
         k, n = (64, 96) if role == "q" else (128, 64)
         bits = k * n * np.linspace(2.1, 8.2, 12)
         errors = math.exp(rng.normal()) * np.exp2(-2.0 * bits / (k * n))
-        options = [[int(b), float(e), f"o{i}"] for i, (b, e) in enumerate(zip(bits, errors, strict=True))]
+        options = [(int(b), float(e), f"o{i}") for i, (b, e) in enumerate(zip(bits, errors, strict=True))]
         name = f"model.layers.{block}.{role}_proj"
-        linears[name] = {"shape": [k, n], "role": role, "energy": math.exp(rng.normal()), "options": options}
-    head = {"shape": [64, 64], "role": "head", "energy": 1.0, "options": [[64 * 64 * 6, 0.01, "h"]]}
-    return {"linears": {**linears, "lm_head": head}}
+        linears[name] = linear((k, n), options, role, math.exp(rng.normal()))
+    head = linear((64, 64), [(64 * 64 * 6, 0.01, "h")], "head")
+    return made({**linears, "lm_head": head})
 
 
 ALLOCATIONS = {v.name: v.allocation for study in variants.STUDIES.values() for v in study}
@@ -147,26 +149,26 @@ ALLOCATIONS = {v.name: v.allocation for study in variants.STUDIES.values() for v
 @pytest.mark.parametrize("target", [2.2, 3.0, 5.5])
 def test_every_allocation_keeps_to_the_budget_and_is_no_better_than_ours(measurement, name, target):
     strategy = ALLOCATIONS[name](measurement, target, 6)
-    linears = measurement["linears"]
+    linears = measurement.linears
     assert set(strategy.choices) == set(linears)
-    for linear, choice in strategy.choices.items():
-        assert list(choice) in linears[linear]["options"]
-    bits = sum(choice[0] for linear, choice in strategy.choices.items() if linear != "lm_head")
+    for name, choice in strategy.choices.items():
+        assert choice in linears[name].options
+    bits = sum(choice.bits for name, choice in strategy.choices.items() if name != "lm_head")
     weights = 3 * (64 * 96 + 128 * 64)
     assert strategy.bpw == pytest.approx(bits / weights)
     assert bits <= target * weights
-    assert strategy.kl == pytest.approx(sum(choice[1] for choice in strategy.choices.values()))
-    largest_step = max(a[1] - b[1] for e in linears.values() for a, b in itertools.pairwise(e["options"]))
+    assert strategy.kl == pytest.approx(sum(choice.error for choice in strategy.choices.values()))
+    largest_step = max(a.error - b.error for e in linears.values() for a, b in itertools.pairwise(e.options))
     assert strategy.kl >= allocate(measurement, target, 6).kl - largest_step
 
 
 def test_linears_that_share_a_key_share_their_level(measurement):
     strategy = variants.shared_by(lambda name, entry: variants.block_of(name))(measurement, 3.0, 6)
     levels = {}
-    for name, (bits, _, _) in strategy.choices.items():
+    for name, option in strategy.choices.items():
         if name != "lm_head":
-            shape = measurement["linears"][name]["shape"]
-            levels.setdefault(variants.block_of(name), []).append(bits / math.prod(shape))
+            shape = measurement.linears[name].shape
+            levels.setdefault(variants.block_of(name), []).append(option.bits / math.prod(shape))
     step = (8.2 - 2.1) / 11
     assert all(max(found) - min(found) < 1.01 * step for found in levels.values())
     assert len({round(max(found), 2) for found in levels.values()}) > 1
@@ -174,24 +176,24 @@ def test_linears_that_share_a_key_share_their_level(measurement):
 
 def test_uniform_allocation_spends_its_budget_evenly(measurement):
     strategy = variants.shared_by(lambda name, entry: 0)(measurement, 3.0, 6)
-    linears = {name: entry for name, entry in measurement["linears"].items() if name != "lm_head"}
-    widths = [strategy.choices[name][0] / math.prod(entry["shape"]) for name, entry in linears.items()]
+    linears = {name: entry for name, entry in measurement.linears.items() if name != "lm_head"}
+    widths = [strategy.choices[name].bits / math.prod(entry.shape) for name, entry in linears.items()]
     assert max(widths) - min(widths) < 1.01 * (8.2 - 2.1) / 11
-    steps = [b[0] - a[0] for e in linears.values() for a, b in itertools.pairwise(e["options"])]
-    bits = sum(strategy.choices[name][0] for name in linears)
+    steps = [b.bits - a.bits for e in linears.values() for a, b in itertools.pairwise(e.options)]
+    bits = sum(strategy.choices[name].bits for name in linears)
     assert 0 <= 3.0 * 3 * (64 * 96 + 128 * 64) - bits < max(steps)
 
 
 def test_relative_errors_do_not_see_what_an_error_costs(measurement):
     dearer = {
-        name: {**e, "energy": 9 * e["energy"], "options": [[b, 9 * x, g] for b, x, g in e["options"]]}
+        name: linear(e.shape, [(o.bits, 9 * o.error, o.groups) for o in e.options], e.role, 9 * e.energy)
         if "layers.1" in name
         else e
-        for name, e in measurement["linears"].items()
+        for name, e in measurement.linears.items()
     }
     plain = variants.relative_errors(measurement, 3.0, 6)
-    same = variants.relative_errors({"linears": dearer}, 3.0, 6)
-    assert {n: c[2] for n, c in plain.choices.items()} == {n: c[2] for n, c in same.choices.items()}
+    same = variants.relative_errors(made(dearer), 3.0, 6)
+    assert {n: c.groups for n, c in plain.choices.items()} == {n: c.groups for n, c in same.choices.items()}
     assert same.kl > plain.kl
 
 

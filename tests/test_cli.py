@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 from cli_runs import run, spawn
+from measurements import linear, measurement
 from safetensors import safe_open
 from test_families import CONFIGS
 from tiny_output import make_output, make_source
 
+from dbrx_quant.calibration.experts import ExpertCoverage
 from dbrx_quant.quantize import conversion as converting
+from dbrx_quant.quantize.measurement import write_measurement
 from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.inspect import inspect_folder
 from dbrx_quant.scripts import doctor
+from dbrx_quant.scripts.arguments import bpw_list, size
 from dbrx_quant.scripts.main import main
 from dbrx_quant.scripts.output import bytes_text, seconds_text
-from dbrx_quant.scripts.verb import bpw_list, size
 
 TEXT = "The quick brown fox jumps over 13 lazy dogs, and 27 more. " * 4
 
@@ -316,11 +319,13 @@ def seen(monkeypatch, tmp_path):
 
     def fake(options):
         calls.append(options)
-        experts = [{"tokens": count, "share": 0.25, "mean_weight": 0.5} for count in (40, 0, 70, 3)]
+        experts = tuple(ExpertCoverage(count, 0.25, 0.5) for count in (40, 0, 70, 3))
+        measured = measurement(
+            {"lm_head": linear((32, 32), [(3000, 0.1, "3:32")])}, coverage=dict.fromkeys((0, 10, 9), experts)
+        )
         for target in options.targets:
             options.output(target).mkdir(parents=True)
-            text = json.dumps({"coverage": {"0": experts, "10": experts, "9": experts}})
-            (options.output(target) / "measurement.json").write_text(text, encoding="utf-8")
+            write_measurement(options.output(target) / "measurement.json", measured)
         return [
             converting.Converted(options.output(t), t, t - 0.001, 0.01, None, 10**6, 2.5, 10**9)
             for t in options.targets

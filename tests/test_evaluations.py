@@ -7,7 +7,7 @@ import pytest
 import tiny_output
 
 from dbrx_quant.quantize.side_files import copy_side_files
-from dbrx_quant.runtime import evaluations
+from dbrx_quant.runtime import json_file
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import read_evaluations, save_evaluation
 from dbrx_quant.runtime.verify import verify
@@ -44,15 +44,18 @@ def test_an_entry_is_replaced_by_the_next_one_of_the_same_text_and_windows(tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not JSON"),
-        ("[]", "format version None"),
-        ('{"format_version": 2, "evaluations": []}', "format version 2, this program reads 1"),
-        ('{"format_version": 1, "evaluations": {}}', "evaluations is no list"),
-        ('{"format_version": 1, "evaluations": [1]}', "entry 0: int instead of an object"),
-        (json.dumps({"format_version": 1, "evaluations": [ENTRY, ENTRY | {"kl": "low"}]}), "entry 1: kl is"),
+        ("{", "not a list of evaluations"),
+        ("[]", "list instead of an object"),
+        ('{"format_version": 2, "evaluations": []}', "version 2, this program reads 1"),
+        ('{"format_version": 1, "evaluations": {}}', "evaluations is dict, expected a list"),
+        ('{"format_version": 1, "evaluations": [1]}', r"evaluations\[0\] is int, expected an object"),
+        (
+            json.dumps({"format_version": 1, "evaluations": [ENTRY, ENTRY | {"kl": "low"}]}),
+            r"evaluations\[1\] is not sound: kl is",
+        ),
         (json.dumps({"format_version": 1, "evaluations": [ENTRY | {"ppl": float("nan")}]}), "ppl is nan"),
         (json.dumps({"format_version": 1, "evaluations": [ENTRY | {"windows": 0}]}), "windows is 0"),
-        (json.dumps({"format_version": 1, "evaluations": [{"text": "x"}]}), "windows is missing"),
+        (json.dumps({"format_version": 1, "evaluations": [{"text": "x"}]}), "without windows"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_fault(content, message, tmp_path):
@@ -112,7 +115,7 @@ def test_eval_says_so_where_the_folder_cannot_be_written(made, evaluate, monkeyp
     def refuse(path, value):
         raise PermissionError(13, os.strerror(13), str(path))
 
-    monkeypatch.setattr(evaluations, "write_json", refuse)
+    monkeypatch.setattr(json_file, "write_json", refuse)
     code, out, err = evaluate()
     assert code == 0
     assert json.loads(out)["kl"] > 0
@@ -131,7 +134,7 @@ def test_eval_finds_a_damaged_file_before_it_works(made, evaluate):
     (made / "out" / "evaluation.json").write_text("{")
     code, out, err = evaluate()
     assert (code, out) == (1, "")
-    assert "evaluation.json: not JSON" in err
+    assert "evaluation.json: not a list of evaluations" in err
 
 
 def test_a_folder_with_evaluations_verifies_and_is_converted_without_them(made, tmp_path):

@@ -4,8 +4,10 @@ import math
 import random
 
 import pytest
+from measurements import linear
+from measurements import measurement as made
 
-from dbrx_quant.quantize.allocate import allocate, reachable_bpw
+from dbrx_quant.quantize.allocate import allocate
 from dbrx_quant.quantize.frontier import anchored, frontier
 
 
@@ -18,9 +20,9 @@ def measurement(linears=30, options=20, seed=0):
         weights, scale = math.prod(shape), choose.uniform(0.1, 3)
         points = [2.1 + 6 * n / (options - 1) for n in range(options)]
         curve = [[int(b * weights), scale * weights * 4**-b / 1e5, "2:32x2"] for b in points]
-        found[f"layers.{i}.{'w1' if i % 3 else 'q_proj'}"] = {"shape": shape, "options": curve}
-    found["lm_head"] = {"shape": [64, 64], "options": [[26000, 0.01, "6:32x2"]]}
-    return {"linears": found}
+        found[f"layers.{i}.{'w1' if i % 3 else 'q_proj'}"] = linear(shape, curve)
+    found["lm_head"] = linear([64, 64], [[26000, 0.01, "6:32x2"]], "head")
+    return made(found)
 
 
 def test_points_agree_with_allocations(tmp_path):
@@ -38,14 +40,14 @@ def test_bits_are_counted_by_kind():
     measured = measurement()
     point, most = frontier(measured, 6, [3.0, 100.0], lambda name: name.rpartition(".")[2])
     assert point.bits.keys() == {"w1", "q_proj"}
-    weights = sum(math.prod(v["shape"]) for k, v in measured["linears"].items() if k != "lm_head")
+    weights = sum(math.prod(v.shape) for k, v in measured.linears.items() if k != "lm_head")
     assert sum(point.bits.values()) == pytest.approx(point.bpw * weights)
-    assert most.bpw == pytest.approx(reachable_bpw(measured["linears"])[1])
+    assert most.bpw == pytest.approx(measured.reachable_bpw[1])
 
 
 def test_a_target_below_the_floor_gives_the_floor():
     measured = measurement()
-    low = reachable_bpw(measured["linears"])[0]
+    low = measured.reachable_bpw[0]
     points = frontier(measured, 6, [1.0, low], str)
     assert [point.bpw for point in points] == pytest.approx([low, low])
     assert points[0].kl > frontier(measured, 6, [3.0], str)[0].kl

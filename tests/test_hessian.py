@@ -4,17 +4,18 @@ import pytest
 import torch
 from small_models import save_model
 
-from dbrx_quant.calibration.experts import PRIOR_TOKENS, coverage, expert_output, tokens_of
+from dbrx_quant.calibration.experts import PRIOR_TOKENS, coverage, tokens_of
 from dbrx_quant.calibration.hessian import (
     HELD_OUT_EVERY,
     Moments,
-    Shrinkage,
     SplitMoments,
     held_out,
-    hessian,
 )
 from dbrx_quant.calibration.streamed import Routing, StreamedModel
+from dbrx_quant.calibration.walk import Turn
 from dbrx_quant.quantize.ldlq import factorize
+from dbrx_quant.quantize.shrinkage import Shrinkage, hessian
+from dbrx_quant.runtime.families.facts import LinearSpec
 
 
 def tokens(count, k, seed=0):
@@ -106,10 +107,10 @@ def test_coverage_counts_tokens_and_shares():
         torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]]),
     )
     rows = coverage(routing, 4)
-    assert [row["tokens"] for row in rows] == [3, 2, 0, 1]
-    assert sum(row["share"] for row in rows) == pytest.approx(1)
-    assert rows[0]["mean_weight"] == pytest.approx(0.75)
-    assert rows[2]["mean_weight"] == 0
+    assert [row.tokens for row in rows] == [3, 2, 0, 1]
+    assert sum(row.share for row in rows) == pytest.approx(1)
+    assert rows[0].mean_weight == pytest.approx(0.75)
+    assert rows[2].mean_weight == 0
 
 
 def test_an_experts_output_is_the_gated_product():
@@ -117,7 +118,11 @@ def test_an_experts_output_is_the_gated_product():
     exact = torch.stack(
         [down @ (torch.nn.functional.silu(gate @ token) * (up @ token)) for token in x.unbind()]
     )
-    torch.testing.assert_close(expert_output(x, (gate, up, down), torch.nn.functional.silu), exact)
+    specs = [LinearSpec(f"e.{role}", role, "", None, (4, 6), ()) for role in ("gate", "up", "down")]
+    routing = Routing(x, torch.tensor([[1], [0], [1]]), torch.tensor([[0.5], [1.0], [0.25]]))
+    turn, stream = Turn(1, *specs, routing, torch.nn.functional.silu), torch.zeros(3, 4)
+    turn.add_to(stream, (gate, up, down))
+    torch.testing.assert_close(stream, torch.tensor([[0.5], [0.0], [0.25]]) * exact)
 
 
 def test_held_out_rows_are_disjoint_from_fit_rows_and_joined_gives_all():

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from dbrx_quant.quantize.job import JOB_NAME, differences, open_job, source_facts
+from dbrx_quant.quantize.job import JOB_NAME, differences, open_job
+from dbrx_quant.quantize.measurement import source_facts
 from dbrx_quant.runtime.errors import CheckpointError
 
 FACTS = {
@@ -86,11 +87,13 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path, resume):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"facts": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"facts": {}}', '{"format_version": 1}'])
 def test_a_damaged_job_file_is_refused_with_the_way_out(tmp_path, text):
     start(tmp_path)
     (tmp_path / JOB_NAME).write_text(text)
-    with pytest.raises(CheckpointError, match=r"job\.json: not a job file .*--resume never"):
+    with pytest.raises(
+        CheckpointError, match=r"job\.json: (not a job file|facts is missing).*--resume never"
+    ):
         start(tmp_path)
     assert start(tmp_path, resume="never") is False
 
@@ -99,7 +102,7 @@ def test_work_of_another_version_is_refused(tmp_path):
     start(tmp_path)
     job = json.loads((tmp_path / JOB_NAME).read_text())
     (tmp_path / JOB_NAME).write_text(json.dumps(job | {"format_version": 99}))
-    with pytest.raises(CheckpointError, match="format version 99"):
+    with pytest.raises(CheckpointError, match="version 99"):
         start(tmp_path)
 
 

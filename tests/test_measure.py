@@ -1,18 +1,16 @@
 """The measurement counts what it says, whatever the batches, and knows what it has done already."""
 
-import json
-
 import pytest
 import torch
 from small_models import EXPERTS, random_tokens, run_block, save_model
 
-from dbrx_quant.calibration import passes
+from dbrx_quant.calibration import hessian, walk
 from dbrx_quant.calibration.hessian import HELD_OUT_EVERY
-from dbrx_quant.calibration.passes import batches, route, spans, token_rows
 from dbrx_quant.calibration.states import open_states
 from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize import curve as drawing
+from dbrx_quant.calibration.walk import batches, route, spans, token_rows
 from dbrx_quant.quantize import measure as measuring
+from dbrx_quant.quantize.entries import Entry
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.progress import Progress
 
@@ -30,7 +28,8 @@ def job(folder, work, ids, **changes):
 
 
 def read(job, spec):
-    return json.loads(job.entry(spec.name).read_text())
+    """What is on disk of a linear before it is priced."""
+    return Entry.read(job.entry(spec.name))
 
 
 @pytest.fixture(params=["dbrx", "qwen3 moe", "llama"])
@@ -49,8 +48,8 @@ def test_slices_cover_every_row_and_token_once():
 
 
 def test_the_states_between_blocks_are_those_of_whole_blocks(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(passes, "ROWS_TOKENS", 20)
-    monkeypatch.setattr(passes, "EXPERT_TOKENS", 7)
+    monkeypatch.setattr(walk, "ROWS_TOKENS", 20)
+    monkeypatch.setattr(walk, "EXPERT_TOKENS", 7)
     ids = random_tokens(5, 10)
     done = job(save_model(tmp_path / "model", family, std=0.2), tmp_path / "work", ids)
     measure(done)
@@ -67,54 +66,54 @@ def test_every_linear_counts_its_tokens(family, tmp_path):
     ids = random_tokens(8, 10)
     done = job(save_model(tmp_path / "model", family, std=0.2), tmp_path / "work", ids)
     result = measure(done)
-    assert result["tokens"] == 80
+    assert result.tokens == 80
     for block in done.model.architecture.blocks:
         for stage in block.stages:
             for spec in stage:
-                assert read(done, spec)["tokens"] == 80
-                assert read(done, spec)["weight"] == 80
+                assert read(done, spec).linear.tokens == 80
+                assert read(done, spec).linear.weight == 80
         if block.experts is None:
-            assert str(block.index) not in result["coverage"]
+            assert block.index not in result.coverage
             continue
         live, states = done.model.block(block.index), open_states(done.states(block.index))
         with torch.no_grad():
             routing = route(live, states, torch.empty_like(states), torch.empty(80, states.shape[-1]))
-        assert sum(row["tokens"] for row in result["coverage"][str(block.index)]) == routing.index.numel()
+        assert sum(row.tokens for row in result.coverage[block.index]) == routing.index.numel()
         for expert, specs in enumerate(block.experts.linears):
             mine = routing.index == expert
             for spec in specs:
-                assert read(done, spec)["tokens"] == int(mine.sum())
-                assert result["coverage"][str(block.index)][expert]["tokens"] == int(mine.sum())
+                assert read(done, spec).linear.tokens == int(mine.sum())
+                assert result.coverage[block.index][expert].tokens == int(mine.sum())
                 squares = float(routing.weight[mine].double().square().sum())
-                assert read(done, spec)["weight"] == pytest.approx(squares, rel=1e-5)
+                assert read(done, spec).linear.weight == pytest.approx(squares, rel=1e-5)
 
 
 def test_options_are_priced_in_nats_and_better_than_dropping_the_linear(family, tmp_path):
     done = job(save_model(tmp_path / "model", family, std=0.2), tmp_path / "work", random_tokens(8, 10))
-    linears = measure(done)["linears"]
+    linears = measure(done).linears
     assert set(linears) == {spec.name for spec in done.model.architecture.linears()}
     for spec in done.model.architecture.linears():
         entry, raw = linears[spec.name], read(done, spec)
-        assert entry["shape"] == list(spec.shape)
+        assert entry.shape == spec.shape
         if spec.expert is None:
-            assert entry["price"] == pytest.approx(raw["gradient"] / (2 * 80))
-        assert entry["options"][0][1] == pytest.approx(raw["options"][0][1] * entry["price"])
-        assert entry["energy"] == pytest.approx(raw["energy"] * entry["price"])
-        assert 0 < entry["options"][-1][1] < entry["options"][0][1] < entry["energy"]
+            assert entry.price == pytest.approx(raw.gradient / (2 * 80))
+        assert entry.options[0].error == pytest.approx(raw.linear.options[0].error * entry.price)
+        assert entry.energy == pytest.approx(raw.linear.energy * entry.price)
+        assert 0 < entry.options[-1].error < entry.options[0].error < entry.energy
 
 
 def test_the_sizes_of_batches_do_not_matter(family, tmp_path, monkeypatch):
     folder, ids = save_model(tmp_path / "model", family, std=0.2), random_tokens(8, 12)
     results = []
     for name, rows, tokens in (("whole", 4096, 4096), ("parts", 24, 5)):
-        monkeypatch.setattr(passes, "ROWS_TOKENS", rows)
-        monkeypatch.setattr(passes, "EXPERT_TOKENS", tokens)
-        results.append(measure(job(folder, tmp_path / name, ids))["linears"])
+        monkeypatch.setattr(walk, "ROWS_TOKENS", rows)
+        monkeypatch.setattr(walk, "EXPERT_TOKENS", tokens)
+        results.append(measure(job(folder, tmp_path / name, ids)).linears)
     for name, whole in results[0].items():
         parts = results[1][name]
-        assert parts["price"] == pytest.approx(whole["price"], rel=1e-3), name
-        assert parts["energy"] == pytest.approx(whole["energy"], rel=1e-3), name
-        assert parts["tokens"] == whole["tokens"]
+        assert parts.price == pytest.approx(whole.price, rel=1e-3), name
+        assert parts.energy == pytest.approx(whole.energy, rel=1e-3), name
+        assert parts.tokens == whole.tokens
 
 
 def test_measuring_twice_gives_equal_results(tmp_path):
@@ -151,7 +150,7 @@ def test_one_missing_linear_is_measured_again_and_alike(tmp_path):
 
 
 def test_experts_alike_share_one_choice_of_shrinkage(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "MIN_HELD_TOKENS", 8)
+    monkeypatch.setattr(hessian, "MIN_HELD_TOKENS", 8)
     chosen = []
     choose = measuring.choose_shrinkage
     monkeypatch.setattr(measuring, "choose_shrinkage", lambda *a: chosen.append(choose(*a)) or chosen[-1])
@@ -164,7 +163,7 @@ def test_experts_alike_share_one_choice_of_shrinkage(tmp_path, monkeypatch):
         for spec in specs:
             entry = read(done, spec)
             role = "in" if spec.role in ("gate", "up") else "down"
-            found.setdefault((role, entry["step"]), set()).add((entry["damping"], entry["prior"]))
+            found.setdefault((role, entry.step), set()).add(entry.linear.shrinkage)
     assert all(len(values) == 1 for values in found.values()), found
     assert len(chosen) < sum(len(b.experts.linears) * 2 + 2 for b in done.model.architecture.blocks)
 
@@ -173,15 +172,15 @@ def test_experts_alike_share_one_choice_of_shrinkage(tmp_path, monkeypatch):
 def test_an_expert_seen_rarely_leans_on_the_price_of_all(family, tmp_path):
     """Per unit of squared routing weight, the price of each lies between its own and the block's."""
     done = job(save_model(tmp_path / "model", family, std=0.2), tmp_path / "work", random_tokens(8, 12))
-    result = measure(done)["linears"]
+    result = measure(done).linears
     experts = done.model.architecture.blocks[0].experts
     for specs in zip(*experts.linears, strict=True):
         raw = [read(done, spec) for spec in specs]
-        usual = sum(entry["gradient"] for entry in raw) / sum(entry["weight"] for entry in raw)
+        usual = sum(entry.gradient for entry in raw) / sum(entry.linear.weight for entry in raw)
         for spec, entry in zip(specs, raw, strict=True):
-            if entry["weight"] > 1:
-                unit = result[spec.name]["price"] * 2 * 96 / entry["weight"]
-                low, high = sorted((usual, entry["gradient"] / entry["weight"]))
+            if entry.linear.weight > 1:
+                unit = result[spec.name].price * 2 * 96 / entry.linear.weight
+                low, high = sorted((usual, entry.gradient / entry.linear.weight))
                 assert low * 0.999 <= unit <= high * 1.001
 
 
@@ -213,16 +212,16 @@ def test_gradients_of_a_part_of_the_rows_stand_for_those_of_all(family, tmp_path
     every = job(folder, tmp_path / "all", ids)
     assert torch.equal(every.rows, ids)
     assert every.backward_rows == 48
-    whole = measure(every)["linears"]
+    whole = measure(every).linears
     monkeypatch.setattr(measuring, "GRADIENT_TOKENS", 64)
     part = job(folder, tmp_path / "part", ids)
     assert part.backward_rows == 24
     assert torch.equal(part.rows[:24], ids[::2])
     assert sorted(part.rows.tolist()) == sorted(ids.tolist())
-    found = measure(part)["linears"]
+    found = measure(part).linears
     assert len(open_states(part.gradients(0))) == 24
     for spec in part.model.architecture.linears():
         mine, exact = found[spec.name], whole[spec.name]
-        assert mine["tokens"] == exact["tokens"]
-        assert mine["weight"] == pytest.approx(exact["weight"], rel=1e-4)
-        assert mine["price"] == pytest.approx(exact["price"], rel=0.5)
+        assert mine.tokens == exact.tokens
+        assert mine.weight == pytest.approx(exact.weight, rel=1e-4)
+        assert mine.price == pytest.approx(exact.price, rel=0.5)

@@ -6,20 +6,23 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_models import random_tokens, save_model
+from small_models import expert_output, random_tokens, save_model
+from transformers.activations import ACT2FN
 
-from dbrx_quant.calibration.experts import activation, expert_output, tokens_of
-from dbrx_quant.calibration.hessian import Moments, hessian
+from dbrx_quant.calibration.experts import tokens_of
+from dbrx_quant.calibration.hessian import Moments
 from dbrx_quant.calibration.states import open_states
 from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize import pipeline
+from dbrx_quant.quantize import solve
 from dbrx_quant.quantize.allocate import allocate
-from dbrx_quant.quantize.curve import prepare
 from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.pipeline import QuantizeJob, finished_weight, quantize_model, solve_linear
+from dbrx_quant.quantize.pipeline import QuantizeJob, finished_weight, quantize_model
+from dbrx_quant.quantize.prepare import prepare
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.recipe import parse_groups
-from dbrx_quant.quantize.repair import DEFAULT_REPAIR
+from dbrx_quant.quantize.repair import DEFAULT_REPAIR, NO_REPAIR
+from dbrx_quant.quantize.shrinkage import hessian
+from dbrx_quant.quantize.solve import solve_linear
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families.facts import load_bias
 from dbrx_quant.runtime.format import dequantize_linear, uniform_groups, unpack_linear
@@ -29,7 +32,7 @@ from oracles_solver import damped, strong_hessian, weights
 def make_job(folder, work, ids, target=3.5):
     model = StreamedModel(folder)
     measurement = measure(MeasureJob(model, ids, work / "measure", Progress()))
-    groups = {name: option[2] for name, option in allocate(measurement, target, 6).choices.items()}
+    groups = {name: option.groups for name, option in allocate(measurement, target, 6).choices.items()}
     return QuantizeJob(model, ids, work / "quantize", measurement, groups, Progress())
 
 
@@ -57,7 +60,7 @@ def test_the_states_after_the_last_block_are_those_of_the_quantized_model(finish
             for expert, specs in enumerate(block.experts.linears if block.experts else ()):
                 mine = tokens_of(routing, expert)
                 three = tuple(finished_weight(finished, spec) for spec in specs)
-                y = expert_output(routing.x[mine.index], three, activation(block.experts.activation))
+                y = expert_output(routing.x[mine.index], three, ACT2FN[block.experts.activation])
                 states.view(-1, states.shape[-1])[mine.index] += mine.weight[:, None] * y
     written = open_states(finished.states(len(model.architecture.blocks)))
     torch.testing.assert_close(written, states, rtol=1e-3, atol=1e-4)
@@ -95,7 +98,7 @@ def test_the_loss_in_a_file_is_that_of_its_inputs(finished):
     with torch.no_grad():
         live(finished.model.embed(finished.tokens))
     hook.remove()
-    matrix = hessian(moments, None, finished.shrinkage(spec.name)).double()
+    matrix = hessian(moments, None, finished.measurement.linears[spec.name].shrinkage).double()
     weight = finished.model.dense(spec).double()
     error = weight - finished_weight(finished, spec).double()
     with safe_open(finished.linear(spec.name), "pt") as opened:
@@ -108,7 +111,7 @@ def test_finished_linears_are_not_solved_again(finished, monkeypatch):
     def unwanted(*_, **__):
         raise AssertionError("done before")
 
-    monkeypatch.setattr(pipeline, "solve_linear", unwanted)
+    monkeypatch.setattr(solve, "solve_linear", unwanted)
     monkeypatch.setattr(StreamedModel, "block", unwanted)
     seen = []
 
@@ -121,7 +124,7 @@ def test_finished_linears_are_not_solved_again(finished, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["dbrx", "llama tied and biased"])
-@pytest.mark.parametrize("repair", [None, DEFAULT_REPAIR])
+@pytest.mark.parametrize("repair", [NO_REPAIR, DEFAULT_REPAIR])
 def test_unseen_rows_are_measured_and_change_nothing(family, repair, tmp_path):
     job = make_job(save_model(tmp_path / "model", family, std=0.2), tmp_path, random_tokens(16, 24))
     unseen, found, files = random_tokens(3, 24, seed=7), [], []

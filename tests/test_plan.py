@@ -11,8 +11,8 @@ from small_models import random_tokens, save_model, save_random_tokens
 from test_families import CONFIGS
 
 from dbrx_quant.quantize import plan as planning
-from dbrx_quant.quantize.allocate import reachable_bpw
 from dbrx_quant.quantize.conversion import convert, measure_model
+from dbrx_quant.quantize.measurement import read_measurement
 from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.quantize.plan import (
     bpw_for_size,
@@ -71,7 +71,7 @@ def test_the_floor_of_the_shapes_is_the_measured_floor(family, tmp_path, tokens)
     folder = save_model(tmp_path / "model", family)
     low, high = shape_range(describe(load_config(folder)))
     file = measure_model(options(folder, tmp_path / "out", tokens), tmp_path / "measurement.json")
-    measured_low, measured_high = reachable_bpw(json.loads(file.read_text())["linears"])
+    measured_low, measured_high = read_measurement(file).reachable_bpw
     assert measured_low == pytest.approx(low, rel=1e-9)
     assert 0.95 * high <= measured_high <= high
 

@@ -23,8 +23,8 @@ def measured(request, tmp_path_factory):
 
 def strategy_of(measurement, target=4.0, errors=lambda name, error: error):
     found = allocate(measurement, target, 6)
-    choices = {n: (bits, errors(n, error), text) for n, (bits, error, text) in found.choices.items()}
-    return dataclasses.replace(found, choices=choices, kl=sum(c[1] for c in choices.values()))
+    choices = {n: dataclasses.replace(o, error=errors(n, o.error)) for n, o in found.choices.items()}
+    return dataclasses.replace(found, choices=choices, kl=sum(c.error for c in choices.values()))
 
 
 def test_without_errors_nothing_diverges(measured, tmp_path):
@@ -42,7 +42,7 @@ def test_the_noise_of_one_linear_is_as_strong_as_its_error(measured, which, tmp_
     found = Predictor(model, measurement, ids[:2], tmp_path, seed=3).kl(strategy, False)[0]
     found /= over_noise(strategy.bpw, False)
 
-    variance = strategy.choices[spec.name][1] / measurement["linears"][spec.name]["price"] / spec.shape[1]
+    variance = strategy.choices[spec.name].error / measurement.linears[spec.name].price / spec.shape[1]
     generator = torch.Generator().manual_seed(3)
     begin, end = spec.outputs or (0, spec.shape[1])
     whole = whole_model(model.folder)
@@ -65,8 +65,9 @@ def test_the_noise_of_one_linear_is_as_strong_as_its_error(measured, which, tmp_
 
 def test_noise_is_as_strong_as_errors_are_on_unseen_tokens(measured, tmp_path):
     model, measurement, ids = measured
-    stronger = {name: {**entry, "unseen": 4.0} for name, entry in measurement["linears"].items()}
-    unseen = Predictor(model, {**measurement, "linears": stronger}, ids[:2], tmp_path / "unseen")
+    stronger = {name: dataclasses.replace(one, unseen=4.0) for name, one in measurement.linears.items()}
+    harder = dataclasses.replace(measurement, linears=stronger)
+    unseen = Predictor(model, harder, ids[:2], tmp_path / "unseen")
     plain = Predictor(model, measurement, ids[:2], tmp_path / "plain")
     larger = strategy_of(measurement, errors=lambda name, error: 4 * error)
     assert unseen.kl(strategy_of(measurement), False) == pytest.approx(plain.kl(larger, False), rel=1e-4)

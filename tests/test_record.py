@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from small_models import save_model, save_random_tokens
 
 from dbrx_quant.quantize.conversion import convert
-from dbrx_quant.quantize.options import ConvertOptions
-from dbrx_quant.quantize.record import Settings, read_record, source_name, write_record
+from dbrx_quant.quantize.options import ConvertOptions, source_name
+from dbrx_quant.quantize.record import read_record, write_record
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import EVALUATION_NAME
 from dbrx_quant.runtime.files import save_tensors
@@ -32,10 +32,10 @@ def converted(tmp_path_factory):
 def test_the_record_holds_the_settings_and_the_versions(converted):
     _, out = converted
     record = read_record(out)
-    assert record["settings"]["bpw"] == 3.0
-    assert record["settings"]["model"] == "my model"
-    assert record["settings"]["calibration"] == "tokens.safetensors"
-    assert record["versions"]["torch"] == importlib.metadata.version("torch")
+    assert record.settings["bpw"] == 3.0
+    assert record.settings["model"] == "my model"
+    assert record.settings["calibration"] == "tokens.safetensors"
+    assert record.versions["torch"] == importlib.metadata.version("torch")
 
 
 def test_no_file_of_the_result_tells_where_model_and_calibration_text_were(converted):
@@ -48,7 +48,7 @@ def test_no_file_of_the_result_tells_where_model_and_calibration_text_were(conve
 
 def test_its_command_is_one_that_the_parser_takes_to_the_same_settings(converted):
     options, out = converted
-    program, *words = shlex.split(read_record(out)["command"])
+    program, *words = shlex.split(read_record(out).command)
     arguments = make_parser().parse_args(words)
     assert program == "dbrx-quant"
     assert (arguments.model, arguments.bpw, arguments.seed) == ("my model", (3.0,), 7)
@@ -58,7 +58,7 @@ def test_its_command_is_one_that_the_parser_takes_to_the_same_settings(converted
 
 def test_every_linear_has_its_error(converted):
     _, out = converted
-    errors = read_record(out)["relative_errors"]
+    errors = read_record(out).relative_errors
     stored = load_file(out / "model.safetensors")
     assert {f"{linear}.q_weight" for linear in errors} == {key for key in stored if key.endswith("q_weight")}
     assert all(0 < error < 0.5 for error in errors.values())
@@ -70,9 +70,8 @@ def test_an_error_is_the_loss_over_the_energy_of_the_linears_file(converted, tmp
     for name, (loss, energy) in facts.items():
         metadata = {"loss": repr(loss), "energy": repr(energy)}
         save_tensors(tmp_path / f"{name}.safetensors", {f"{name}.q_weight": torch.zeros(1)}, metadata)
-    settings = Settings(options.model, 3.0, 6, "offline", None, None, 0, "default", False, None)
-    write_record(tmp_path, settings, tmp_path)
-    assert read_record(tmp_path)["relative_errors"] == {"a.q": 0.0025, "b.k": 0.3333}
+    write_record(tmp_path, options, 3.0, tmp_path)
+    assert read_record(tmp_path).relative_errors == {"a.q": 0.0025, "b.k": 0.3333}
 
 
 def test_a_folder_of_another_converter_has_no_record(tmp_path):

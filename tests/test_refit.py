@@ -8,15 +8,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small_models import random_tokens, save_model
 
-from dbrx_quant.calibration.hessian import Moments, Shrinkage, hessian, own_share
+from dbrx_quant.calibration.hessian import Moments
 from dbrx_quant.calibration.states import open_states
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.allocate import allocate
-from dbrx_quant.quantize.curve import prepare
 from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model, solve_linear
+from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
+from dbrx_quant.quantize.prepare import prepare
 from dbrx_quant.quantize.progress import Progress
-from dbrx_quant.quantize.refit import Lacking, loss_of, refitted, wanted
+from dbrx_quant.quantize.refit import ResidualTarget, cross_moments, loss_of, refitted
+from dbrx_quant.quantize.shrinkage import Shrinkage, hessian, own_share
+from dbrx_quant.quantize.solve import solve_linear
 from dbrx_quant.runtime.format import Group, dequantize_linear
 
 K, N, TOKENS = 96, 40, 400
@@ -82,12 +84,12 @@ def test_a_linear_in_the_stream_aims_at_what_the_stream_lacks_by_its_own_tokens(
     own, shrinkage = moments(x), Shrinkage(0.0, prior)
     other = moments(others)
     matrix = hessian(own, other, shrinkage)
-    found = wanted(0 * weight, matrix, Lacking(weight, missing.T @ x), own, other, shrinkage)
+    found = cross_moments(0 * weight, matrix, ResidualTarget(weight, missing.T @ x), own, other, shrinkage)
     share = TOKENS / (TOKENS + prior * K)
     assert own_share(own, other, shrinkage) == pytest.approx(share)
     exact = share * (x @ weight.T + missing).T @ x / TOKENS + (1 - share) * weight @ others.T @ others / 50
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(wanted(weight, matrix, None, own, other, shrinkage), weight @ matrix)
+    torch.testing.assert_close(cross_moments(weight, matrix, None, own, other, shrinkage), weight @ matrix)
 
 
 @pytest.fixture(scope="module", params=["dbrx", "llama tied and biased"])
@@ -96,7 +98,7 @@ def jobs(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("refit")
     model, ids = StreamedModel(save_model(folder / "model", request.param, std=0.2)), random_tokens(16, 64)
     measurement = measure(MeasureJob(model, ids, folder / "measure", Progress()))
-    groups = {name: option[2] for name, option in allocate(measurement, 3.0, 6).choices.items()}
+    groups = {name: option.groups for name, option in allocate(measurement, 3.0, 6).choices.items()}
     job = QuantizeJob(model, ids, folder / "without", measurement, groups, Progress())
     refit = dataclasses.replace(job, folder=folder / "with", refit=True)
     quantize_model(job)
@@ -125,7 +127,7 @@ def test_the_loss_on_file_is_that_of_the_refitted_linear(jobs):
     live.submodule(spec).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
     with torch.no_grad():
         live(job.model.embed(job.tokens))
-    matrix = hessian(moments(seen[0]), None, job.shrinkage(spec.name))
+    matrix = hessian(moments(seen[0]), None, job.measurement.linears[spec.name].shrinkage)
     with safe_open(job.linear(spec.name), "pt") as opened:
         told = float(opened.metadata()["loss"])
         tensors = {name.rpartition(".")[2]: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

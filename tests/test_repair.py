@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_models import random_tokens, save_model
 
-from dbrx_quant.calibration.hessian import SplitMoments, held_out
+from dbrx_quant.calibration.hessian import MIN_HELD_TOKENS, SplitMoments, held_out
 from dbrx_quant.calibration.states import open_states
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize import pipeline
@@ -15,7 +15,7 @@ from dbrx_quant.quantize.ldlq import factorize
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.progress import Progress
-from dbrx_quant.quantize.repair import MIN_HELD_TOKENS, Repair, RepairMoments, repaired, solve
+from dbrx_quant.quantize.repair import NO_REPAIR, Repair, RepairMoments, repaired, solve
 
 K, N, LENGTH = 24, 10, 64
 
@@ -126,7 +126,7 @@ def test_the_originals_states_are_those_of_the_measurement(job, monkeypatch):
 def test_repaired_weights_keep_the_stream_nearer_to_the_originals(job):
     original = dense_states(job)[-1]
     distances = []
-    for repair in (None, Repair()):
+    for repair in (NO_REPAIR, Repair()):
         folder = job.folder.with_name(f"with-{repair is not None}")
         quantize_model(dataclasses.replace(job, folder=folder, repair=repair))
         states = open_states(folder / f"states-{len(job.model.architecture.blocks):03}.npy")

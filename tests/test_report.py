@@ -17,6 +17,7 @@ from small_models import save_model, save_random_tokens
 
 from dbrx_quant.quantize.conversion import convert
 from dbrx_quant.quantize.options import ConvertOptions
+from dbrx_quant.quantize.strategy import Outcome
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import save_evaluation
 from dbrx_quant.scripts.main import main
@@ -142,7 +143,8 @@ def test_a_damaged_file_is_named(name, content, tmp_path):
 
 def test_a_measurement_of_another_model_is_refused(measured):
     folder = report_facts.folder(measured)
-    other = {**measured, "linears": {**measured["linears"], "model.layers.99.self_attn.q_proj": {}}}
+    more = {**measured.linears, "model.layers.99.self_attn.q_proj": measured.linears["lm_head"]}
+    other = replace(measured, linears=more)
     with pytest.raises(CheckpointError, match=r"another model than the shards: model\.layers\.99"):
         gather(replace(folder, measurement=other))
 
@@ -152,7 +154,7 @@ def test_without_a_record_errors_are_predicted(measured):
     assert found["errors"] == "predicted"
     assert label(found) == "made/3.0bpw"
     row = dict(zip(LINEAR_COLUMNS, found["linears"]["rows"][3], strict=True))
-    assert row["error"] == pytest.approx(row["nats"] / measured["linears"][row["name"]]["energy"], rel=1e-3)
+    assert row["error"] == pytest.approx(row["nats"] / measured.linears[row["name"]].energy, rel=1e-3)
 
 
 def test_the_measured_divergence_is_that_of_the_most_tokens(measured):
@@ -160,8 +162,7 @@ def test_the_measured_divergence_is_that_of_the_most_tokens(measured):
     folder = report_facts.folder(measured)
     found = gather(replace(folder, evaluations=[short, *folder.evaluations]))
     assert measured_kl(found) == (folder.evaluations[0]["kl"], "wiki.txt")
-    strategy = {**folder.strategy, "measured": {"kl": 0.25}}
-    held_out = gather(replace(folder, evaluations=[], strategy=strategy))
+    held_out = gather(replace(folder, evaluations=[], outcome=Outcome(None, {"kl": 0.25}, [])))
     assert measured_kl(held_out) == (0.25, "held-out calibration rows")
 
 
@@ -213,8 +214,8 @@ def named(measured, name):
         folder,
         name=name,
         evaluations=[report_facts.evaluation(0.1, 3.0, name)],
-        strategy={**folder.strategy, "notes": [name]},
-        record={**folder.record, "command": name, "versions": {name: name}},
+        outcome=Outcome(None, None, [name]),
+        record=replace(folder.record, command=name, versions={name: name}),
     )
     data = gather(folder)
     return data, compare([data, gather(replace(folder, record=None))])

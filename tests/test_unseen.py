@@ -1,5 +1,6 @@
 """Errors on unseen rows: measured beside the calibration, which they do not touch, and told of a result."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.calibration.unseen import UnseenInputs
 from dbrx_quant.quantize import measure as measuring
 from dbrx_quant.quantize.conversion import convert
-from dbrx_quant.quantize.curve import prepare, unseen_ratio
+from dbrx_quant.quantize.curve import unseen_ratio
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.options import ConvertOptions
+from dbrx_quant.quantize.prepare import prepare
 from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.record import read_record
 from dbrx_quant.runtime.evaluate import evaluate
@@ -88,11 +90,12 @@ def test_unseen_rows_are_followed_like_others_and_change_nothing_else(family, tm
     assert [tokens for tokens, _ in kept] == [tokens for tokens, _ in summed]
     assert [power for _, power in kept] == pytest.approx([power for _, power in summed], rel=1e-4)
 
-    ratios = {name: entry.pop("unseen") for name, entry in both["linears"].items()}
+    ratios = {name: linear.unseen for name, linear in both.linears.items()}
     assert all(value > 0 for value in ratios.values())
     assert len(set(ratios.values())) > 1
-    assert {entry.pop("unseen") for entry in plain["linears"].values()} == {1.0}
-    assert both == plain
+    assert {linear.unseen for linear in plain.linears.values()} == {1.0}
+    same = {name: dataclasses.replace(linear, unseen=1.0) for name, linear in both.linears.items()}
+    assert dataclasses.replace(both, linears=same) == plain
 
 
 def test_no_more_tokens_are_kept_than_the_memory_is_planned_for(tmp_path, monkeypatch):
@@ -131,8 +134,8 @@ def test_held_out_text_is_what_a_result_is_measured_on(converted):
 def test_held_out_text_is_part_of_the_record(converted):
     (result,), _ = converted
     record = read_record(result.folder)
-    assert record["settings"]["held_out"] == "heldout.txt"
-    assert "--held-out heldout.txt --held-out-rows 3" in record["command"]
+    assert record.settings["held_out"] == "heldout.txt"
+    assert "--held-out heldout.txt --held-out-rows 3" in record.command
 
 
 def test_a_report_of_a_fresh_result_names_the_text_that_it_was_measured_on(converted, tmp_path):

@@ -5,15 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from os import environ
 from pathlib import Path
 
 import hub_server
 import pytest
 from hub_server import TOKEN
-from upload_runs import BASE, CARD, LINEARS, REPO, retarget, sent, write_json
+from upload_runs import BASE, CARD, MEASURED, REPO, retarget, sent, write_json
 
 from dbrx_quant.quantize import publish
+from dbrx_quant.quantize.measurement import write_measurement
 from dbrx_quant.scripts.main import main
 
 pytest_plugins = ["upload_fixtures"]
@@ -221,7 +223,7 @@ def test_what_may_surprise_is_told_before_anything_is_sent(both, hub, upload, mo
     folder = both / "3.0bpw"
     (folder / "figures").mkdir()
     (folder / "notes.txt").write_text("from /home/someone/private/texts\n", encoding="utf-8")
-    write_json(folder / "measurement.json", {"format_version": 1, "linears": LINEARS, "seed": 1})
+    write_measurement(folder / "measurement.json", replace(MEASURED, tokens=1))
     code, _, error = upload(both)
     assert code == 0
     assert "folders in it are not uploaded: figures" in error

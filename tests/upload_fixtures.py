@@ -7,9 +7,10 @@ import hub_server
 import pytest
 from hub_server import TOKEN
 from tiny_output import make_output
-from upload_runs import BASE, CARD, LINEARS, REPO, retarget, write_json
+from upload_runs import BASE, CARD, MEASURED, REPO, retarget
 
 from dbrx_quant.quantize import publish
+from dbrx_quant.quantize.measurement import write_measurement
 from dbrx_quant.scripts.main import main
 
 
@@ -23,7 +24,7 @@ def made(tmp_path_factory):
     (out / "NOTICE.txt").write_text("the notice\n", encoding="utf-8")
     (out / ".cache").mkdir()
     (out / ".token").write_text(TOKEN, encoding="utf-8")
-    write_json(out / "measurement.json", {"format_version": 1, "linears": LINEARS})
+    write_measurement(out / "measurement.json", MEASURED)
     both = folder / "both"
     for bits in (3.0, 4.0):
         shutil.copytree(out, both / f"{bits}bpw")

@@ -2,6 +2,8 @@
 
 import json
 
+from measurements import linear, measurement
+
 REPO = "me/tiny-exl2"
 BASE = "databricks/tiny"
 CARD = """---
@@ -23,8 +25,8 @@ language: no
 Made for tests.
 """
 STRATEGY = {"target_bpw": 3.0, "bpw": 3.3, "predicted_kl": 0.04, "linears": {}, "notes": []}
-OPTIONS = [[2000, 0.3, ""], [3000, 0.1, ""], [4000, 0.02, ""], [6000, 0.001, ""]]
-LINEARS = {"a": {"shape": [32, 32], "options": OPTIONS}, "lm_head": {"shape": [32, 32], "options": OPTIONS}}
+OPTIONS = [(2000, 0.3, "2:32"), (3000, 0.1, "3:32"), (4000, 0.02, "4:32"), (6000, 0.001, "6:32")]
+MEASURED = measurement({"a": linear((32, 32), OPTIONS), "lm_head": linear((32, 32), OPTIONS, "head")})
 
 
 def write_json(path, value):

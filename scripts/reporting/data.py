@@ -5,7 +5,6 @@
 Folders of other converters have only the first and the last; what cannot be known is null or empty then.
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -16,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.quantize.frontier import FrontierPoint, anchored, frontier
+from dbrx_quant.quantize.measurement import Measurement, find_measurement
 from dbrx_quant.quantize.recipe import render_groups
-from dbrx_quant.quantize.record import read_record
+from dbrx_quant.quantize.record import Record, read_record
+from dbrx_quant.quantize.strategy import Outcome, Strategy, find_strategy
 from dbrx_quant.runtime.config import read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import read_evaluations
@@ -46,7 +47,8 @@ class Folder:
         name: what to call it.
         facts: from its shards' headers.
         config: `config.json`.
-        strategy: `strategy.json`, None where there is none of ours; likewise the next two.
+        strategy: `strategy.json`, None where there is none of ours; likewise the next three.
+        outcome: what became of it, from the same file.
         measurement: `measurement.json`.
         record: `conversion.json`.
         evaluations: the entries of `evaluation.json`.
@@ -55,9 +57,10 @@ class Folder:
     name: str
     facts: FolderFacts
     config: Mapping[str, Any]
-    strategy: Mapping[str, Any] | None = None
-    measurement: Mapping[str, Any] | None = None
-    record: Mapping[str, Any] | None = None
+    strategy: Strategy | None = None
+    outcome: Outcome | None = None
+    measurement: Measurement | None = None
+    record: Record | None = None
     evaluations: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
 
@@ -67,12 +70,14 @@ def read_folder(folder: Path, name: str | None = None) -> Folder:
     Raises:
         CheckpointError: it is no EXL2 checkpoint, or one of the files is damaged.
     """
+    strategy, outcome = find_strategy(folder) or (None, None)
     return Folder(
         name=name or _folder_name(folder.resolve()),
         facts=inspect_folder(folder),
         config=read_config(folder),
-        strategy=_read_ours(folder / "strategy.json", ("error", "bits")),
-        measurement=_read_ours(folder / "measurement.json", ("options", "energy", "tokens")),
+        strategy=strategy,
+        outcome=outcome,
+        measurement=find_measurement(folder),
         record=read_record(folder),
         evaluations=read_evaluations(folder),
     )
@@ -87,23 +92,22 @@ def gather(folder: Folder) -> Report:
         `bits_bought` (per step of the curve), `block_kl`, `evaluations`, `calibration`, `command`,
         `settings`, `versions`, `notes`.
     """
-    facts, strategy, measurement = folder.facts, folder.strategy or {}, folder.measurement or {}
+    facts, strategy, outcome, record = folder.facts, folder.strategy, folder.outcome, folder.record
     quantization = folder.config.get("quantization_config") or {}
-    record = folder.record or {}
-    held_out = strategy.get("measured")
-    if held_out:
-        held_out = {**held_out, "text": strategy.get("held_out") or HELD_OUT}
+    held_out = None
+    if outcome is not None and outcome.measured:
+        held_out = {**outcome.measured, "text": outcome.held_out or HELD_OUT}
     rows, errors = _linears(folder)
     points = _frontier(folder)
-    if strategy.get("predicted_kl") and all(point.kl > 0 for point in points):
-        known = [(facts.bpw, strategy["predicted_kl"])]
+    if strategy is not None and strategy.kl and all(point.kl > 0 for point in points):
+        known = [(facts.bpw, strategy.kl)]
         moved = anchored([(point.bpw, point.kl) for point in points], known)
         points = [replace(point, kl=kl) for point, (_, kl) in zip(points, moved, strict=True)]
     return {
         "format_version": REPORT_VERSION,
         "name": folder.name,
         "model": {
-            "name": (record.get("settings") or {}).get("model"),
+            "name": record.settings.get("model") if record else None,
             "family": facts.family,
             "blocks": len(facts.blocks),
             "experts": len({linear.expert for linear in facts.decoder if linear.expert is not None}),
@@ -111,28 +115,28 @@ def gather(folder: Folder) -> Report:
             "producer": str(quantization.get("version", "unknown")),
         },
         "headline": {
-            "target_bpw": strategy.get("target_bpw"),
+            "target_bpw": strategy.target_bpw if strategy else None,
             "bpw": facts.bpw,
             "head_bpw": facts.head_bpw,
             "total_bytes": facts.total_bytes,
-            "predicted_kl": strategy.get("predicted_kl"),
+            "predicted_kl": strategy.kl if strategy else None,
             "held_out": held_out,
         },
         "linears": {"columns": list(LINEAR_COLUMNS), "rows": rows},
         "errors": errors,
         "coverage": {
-            block: [int(expert["tokens"]) for expert in experts]
-            for block, experts in (measurement.get("coverage") or {}).items()
+            str(block): [expert.tokens for expert in experts]
+            for block, experts in (folder.measurement.coverage if folder.measurement else {}).items()
         },
         "curve": [[point.bpw, point.kl] for point in points],
         "bits_bought": _bits_bought(points),
         "block_kl": _block_kl(facts, strategy),
         "evaluations": list(folder.evaluations),
-        "calibration": _calibration(measurement, quantization),
-        "command": record.get("command"),
-        "settings": dict(record.get("settings") or {}),
-        "versions": dict(record.get("versions") or {}),
-        "notes": [str(note) for note in strategy.get("notes", [])],
+        "calibration": _calibration(folder.measurement, quantization),
+        "command": record.command if record else None,
+        "settings": dict(record.settings) if record else {},
+        "versions": dict(record.versions) if record else {},
+        "notes": list(outcome.notes) if outcome else [],
     }
 
 
@@ -173,38 +177,18 @@ def kinds(report: Report) -> list[str]:
     return sorted(found, key=lambda kind: kind != ATTENTION)
 
 
-def _read_ours(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
-    """A JSON file with `linears`; None where there is none, or one of another converter."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict) or "linears" not in content:
-        return None
-    linears = content["linears"]
-    if not isinstance(linears, dict):
-        raise CheckpointError(f"{path}: linears is {type(linears).__name__}, expected an object")
-    for name, entry in linears.items():
-        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise CheckpointError(f"{path}: {name}: {missing[0]} is missing")
-    return content
-
-
 def _linears(folder: Folder) -> tuple[list[list[Any]], str | None]:
     """Rows of LINEAR_COLUMNS in the order of the data, and what their errors are."""
-    chosen = (folder.strategy or {}).get("linears", {})
-    measured = (folder.measurement or {}).get("linears", {})
-    recorded = (folder.record or {}).get("relative_errors", {})
+    chosen = folder.strategy.choices if folder.strategy else {}
+    measured = folder.measurement.linears if folder.measurement else {}
+    recorded = folder.record.relative_errors if folder.record else {}
     rows, predicted = [], False
     for linear in folder.facts.linears:
-        nats = chosen[linear.name]["error"] if linear.name in chosen else None
+        nats = chosen[linear.name].error if linear.name in chosen else None
         entry = measured.get(linear.name)
         error = recorded.get(linear.name)
-        if not recorded and nats is not None and entry and entry["energy"] > 0:
-            error, predicted = float(f"{nats / entry['energy']:.4g}"), True
+        if not recorded and nats is not None and entry and entry.energy > 0:
+            error, predicted = float(f"{nats / entry.energy:.4g}"), True
         rows.append(
             [
                 linear.name,
@@ -214,7 +198,7 @@ def _linears(folder: Folder) -> tuple[list[list[Any]], str | None]:
                 round(linear.bpw, 4),
                 error,
                 nats,
-                entry["tokens"] if entry else None,
+                entry.tokens if entry else None,
                 render_groups(linear.groups) if linear.groups else "16-bit",
             ]
         )
@@ -240,7 +224,7 @@ def _frontier(folder: Folder) -> list[FrontierPoint]:
     """The curve at every tenth of a bit, from the least possible to well beyond this folder's size."""
     if not folder.measurement:
         return []
-    linears, found = folder.measurement["linears"], {linear.name for linear in folder.facts.linears}
+    linears, found = folder.measurement.linears, {linear.name for linear in folder.facts.linears}
     if linears.keys() != found:
         missing = sorted(linears.keys() ^ found)
         raise CheckpointError(f"measurement.json: of another model than the shards: {missing[0]}")
@@ -275,28 +259,31 @@ def _bits_bought(points: Sequence[FrontierPoint]) -> list[dict[str, Any]]:
     return steps
 
 
-def _block_kl(facts: FolderFacts, strategy: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _block_kl(facts: FolderFacts, strategy: Strategy | None) -> list[dict[str, Any]]:
     """Predicted nats of each block by kind, and of the head, whose block is null."""
-    chosen = strategy.get("linears", {})
+    chosen = strategy.choices if strategy else {}
     sums: dict[int | None, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for linear in facts.linears:
         if linear.name in chosen:
-            sums[linear.block][_kind(linear)].append(chosen[linear.name]["error"])
+            sums[linear.block][_kind(linear)].append(chosen[linear.name].error)
     return [
         {"block": block, "kl": {kind: math.fsum(errors) for kind, errors in by_kind.items()}}
         for block, by_kind in sums.items()
     ]
 
 
-def _calibration(measurement: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
-    described = {**(quantization.get("calibration") or {}), **(measurement.get("calibration") or {})}
+def _calibration(measurement: Measurement | None, quantization: Mapping[str, Any]) -> dict[str, Any]:
+    described = {
+        **(quantization.get("calibration") or {}),
+        **(measurement.calibration if measurement else {}),
+    }
     source = str(described.get("source", described.get("dataset", "unknown")))
     return {
         "source": Path(source).name if source.endswith(_FILE_SUFFIXES) else source,
         "rows": described.get("rows"),
         "length": described.get("length"),
         "seed": described.get("seed"),
-        "tokens": measurement.get("tokens"),
+        "tokens": measurement.tokens if measurement else None,
     }
 
 

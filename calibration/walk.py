@@ -1,0 +1,249 @@
+"""The one walk through a block: rows at a time through attention, then its experts, one turn after another.
+
+Measuring, quantizing and predicting all go through blocks this way and differ in what they do at a turn:
+
+    routing = route(live, states, output, x)       # the block without its experts; where each token goes
+    for turn in turns(routing, experts):           # one expert at a time, in order
+        for span in turn.spans():                  # its tokens, some at a time
+            ...                                    # inputs, `turn.inner(...)`, gradients, noise
+        turn.add_to(stream, weights)               # its share, before the next one's turn
+
+Axes: R rows, L tokens of a row, T tokens, D hidden, N and K output and input channels, A experts per token.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.calibration.experts import ExpertTokens, tokens_of
+from dbrx_quant.calibration.states import new_states, open_states
+from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
+from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
+
+ROWS_TOKENS = 2048  # tokens that go through a block's attention at a time
+EXPERT_TOKENS = 2048  # tokens that go through an expert, or the head, at a time
+
+Weights = tuple[Tensor, Tensor, Tensor]  # gate, up and down of an expert, float32 [N, K]
+Through = Callable[[Tensor, LinearSpec], Tensor]  # what happens to a linear's output [T, N] on its way
+
+
+def unchanged(output: Tensor, spec: LinearSpec) -> Tensor:
+    """Nothing happens to a linear's output."""
+    return output
+
+
+def spans(count: int, step: int, begin: int = 0) -> Iterator[slice]:
+    """Slices of at most `step` that cover what lies from `begin` to `count`."""
+    for start in range(begin, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def token_spans(count: int) -> Iterator[slice]:
+    """Slices of at most EXPERT_TOKENS tokens."""
+    yield from spans(count, EXPERT_TOKENS)
+
+
+def batches(states: Tensor) -> Iterator[slice]:
+    """Slices of rows with about ROWS_TOKENS tokens each."""
+    yield from spans(states.shape[0], max(1, ROWS_TOKENS // states.shape[1]))
+
+
+def check_states(states: Tensor, what: str) -> None:
+    """Raise ValueError unless all states are finite."""
+    for part in batches(states):
+        if not bool(torch.isfinite(states[part]).all()):
+            row = int((~torch.isfinite(states[part])).nonzero()[0, 0]) + part.start
+            raise ValueError(
+                f"{what}: NaN or infinity in calibration row {row}; the source model overflows in float32 on "
+                "this text, or its weights are damaged"
+            )
+
+
+def token_rows(states: Tensor) -> Tensor:
+    """The calibration row of each token, [R L]."""
+    return torch.arange(states.shape[0]).repeat_interleave(states.shape[1])
+
+
+def route(live: LiveBlock, states: Tensor, output: Tensor, x: Tensor) -> Routing:
+    """Run all rows through a block but its experts: fills `output` and the experts' inputs `x` [R L, D]."""
+    index, weight = [], []
+    length = states.shape[1]
+    for part in batches(states):
+        output[part], routing = live(states[part])
+        assert routing is not None
+        x[part.start * length : part.stop * length] = routing.x
+        index.append(routing.index)
+        weight.append(routing.weight)
+    return Routing(x, torch.cat(index), torch.cat(weight))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some of an expert's tokens.
+
+    Attributes:
+        index: [T] positions among all tokens.
+        x: [T, D] inputs.
+        weight: [T] routing weights.
+        slot: [T] which of the token's A choices the expert is.
+    """
+
+    index: Tensor
+    x: Tensor
+    weight: Tensor
+    slot: Tensor
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One expert's turn.
+
+    Attributes:
+        expert: its number.
+        gate: its first linear; likewise the next two.
+        up: beside the gate, with the same inputs.
+        down: behind both.
+        routing: of all tokens.
+        activate: the activation function between them.
+    """
+
+    expert: int
+    gate: LinearSpec
+    up: LinearSpec
+    down: LinearSpec
+    routing: Routing
+    activate: Callable[[Tensor], Tensor]
+
+    @property
+    def linears(self) -> tuple[LinearSpec, LinearSpec, LinearSpec]:
+        """Gate, up and down."""
+        return self.gate, self.up, self.down
+
+    def part(self, tokens: slice) -> "Turn":
+        """The same expert's turn with some of the tokens."""
+        return Turn(self.expert, *self.linears, self.routing.part(tokens), self.activate)
+
+    @cached_property
+    def tokens(self) -> ExpertTokens:
+        """The tokens that are routed to it, and some that are not."""
+        return tokens_of(self.routing, self.expert)
+
+    @property
+    def count(self) -> int:
+        """How many tokens are routed to it."""
+        return len(self.tokens.index)
+
+    def dense(self, model: StreamedModel) -> Weights:
+        """Its weights as the source has them."""
+        return model.dense(self.gate), model.dense(self.up), model.dense(self.down)
+
+    def spans(self, begin: int = 0, end: int | None = None) -> Iterator[Span]:
+        """Its tokens from number `begin` to `end`, at most EXPERT_TOKENS at a time."""
+        for part in spans(self.count if end is None else end, EXPERT_TOKENS, begin):
+            yield self._span(part)
+
+    def whole(self) -> Span:
+        """All its tokens at once."""
+        return self._span(slice(None))
+
+    def others(self) -> Iterator[Tensor]:
+        """Inputs [T, D] of tokens that are routed elsewhere, some at a time."""
+        for part in token_spans(len(self.tokens.others)):
+            yield self.routing.x[self.tokens.others[part]]
+
+    def inner(self, x: Tensor, gate: Tensor, up: Tensor, through: Through = unchanged) -> Tensor:
+        """act(gate x) * up x, the input of the down projection, for tokens [T, D] and weights [N, K]."""
+        return self.activate(through(x @ gate.T, self.gate)) * through(x @ up.T, self.up)
+
+    def shares(
+        self, weights: Weights, through: Through = unchanged, at_once: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the expert adds to the stream: positions [T], shares [T, D].
+
+        Args:
+            weights: of the expert.
+            through: what happens to the linears' outputs.
+            at_once: all tokens in one piece.
+        """
+        gate, up, down = weights
+        for span in (self.whole(),) if at_once else self.spans():
+            output = through(self.inner(span.x, gate, up, through) @ down.T, self.down)
+            yield span.index, span.weight[:, None] * output
+
+    def add_to(
+        self, stream: Tensor, weights: Weights, through: Through = unchanged, at_once: bool = False
+    ) -> None:
+        """Add the shares to states [T, D]."""
+        for index, share in self.shares(weights, through, at_once):
+            stream[index] += share
+
+    def _span(self, part: slice) -> Span:
+        index = self.tokens.index[part]
+        return Span(index, self.routing.x[index], self.tokens.weight[part], self.tokens.slot[part])
+
+
+def turns(routing: Routing, experts: ExpertsSpec) -> Iterator[Turn]:
+    """The experts of a block in order; `routing` is of all tokens, with the experts' inputs."""
+    activate = activation(experts.activation)
+    for expert, (gate, up, down) in enumerate(experts.linears):
+        yield Turn(expert, gate, up, down, routing, activate)
+
+
+def add_dense_experts(stream: Tensor, model: StreamedModel, experts: ExpertsSpec, routing: Routing) -> None:
+    """Add what the unquantized experts of a block add to the stream, states [T, D]."""
+    for turn in turns(routing, experts):
+        if turn.count:
+            turn.add_to(stream, turn.dense(model))
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function of that name, transformers' own."""
+    from transformers.activations import ACT2FN
+
+    function: Any = ACT2FN[name]
+    return lambda x: function(x)
+
+
+class DenseShares:
+    """What each expert would add to the stream unquantized: added at first, taken away when its turn comes.
+
+    So the stream misses, at an expert's turn, what those before it have spoilt and not what those after it
+    will add. The shares are kept on disk. A resumed run repeats the same sums and ends with the same bits.
+
+    Args:
+        path: of the file.
+        model: for the dense weights.
+        experts: of a block.
+        routing: of all tokens, with the experts' inputs.
+        stream: [T, D] states, changed in place.
+    """
+
+    def __init__(
+        self, path: Path, model: StreamedModel, experts: ExpertsSpec, routing: Routing, stream: Tensor
+    ) -> None:
+        self._stream, self._path, self._next = stream, path, 0
+        with new_states(self._path, (routing.index.numel(), stream.shape[1])) as shares:
+            begin = 0
+            for turn in turns(routing, experts):
+                if not turn.count:
+                    continue
+                for index, share in turn.shares(turn.dense(model)):
+                    shares[begin : begin + len(index)] = share
+                    stream[index] += share
+                    begin += len(index)
+        self._shares = open_states(self._path)
+
+    def take_away(self, turn: Turn) -> None:
+        """Take the share of an expert out of the states; experts come in order."""
+        for span in turn.spans():
+            self._stream[span.index] -= self._shares[self._next : self._next + len(span.index)]
+            self._next += len(span.index)
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._path.unlink()

@@ -1,0 +1,44 @@
+"""A Hessian made ready for solving: channels in order, factor at hand, and what errors weigh under it.
+
+Axes: K input channels, N output channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.quantize.ldlq import Factor, factorize
+
+SAMPLE_COLUMNS = 128  # columns that stand for all where an estimate is enough
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A Hessian ready for solving: the order of the input channels, and the factor in that order."""
+
+    permutation: Tensor
+    factor: Factor
+
+
+def prepare(matrix: Tensor) -> Prepared:
+    """Order channels by falling variance (act-order) and factorise; takes over the Hessian's memory."""
+    permutation = torch.argsort(matrix.diagonal(), descending=True, stable=True)
+    ordered = matrix[permutation[:, None], permutation[None, :]]
+    return Prepared(permutation, factorize(ordered, overwrite=True))
+
+
+def spread_columns(n: int, count: int) -> Tensor:
+    """`count` columns spread evenly over N, all of them where there are no more."""
+    return torch.arange(n) if n <= count else torch.linspace(0, n - 1, count).long()
+
+
+def energy(weight: Tensor, matrix: Tensor) -> float:
+    """tr(W^T H W) for W [N, K] and H [K, K]."""
+    return float(((weight @ matrix) * weight).sum(dtype=torch.float64))
+
+
+def sampled_energy(weight: Tensor, matrix: Tensor) -> float:
+    """tr(W^T H W) for W [N, K] and H [K, K], from at most SAMPLE_COLUMNS of its columns."""
+    columns = spread_columns(weight.shape[0], SAMPLE_COLUMNS)
+    return energy(weight[columns], matrix) * weight.shape[0] / len(columns)

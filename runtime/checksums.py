@@ -1,0 +1,41 @@
+"""`checksums.json` of a quantized folder: size and SHA-256 of every shard, written when all of them are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dbrx_quant.runtime.json_file import JsonFile
+
+CHECKSUMS_NAME = "checksums.json"
+_FILE = JsonFile("a list of checksums", version=1, remedy="fetch it again, or convert again")
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """What a file should be."""
+
+    sha256: str
+    size: int
+
+
+def write_checksums(folder: Path, files: Mapping[str, Checksum], rounded_to_zero: Mapping[str, int]) -> None:
+    """Write the file, atomically.
+
+    Args:
+        folder: of the shards.
+        files: name → what it should be.
+        rounded_to_zero: 16-bit tensor → how many of its values are too small for half precision.
+    """
+    content = {"files": {name: vars(one) for name, one in files.items()}, "rounded_to_zero": rounded_to_zero}
+    _FILE.write(folder / CHECKSUMS_NAME, content)
+
+
+def read_checksums(folder: Path) -> dict[str, Checksum]:
+    """Name → what the file should be.
+
+    Raises:
+        FileNotFoundError: the folder has no checksums.
+        CheckpointError: they are damaged, or of another version.
+    """
+    fields = _FILE.read(folder / CHECKSUMS_NAME)
+    return {name: Checksum(one.text("sha256"), one.integer("size")) for name, one in fields.objects("files")}

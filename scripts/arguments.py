@@ -1,0 +1,147 @@
+"""The arguments and values that several verbs share, among them those of a conversion's options.
+
+Everything here is imported for `--help`, so it imports nothing heavy.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dbrx_quant.quantize.declared import Declared, flag
+from dbrx_quant.quantize.options import ConvertOptions, declarations, defaults
+
+LOWEST_BPW, HIGHEST_BPW = 2.0, 8.5  # what the format's widths allow; a model's own range is narrower
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_LEAST_BARE_SIZE = 1_000_000  # a smaller number without a unit is a forgotten unit
+
+
+def size(text: str) -> int:
+    """Bytes from `40GB` (10^9 each) or `22GiB` (2^30 each); a number without a unit is bytes.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 40GB, 22.5GB or 22GiB")
+    number, prefix, binary, _ = match.groups()
+    if binary and not prefix:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 40GB, 22.5GB or 22GiB")
+    value = int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])
+    if not prefix and value < _LEAST_BARE_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is {value} bytes; for gigabytes write {number}GB")
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: a size of nothing; write it like 40GB or 22GiB")
+    return value
+
+
+def bpw_list(text: str) -> tuple[float, ...]:
+    """Targets in bits per weight from `3.0` or `2.25,3.0,4.25`.
+
+    Raises:
+        ArgumentTypeError: one is no number, outside what the format allows, or there twice.
+    """
+    targets: list[float] = []
+    for part in text.split(","):
+        try:
+            target = float(part)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r} is no number; write 3.0 or 2.25,3.0,4.25") from None
+        if not LOWEST_BPW <= target <= HIGHEST_BPW:
+            raise argparse.ArgumentTypeError(
+                f"{part.strip()} bits per weight; the format has {LOWEST_BPW:g} to {HIGHEST_BPW:g}"
+            )
+        if target in targets:
+            raise argparse.ArgumentTypeError(f"{target} is there twice")
+        targets.append(target)
+    return tuple(targets)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0."""
+    return _whole(text, 0)
+
+
+def temperature(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 0")
+    return value
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
+    return value
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--json` and `--debug`, which every verb has."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_quiet_argument(parser: argparse._ActionsContainer) -> None:
+    """`--quiet`, of the verbs that can take minutes."""
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def add_options(parser: argparse.ArgumentParser, *, measuring: bool = False) -> None:
+    """Declare the options of a conversion, or those that measuring alone has too."""
+    groups: dict[str, argparse._ActionsContainer] = {"": parser}
+    values = defaults()
+    for name, declared in declarations():
+        if measuring and not declared.measuring:
+            continue
+        if declared.group not in groups:
+            groups[declared.group] = parser.add_argument_group(declared.group)
+        groups[declared.group].add_argument(
+            flag(name, declared), dest=name, default=values[name], help=declared.help, **_value(declared)
+        )
+
+
+def options_of(arguments: argparse.Namespace, model: Path, out: Path, **more: Any) -> ConvertOptions:
+    """The options that a command line gives.
+
+    Args:
+        arguments: from a parser with `add_options`.
+        model: the original's folder.
+        out: where the result goes.
+        **more: further fields.
+    """
+    given = {name: getattr(arguments, name) for name, _ in declarations() if hasattr(arguments, name)}
+    return ConvertOptions(model=model, out=out, **given, **more)
+
+
+def _value(declared: Declared) -> dict[str, Any]:
+    """How argparse takes an option's value."""
+    if declared.kind == "switch":
+        return {"action": "store_true"}
+    if declared.kind == "choice":
+        return {"type": type(declared.choices[0]), "choices": declared.choices}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "whole": positive if declared.least else natural,
+        "size": size,
+        "text": str,
+        "file": Path,
+        "folder": Path,
+    }
+    return {"type": kinds[declared.kind], "metavar": declared.metavar}
