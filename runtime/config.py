@@ -31,6 +31,9 @@ def load_config(folder: Path) -> Any:
     DBRX as on the Hub keeps its RoPE base inside `attn_config`, where transformers 5 does not look: it would
     run with base 10000 instead of 500000. Here the nested value counts when there is no other.
 
+    Code that the folder brings or names is not run: no class of an `auto_map`, and no attention kernel, which
+    transformers would fetch from the Hub.
+
     Raises:
         CheckpointError: there is no `config.json`, or transformers does not know its architecture.
     """
@@ -38,9 +41,10 @@ def load_config(folder: Path) -> Any:
 
     raw = read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:  # mistyped fields
         raise CheckpointError(f"{Path(folder) / 'config.json'}: {error}") from None
+    config._attn_implementation = None
     repair_rope(config, raw)
     return config
 

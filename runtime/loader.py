@@ -109,7 +109,8 @@ def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float3
     if architecture.family == "dbrx" and not any(name.endswith(".ffn.experts.mlp.w1") for name in names):
         where, options["state_dict"] = None, _fused_dbrx(architecture, checkpoint)
     else:
-        where, options["local_files_only"] = str(folder), True
+        where = str(folder)
+        options |= {"local_files_only": True, "use_safetensors": True}  # else it may be pickled weights
     try:
         model, info = getattr(transformers, config.architectures[0]).from_pretrained(where, **options)
     except (OSError, RuntimeError) as error:

@@ -1,6 +1,7 @@
 """How fast a small model decodes on the CPU, and where the time of a token goes.
 
     python -m dbrx_quant.scripts.bench_decode DIR [--threads N] [--tokens N] [--dtype NAME] [--json]
+        [--record DIR]
 
 Runs transformers' `generate` (greedy, no end of text) on a quantized folder in turns with and without
 native steps, with 1 and 2 threads unless told otherwise, and counts the fastest run of each. Further runs
@@ -23,6 +24,7 @@ from dbrx_quant.runtime import _native, load_model
 from dbrx_quant.runtime.decoder_parts import layer_parts
 from dbrx_quant.runtime.linear import QuantLinear
 from dbrx_quant.runtime.native_step import use_native_step
+from dbrx_quant.scripts.bench_record import add_record_argument, record
 from dbrx_quant.scripts.output import ends_with_its_reader, print_json, print_table
 
 PROMPT = torch.arange(1, 17)[None]
@@ -171,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5, help="of each kind (default: %(default)s)")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32", help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_record_argument(parser)
     arguments = parser.parse_args(argv)
     model = load_model(arguments.folder, dtype=_DTYPES[arguments.dtype])
     model.generation_config.eos_token_id = None
@@ -182,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         "isa": _native.isa(),
         "tokens": arguments.tokens,
     }
+    record("decode", arguments, report)
     if arguments.json:
         print_json(report)
     else:

@@ -1,6 +1,7 @@
 """How fast the CPU kernels run at DBRX's shapes, beside what this machine's memory gives. Random weights.
 
-    python -m dbrx_quant.scripts.bench_kernels [--threads N] [--json] [--plot FILE] [--llama FOLDER]
+    python -m dbrx_quant.scripts.bench_kernels [--threads N] [--json] [--record DIR] [--plot FILE]
+        [--llama FOLDER]
 
 One run measures, with 1 and 2 threads unless told otherwise:
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from dbrx_quant.runtime import _native
 from dbrx_quant.runtime.backends.cpu import describe_linear
+from dbrx_quant.scripts.bench_record import add_record_argument, record
 from dbrx_quant.scripts.output import ends_with_its_reader, print_json, print_table
 
 HIDDEN, FFN, EXPERTS, ACTIVE = 6144, 10752, 16, 4  # DBRX
@@ -367,8 +369,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--llama", type=Path, help="folder with llama.cpp's ggml libraries, to compare with")
     parser.add_argument("--plot", type=Path, help="write a picture here (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_record_argument(parser)
     arguments = parser.parse_args(argv)
     report = measure(arguments)
+    record("kernels", arguments, report)
     if arguments.plot:
         plot(report, arguments.plot)
     if arguments.json:

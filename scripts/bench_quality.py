@@ -2,6 +2,7 @@
 
     python -m dbrx_quant.scripts.bench_quality MODEL --calibration FILE --held-out FILE --text FILE
         --work DIR [--study sizes,scales,…] [--targets 2.5,3.0,4.25] [--peers FILE] [--plot DIR]
+        [--record DIR]
 
 Measures once for each setting, quantizes each variant (`quality_variants`) to each target, loads the result
 as a user would and scores it: on the held-out text, or, for the table of sizes, on the test text. What is
@@ -45,6 +46,7 @@ from dbrx_quant.runtime.files import fingerprint, write_json
 from dbrx_quant.runtime.inspect import inspect_folder
 from dbrx_quant.runtime.loader import load_dense, load_model
 from dbrx_quant.runtime.products import fast_products
+from dbrx_quant.scripts.bench_record import add_record_argument, record
 from dbrx_quant.scripts.output import ends_with_its_reader, hush_loading, print_json, say
 from dbrx_quant.scripts.quality_report import compare, plot, show
 from dbrx_quant.scripts.quality_variants import LENGTH, STUDIES, Setting, Variant
@@ -256,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write quality-NAME.png there (matplotlib)")
     parser.add_argument("--markdown", action="store_true", help="print tables for a document")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_record_argument(parser)
     arguments = parser.parse_args(argv)
     arguments.name = arguments.name or arguments.model.resolve().name
     unknown = [study for study in arguments.study if study not in STUDIES]
@@ -267,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         _native.set_threads(arguments.threads)
     hush_loading(quiet=True)
     report = measure_all(arguments)
+    record(f"quality-{arguments.name}", arguments, report)
     if arguments.plot and report["studies"].get("sizes"):
         plot(report, arguments.peers, arguments.plot / f"quality-{arguments.name}.png")
     print_json(report) if arguments.json else show(report, arguments.peers, arguments.markdown)

@@ -116,7 +116,7 @@ def test_linear_is_as_accurate_as_torch(shape, dtype):
         assert_as_accurate_as_torch(torch.cat(ours), torch.cat(exact), torch.cat(plain))
 
 
-def test_bfloat16_activations_beyond_halfs_range_are_scaled():
+def test_bfloat16_activations_beyond_the_range_of_a_half_are_scaled():
     tensors = oracle.random_tensors([(4, 64)], 32)
     x = torch.randn(4, 64) * torch.tensor([1e30, 1e-30, 1e5, 0.0])[:, None]
     x[2, 5] = -3e8  # an outlier, as trained models have them

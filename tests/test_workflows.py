@@ -52,3 +52,15 @@ def test_all_agree_on_the_oldest_python():
     assert project["tool"]["ruff"]["target-version"] == f"py3{oldest}"
     assert f"sys.version_info < (3, {oldest})" in setup
     assert f"Python 3.{oldest} or newer" in setup
+
+
+def test_hooks_before_a_commit_run_what_the_development_environment_has():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repository["repo"] for repository in config["repos"]] == ["local"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = {re.split(r"[^\w-]", name)[0] for name in project["project"]["optional-dependencies"]["dev"]}
+    of_hooks = {"trailing-whitespace-fixer": "pre-commit-hooks", "end-of-file-fixer": "pre-commit-hooks"}
+    for hook in config["repos"][0]["hooks"]:
+        assert hook["language"] == "system"
+        program = hook["entry"].split()[0]
+        assert of_hooks.get(program, program) in packages, f"{program} is not in the extra dev"
