@@ -22,10 +22,10 @@ from dbrx_quant.quantize.measurement import (
     source_facts,
     write_measurement,
 )
+from dbrx_quant.quantize.memory import check_disk, check_memory
 from dbrx_quant.quantize.options import ConvertOptions, target_name
 from dbrx_quant.quantize.patch_config import Summary, generation_config, patched_config, write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
-from dbrx_quant.quantize.plan import check_channels, check_disk, check_memory, shape_range, total_bytes
 from dbrx_quant.quantize.predict import Predictor
 from dbrx_quant.quantize.progress import bar
 from dbrx_quant.quantize.record import RECORD_NAME, write_record
@@ -33,6 +33,7 @@ from dbrx_quant.quantize.repair import NO_REPAIR
 from dbrx_quant.quantize.rows import Rows, load_rows
 from dbrx_quant.quantize.shards import write_shards
 from dbrx_quant.quantize.side_files import copy_side_files
+from dbrx_quant.quantize.sizes import check_channels, shape_range, total_bytes
 from dbrx_quant.quantize.strategy import STRATEGY_NAME, Outcome, Strategy, read_strategy, write_strategy
 from dbrx_quant.quantize.tokenizer import write_tokenizer
 from dbrx_quant.runtime.config import read_config

@@ -15,16 +15,10 @@ from dbrx_quant.quantize.grid import error_table
 from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
 from dbrx_quant.quantize.measurement import Option
 from dbrx_quant.quantize.prepare import SAMPLE_COLUMNS, Prepared, spread_columns
-from dbrx_quant.quantize.recipe import (
-    GROUP_ROWS,
-    lower_hull,
-    predicted_error,
-    price_range,
-    render_groups,
-    water_fill,
-)
+from dbrx_quant.quantize.recipe import GROUP_ROWS, lower_hull, predicted_error, price_range, water_fill
 from dbrx_quant.quantize.shrinkage import trial_error
 from dbrx_quant.runtime.format import WIDTHS, padded_columns, storage_bits, uniform_groups
+from dbrx_quant.runtime.group_text import render_groups
 
 PRICES = 48  # prices of a bit that the curve is drawn at
 FEEDBACK_ROWS = 64  # rows of the groups of the real solutions that calibrate the table

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.experts import ExpertCoverage, coverage
-from dbrx_quant.calibration.fisher import GradientSum, head_gradients
+from dbrx_quant.calibration.fisher import GradientSum
+from dbrx_quant.calibration.head import head_gradients
 from dbrx_quant.calibration.hessian import SplitMoments
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.calibration.experts import ExpertCoverage
-from dbrx_quant.quantize.recipe import parse_groups
 from dbrx_quant.quantize.shrinkage import Shrinkage
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.files import fingerprint
 from dbrx_quant.runtime.format import WIDTHS, GroupMap
+from dbrx_quant.runtime.group_text import parse_groups
 from dbrx_quant.runtime.json_file import VERSION_KEY, Fields, JsonFile, is_number, read_object
 
 MEASUREMENT_NAME = "measurement.json"

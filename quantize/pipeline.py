@@ -34,7 +34,6 @@ from dbrx_quant.calibration.walk import (
 from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.measurement import Measurement
 from dbrx_quant.quantize.progress import Progress
-from dbrx_quant.quantize.recipe import parse_groups
 from dbrx_quant.quantize.refit import ResidualTarget
 from dbrx_quant.quantize.repair import DEFAULT_REPAIR, NO_REPAIR, Repair, RepairMoments
 from dbrx_quant.quantize.solve import Solved, solve_linears
@@ -43,6 +42,7 @@ from dbrx_quant.runtime.evaluate import evaluate
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias, to_half
 from dbrx_quant.runtime.files import save_tensors, write_json
 from dbrx_quant.runtime.format import padded_columns
+from dbrx_quant.runtime.group_text import parse_groups
 from dbrx_quant.runtime.ops import dequantize
 
 

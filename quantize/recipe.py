@@ -1,10 +1,9 @@
-"""Bits for every run of rows: how a recipe is written down, and the best recipe at each price of a bit.
+"""Bits for every run of rows: the best group map at each price of a bit.
 
 Axes: K input channels in packed order, N output channels, U = K / 32 units of rows.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -15,32 +14,6 @@ UNIT = 32
 GROUP_ROWS = (32, 64, 128)
 
 Array = npt.NDArray[np.float64]
-
-
-def render_groups(groups: Sequence[Group]) -> str:
-    """A group map as text: `4:64x2 3:32` is two 4-bit groups of 64 rows, then a 3-bit group of 32."""
-    parts = []
-    for group, run in groupby(groups):
-        count = len(list(run))
-        parts.append(f"{group.bits}:{group.rows}" + (f"x{count}" if count > 1 else ""))
-    return " ".join(parts)
-
-
-def parse_groups(text: str) -> GroupMap:
-    """The group map that `render_groups` wrote.
-
-    Raises:
-        ValueError: the text is not of that form.
-    """
-    groups: list[Group] = []
-    for part in text.split():
-        try:
-            bits, rest = part.split(":")
-            rows, _, count = rest.partition("x")
-            groups += [Group(int(bits), int(rows))] * int(count or 1)
-        except ValueError:
-            raise ValueError(f"{part!r} is not of the form bits:rows or bits:rowsxcount") from None
-    return tuple(groups)
 
 
 def water_fill(tables: Mapping[int, Array], n: int, prices: Array) -> list[GroupMap]:

@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert, or tell what converting would take."""
     from dbrx_quant.quantize.conversion import convert
     from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
-    from dbrx_quant.quantize.plan import bpw_for_size, bpw_for_vram, plan
+    from dbrx_quant.quantize.plan import plan
+    from dbrx_quant.quantize.sizes import bpw_for_size, bpw_for_vram
     from dbrx_quant.runtime.loader import find_folder
 
     options = options_of(

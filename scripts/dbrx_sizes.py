@@ -8,15 +8,8 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from dbrx_quant.quantize.plan import (
-    cache_bytes,
-    decoder_weights,
-    fixed_bytes,
-    peak_bytes,
-    shape_range,
-    states_bytes,
-    total_bytes,
-)
+from dbrx_quant.quantize.memory import peak_bytes, states_bytes
+from dbrx_quant.quantize.sizes import cache_bytes, decoder_weights, fixed_bytes, shape_range, total_bytes
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.facts import Architecture
 from dbrx_quant.scripts.output import ends_with_its_reader, print_json

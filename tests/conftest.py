@@ -3,11 +3,11 @@
 import ctypes
 import os
 import signal
-from pathlib import Path
 
 import emulator_build
 import pytest
 import torch
+from places import SHARED
 
 import oracles_ops
 from dbrx_quant.runtime import _cuda, _native
@@ -17,7 +17,6 @@ from dbrx_quant.runtime.activations import use_activations
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOLDEN = sorted((SHARED / "golden").glob("*.safetensors"))
 
 

@@ -3,9 +3,9 @@
 import hashlib
 import shutil
 import subprocess
-from pathlib import Path
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+from places import CSRC
+
 BUILD = CSRC.parent / "build" / "emulator"
 FLAGS = (
     "-std=c++17",

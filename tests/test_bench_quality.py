@@ -12,8 +12,9 @@ from measurements import measurement as made
 from dbrx_quant.calibration.data import UNSEEN_EVERY
 from dbrx_quant.quantize.allocate import allocate
 from dbrx_quant.quantize.ldlq import factorize, quantize_matrix
-from dbrx_quant.quantize.recipe import GROUP_ROWS, parse_groups
+from dbrx_quant.quantize.recipe import GROUP_ROWS
 from dbrx_quant.runtime.format import check_groups, uniform_groups
+from dbrx_quant.runtime.group_text import parse_groups
 from dbrx_quant.scripts import quality_variants as variants
 from dbrx_quant.scripts.bench_quality import read_peers, replaced
 from dbrx_quant.scripts.quality_report import (

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from places import TINY
 from safetensors import safe_open
 from small_models import CONFIGS, VOCABULARY, random_tokens, save_model, save_random_tokens, whole_model
 
@@ -24,7 +24,6 @@ from dbrx_quant.runtime.loader import load_model
 from dbrx_quant.runtime.verify import verify
 from dbrx_quant.runtime.vocabulary import SpecialIds
 
-TINY = Path(__file__).parent / "data" / "tiny-dbrx"
 TARGETS = (2.5, 3.0, 4.25)
 
 

@@ -16,8 +16,8 @@ from dbrx_quant.quantize.curve import (
     spread_columns,
 )
 from dbrx_quant.quantize.ldlq import quantize_matrix
-from dbrx_quant.quantize.recipe import parse_groups, render_groups
 from dbrx_quant.runtime.format import WIDTHS, Group, check_groups, padded_columns, storage_bits
+from dbrx_quant.runtime.group_text import parse_groups, render_groups
 from oracles_solver import damped, strong_hessian, weights
 
 

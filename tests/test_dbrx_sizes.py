@@ -2,13 +2,13 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
+from places import DOCS
 
 from dbrx_quant.scripts import dbrx_sizes
 
-GUIDE = Path(__file__).resolve().parents[1] / "docs" / "dbrx.md"
+GUIDE = DOCS / "dbrx.md"
 D, F, BLOCKS, EXPERTS, KV, VOCABULARY = 6144, 10752, 40, 16, 8 * 128, 100352
 WEIGHTS = BLOCKS * (D * (D + 2 * KV) + D * D + EXPERTS * 3 * D * F)
 

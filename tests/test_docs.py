@@ -1,15 +1,14 @@
 """The documentation keeps its word: links lead somewhere, the command takes the commands that are shown."""
 
 import re
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 from command_lines import command_lines, parse_fault
+from places import ROOT
 
 from dbrx_quant.scripts.main import VERBS
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -8,7 +8,8 @@ from small_models import EXPERTS, random_tokens, save_model, whole_model
 from torch import nn
 
 from dbrx_quant.calibration import fisher, passes
-from dbrx_quant.calibration.fisher import TOKENS_AT_ONCE, GradientSum, head_gradients
+from dbrx_quant.calibration.fisher import GradientSum
+from dbrx_quant.calibration.head import TOKENS_AT_ONCE, head_gradients
 from dbrx_quant.calibration.hessian import Moments
 from dbrx_quant.calibration.states import open_states
 from dbrx_quant.calibration.streamed import StreamedModel

@@ -1,9 +1,8 @@
 """The operations that an estimate counts are about those that torch counts while it is done."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from places import TINY
 from small_models import save_random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,7 +12,6 @@ from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.families import describe
 
-TINY = Path(__file__).parent / "data" / "tiny-dbrx"
 ROWS, LENGTH = 16, 64
 
 

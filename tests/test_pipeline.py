@@ -19,13 +19,13 @@ from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.pipeline import QuantizeJob, finished_weight, quantize_model
 from dbrx_quant.quantize.prepare import prepare
 from dbrx_quant.quantize.progress import Progress
-from dbrx_quant.quantize.recipe import parse_groups
 from dbrx_quant.quantize.repair import DEFAULT_REPAIR, NO_REPAIR
 from dbrx_quant.quantize.shrinkage import hessian
 from dbrx_quant.quantize.solve import solve_linear
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families.facts import load_bias
 from dbrx_quant.runtime.format import dequantize_linear, uniform_groups, unpack_linear
+from dbrx_quant.runtime.group_text import parse_groups
 from oracles_solver import damped, strong_hessian, weights
 
 

@@ -7,29 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import TINY
 from small_models import random_tokens, save_model, save_random_tokens
 from test_families import CONFIGS
 
 from dbrx_quant.quantize import plan as planning
 from dbrx_quant.quantize.conversion import convert, measure_model
 from dbrx_quant.quantize.measurement import read_measurement
+from dbrx_quant.quantize.memory import check_disk, check_memory, peak_bytes, states_bytes
 from dbrx_quant.quantize.options import ConvertOptions
-from dbrx_quant.quantize.plan import (
-    bpw_for_size,
-    bpw_for_vram,
-    check_disk,
-    check_memory,
-    peak_bytes,
-    plan,
-    shape_range,
-    states_bytes,
-    total_bytes,
-)
+from dbrx_quant.quantize.plan import plan
+from dbrx_quant.quantize.sizes import bpw_for_size, bpw_for_vram, shape_range, total_bytes
 from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
-
-TINY = Path(__file__).parent / "data" / "tiny-dbrx"
 
 
 @pytest.fixture(scope="module")

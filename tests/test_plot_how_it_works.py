@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from dbrx_quant.scripts import plot_how_it_works
 
-ROOT = Path(__file__).resolve().parents[1]
 SHOWN = set(
     re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8"))
 )

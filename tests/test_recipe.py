@@ -12,13 +12,12 @@ from dbrx_quant.quantize.recipe import (
     GROUP_ROWS,
     coarsest_groups,
     lower_hull,
-    parse_groups,
     predicted_error,
     price_range,
-    render_groups,
     water_fill,
 )
 from dbrx_quant.runtime.format import WIDTHS, Group, check_groups, storage_bits
+from dbrx_quant.runtime.group_text import parse_groups, render_groups
 
 N = 96
 groups_strategy = st.lists(

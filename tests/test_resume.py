@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from places import TINY
 from small_models import save_model, save_random_tokens
 
 from dbrx_quant.quantize.conversion import convert
@@ -18,7 +19,6 @@ from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.runtime import files
 from dbrx_quant.runtime.verify import verify
 
-TINY = Path(__file__).parent / "data" / "tiny-dbrx"
 TARGETS = "2.6,3.5"
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from places import TINY as FOLDER
 from safetensors import safe_open
 
 from dbrx_quant.scripts import make_tiny_dbrx as tiny
 
-FOLDER = Path(__file__).parent / "data" / "tiny-dbrx"
 # The ids of cl100k's and DBRX's own tokens as on the Hub.
 HUB_IDS = {
     "<|endoftext|>": 100257,

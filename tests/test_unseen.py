@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from places import TINY
 from small_models import random_tokens, save_model, whole_model
 
 from dbrx_quant.calibration.data import load_tokens
@@ -22,8 +22,6 @@ from dbrx_quant.quantize.record import read_record
 from dbrx_quant.runtime.evaluate import evaluate
 from dbrx_quant.runtime.loader import load_model
 from dbrx_quant.scripts.main import main
-
-TINY = Path(__file__).parent / "data" / "tiny-dbrx"
 
 
 def inputs(seed, tokens=300, channels=64):

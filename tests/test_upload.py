@@ -7,11 +7,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from os import environ
-from pathlib import Path
 
 import hub_server
 import pytest
 from hub_server import TOKEN
+from places import TINY
 from upload_runs import BASE, CARD, MEASURED, REPO, retarget, sent, write_json
 
 from dbrx_quant.quantize import publish
@@ -374,7 +374,7 @@ def test_what_landed_is_loaded_by_id_and_revision_and_gives_the_same_logits(made
 
 @pytest.mark.slow
 def test_a_conversion_that_was_evaluated_is_published_with_its_figures_and_loads(tmp_path):
-    tiny = Path(__file__).parent / "data" / "tiny-dbrx"
+    tiny = TINY
     source, out = shutil.copytree(tiny, tmp_path / "source"), tmp_path / "out"
     for name, text in (("README.md", CARD), ("LICENSE", "licence"), ("NOTICE", "notice")):
         (source / name).write_text(text, encoding="utf-8")

@@ -6,11 +6,11 @@ import subprocess
 import sys
 import zipfile
 from importlib.metadata import distribution
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("runtime", "calibration", "quantize", "scripts")
 LEFT_OUT = (".sh", ".pyc")
 FILES = {

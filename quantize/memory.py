@@ -1,0 +1,107 @@
+"""Memory and disk that a conversion takes, and whether this machine has them, before hours go into it."""
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from dbrx_quant.calibration.unseen import UNSEEN_TOKENS
+from dbrx_quant.quantize.repair import REPAIRED
+from dbrx_quant.runtime.families.facts import Architecture, LinearSpec
+
+BASE_BYTES = 900_000_000  # Python, torch and transformers
+
+
+def states_bytes(architecture: Architecture, tokens: int) -> int:
+    """The hidden states and gradients before every block that are on disk while it is measured."""
+    return 2 * 4 * tokens * architecture.hidden * (len(architecture.blocks) + 2)
+
+
+def peak_bytes(architecture: Architecture, tokens: int) -> int:
+    """Estimate of the most memory that a conversion takes at a time.
+
+    One block's attention (or whole dense block) in float32, or one expert, with the moments and the factor of
+    the linear being solved; experts' inputs and their gradients for all tokens.
+    """
+    most = 0
+    for block in architecture.blocks[:1] + architecture.blocks[-1:]:
+        dense = 4 * sum(math.prod(s.shape) for stage in block.stages for s in stage)
+        moments = sum(8 * stage[0].shape[0] ** 2 for stage in block.stages)
+        moments += 4 * min(tokens, UNSEEN_TOKENS) * sum(stage[0].shape[0] for stage in block.stages)
+        most = max(most, 2 * dense + moments + max(_solving(s) for stage in block.stages for s in stage))
+        if block.experts:
+            expert = 4 * sum(math.prod(s.shape) for s in block.experts.linears[0])
+            held = sum(12 * s.shape[0] ** 2 for s in block.experts.linears[0][1:])
+            held += 4 * min(tokens, UNSEEN_TOKENS) * sum(s.shape[0] for s in block.experts.linears[0][1:])
+            streams = 3 * 4 * tokens * architecture.hidden
+            solving = max(_solving(s) for s in block.experts.linears[0])
+            most = max(most, dense + expert + held + streams + solving)
+    return BASE_BYTES + max(most, _solving(architecture.head) + 4 * math.prod(architecture.head.shape))
+
+
+def _solving(spec: LinearSpec) -> int:
+    k, n = spec.shape
+    repairing = 12 * k * k + 24 * k * n if spec.role in REPAIRED else 0  # held-out moments, factor; changes
+    return max(repairing, 12 * k * k + 19 * k * n)  # Hessian, ordered copy, factor; weights, targets, results
+
+
+def check_memory(architecture: Architecture, tokens: int, limit: int | None) -> None:
+    """Raise ValueError if a conversion is expected to take more memory than `limit` bytes."""
+    wanted = peak_bytes(architecture, tokens)
+    if limit is not None and wanted > limit:
+        raise ValueError(
+            f"about {wanted / 1e9:.2f} GB of memory are needed at a time, --max-memory allows "
+            f"{limit / 1e9:.2f} GB; fewer calibration tokens need less"
+        )
+
+
+def check_disk(
+    architecture: Architecture,
+    tokens: int,
+    work: Path,
+    out: Path | None,
+    results: Sequence[int] = (),
+    measured: bool = False,
+) -> None:
+    """Raise ValueError if the disk has no room for a conversion, before hours have gone into it.
+
+    Args:
+        architecture: of the model.
+        tokens: of the calibration.
+        work: the work folder; what it holds from earlier on counts as room.
+        out: where results go; None: there are none.
+        results: bytes of each.
+        measured: whether the measurement is there already.
+    """
+    states = 4 * tokens * architecture.hidden * 6 if measured else states_bytes(architecture, tokens)
+    wanted, there = states + max(results, default=0), _bytes_in(work)
+    folder = _existing(work)
+    free = shutil.disk_usage(folder).free + there
+    if wanted > free:
+        raise ValueError(
+            f"{work}: about {wanted / 1e9:.2f} GB of disk are needed for states and linears, "
+            f"{free / 1e9:.2f} GB are free; fewer calibration tokens (--rows, --length) need less, or put "
+            "--work-dir on another disk"
+        )
+    if out is None:
+        return
+    place, total = _existing(out), sum(results)
+    if os.stat(place).st_dev == os.stat(folder).st_dev:
+        free -= max(results, default=0)  # states are gone by then, but not the linears
+    else:
+        free = shutil.disk_usage(place).free
+    if total > free + _bytes_in(out):
+        raise ValueError(
+            f"{out}: the results take {total / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+            "ask for fewer or smaller ones, or write to another disk"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,10 @@
+"""Where things are in a checkout."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[0]
+ROOT = TESTS.parent
+SHARED = ROOT.parent / "shared"  # data for measuring, which need not be there
+CSRC = ROOT / "csrc"
+DOCS = ROOT / "docs"
+TINY = TESTS / "data" / "tiny-dbrx"
