@@ -1,10 +1,13 @@
-"""Where gradients begin: labels drawn from the model itself, taken back through its head (`fisher`)."""
+"""A model's head on streamed states: gradients of drawn labels, and how far two models are apart."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.fisher import GradientSum
 from dbrx_quant.calibration.streamed import StreamedModel
+from dbrx_quant.runtime.evaluate import Scores, evaluate
 
 TOKENS_AT_ONCE = 512  # tokens whose logits are held at a time
 
@@ -47,3 +50,31 @@ def head_gradients(
         assert x.grad is not None
         gradients[part] = x.grad
     return total
+
+
+def distance(
+    model: StreamedModel,
+    states: Tensor,
+    original: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    through: Callable[[Tensor], Tensor] | None = None,
+) -> Scores:
+    """How far a changed model is from its original, from the states that both end with.
+
+    Args:
+        model: the original.
+        states: [R, L, D] after the changed model's last block.
+        original: [R, L, D] after the original's.
+        weight: [vocabulary, D] of the changed model's head.
+        rows: [R, L] token ids.
+        through: what happens to the changed model's logits on their way.
+    """
+    dense = model.dense(model.architecture.head)
+    ends, goals = iter(states), iter(original)
+
+    def changed(_: Tensor) -> Tensor:
+        logits = model.final_norm(next(ends)) @ weight.T
+        return through(logits) if through else logits
+
+    return evaluate(changed, lambda _: model.final_norm(next(goals)) @ dense.T, rows)

@@ -201,6 +201,39 @@ def add_dense_experts(stream: Tensor, model: StreamedModel, experts: ExpertsSpec
             turn.add_to(stream, turn.dense(model))
 
 
+def embed_rows(model: StreamedModel, tokens: Tensor, path: Path) -> None:
+    """Write the states [R, L, D] before the first block."""
+    with new_states(path, (*tokens.shape, model.architecture.hidden)) as states:
+        for part in batches(states):
+            states[part] = model.embed(tokens[part])
+
+
+def run_dense_block(
+    model: StreamedModel, index: int, states: Tensor, output: Tensor, middle: Tensor, scratch: Path
+) -> None:
+    """Take states [R, L, D] through an unquantized block.
+
+    Args:
+        model: the source.
+        index: of the block.
+        states: before it.
+        output: filled with those after it.
+        middle: filled with those after its attention.
+        scratch: path for the experts' inputs while it runs.
+    """
+    live = model.block(index)
+    if live.spec.experts is None:
+        for part in batches(states):
+            output[part], middle[part] = live.with_middle(states[part])
+        return
+    hidden = states.shape[-1]
+    with new_states(scratch, (states.shape[0] * states.shape[1], hidden)) as x:
+        routing = route(live, states, middle, x)
+        output.copy_(middle)
+        add_dense_experts(output.view(-1, hidden), model, live.spec.experts, routing)
+    scratch.unlink()
+
+
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The activation function of that name, transformers' own."""
     from transformers.activations import ACT2FN

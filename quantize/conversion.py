@@ -27,7 +27,6 @@ from dbrx_quant.quantize.options import ConvertOptions, target_name
 from dbrx_quant.quantize.patch_config import Summary, generation_config, patched_config, write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.predict import Predictor
-from dbrx_quant.quantize.progress import bar
 from dbrx_quant.quantize.record import RECORD_NAME, write_record
 from dbrx_quant.quantize.repair import NO_REPAIR
 from dbrx_quant.quantize.rows import Rows, load_rows
@@ -42,6 +41,7 @@ from dbrx_quant.runtime.evaluations import EVALUATION_NAME
 from dbrx_quant.runtime.files import remove_leftovers, write_json
 from dbrx_quant.runtime.json_file import JsonFile
 from dbrx_quant.runtime.products import fast_products
+from dbrx_quant.runtime.progress import bar
 from dbrx_quant.runtime.tokenizer_check import check_tokenizer
 from dbrx_quant.runtime.verify import verify
 from dbrx_quant.runtime.vocabulary import read_object, special_ids

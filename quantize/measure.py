@@ -18,6 +18,7 @@ from dbrx_quant.calibration.experts import ExpertCoverage, coverage
 from dbrx_quant.calibration.fisher import GradientSum
 from dbrx_quant.calibration.head import head_gradients
 from dbrx_quant.calibration.hessian import SplitMoments
+from dbrx_quant.calibration.shrinkage import Shrinkage, hessian
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
 from dbrx_quant.calibration.unseen import UNSEEN_TOKENS, UnseenInputs
@@ -28,6 +29,7 @@ from dbrx_quant.calibration.walk import (
     add_dense_experts,
     batches,
     check_states,
+    embed_rows,
     route,
     token_rows,
     token_spans,
@@ -39,10 +41,10 @@ from dbrx_quant.quantize.entries import REMEDY, Entry, priced
 from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.measurement import LinearMeasurement, Measurement, read_coverage
 from dbrx_quant.quantize.prepare import prepare, sampled_energy, spread_columns
-from dbrx_quant.quantize.progress import Progress
-from dbrx_quant.quantize.shrinkage import Shrinkage, choose_shrinkage, hessian
+from dbrx_quant.quantize.shrinkage import choose_shrinkage
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 from dbrx_quant.runtime.json_file import JsonFile
+from dbrx_quant.runtime.progress import Progress
 
 GRADIENT_TOKENS = 2048  # from twice as many on, only a part of the rows goes backward as well
 MOST_STRIDE = 2  # that part is a half at least
@@ -143,9 +145,7 @@ def _forward(job: MeasureJob) -> None:
     ids = job.rows
     shape = (*ids.shape, architecture.hidden)
     if not job.states(0).exists():
-        with new_states(job.states(0), shape) as states:
-            for part in batches(states):
-                states[part] = job.model.embed(ids[part])
+        embed_rows(job.model, ids, job.states(0))
     for block in architecture.blocks:
         if not job.states(block.index + 1).exists():
             states = open_states(job.states(block.index))

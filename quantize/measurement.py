@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.calibration.experts import ExpertCoverage
-from dbrx_quant.quantize.shrinkage import Shrinkage
+from dbrx_quant.calibration.shrinkage import Shrinkage
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.files import fingerprint
 from dbrx_quant.runtime.format import WIDTHS, GroupMap

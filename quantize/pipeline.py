@@ -10,40 +10,43 @@ not calibrated on go through both, and tell at the end how far the quantized mod
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dbrx_quant.calibration.hessian import Moments, SplitMoments
+from dbrx_quant.calibration.collect import (
+    down_moments,
+    gate_up_moments,
+    head_moments,
+    stage_moments,
+    stage_residual,
+)
+from dbrx_quant.calibration.head import distance
 from dbrx_quant.calibration.states import new_states, open_states
-from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
+from dbrx_quant.calibration.stream import ComparedStream, Stream
+from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
 from dbrx_quant.calibration.walk import (
     Turn,
-    add_dense_experts,
     batches,
     check_states,
+    embed_rows,
     route,
+    run_dense_block,
     token_rows,
     turns,
 )
 from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.measurement import Measurement
-from dbrx_quant.quantize.progress import Progress
-from dbrx_quant.quantize.refit import ResidualTarget
-from dbrx_quant.quantize.repair import DEFAULT_REPAIR, NO_REPAIR, Repair, RepairMoments
-from dbrx_quant.quantize.solve import Solved, solve_linears
-from dbrx_quant.quantize.stream import RepairedStream, Stream, finish_repair
-from dbrx_quant.runtime.evaluate import evaluate
-from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias, to_half
-from dbrx_quant.runtime.files import save_tensors, write_json
-from dbrx_quant.runtime.format import padded_columns
-from dbrx_quant.runtime.group_text import parse_groups
-from dbrx_quant.runtime.ops import dequantize
+from dbrx_quant.quantize.repair import DEFAULT_REPAIR, NO_REPAIR, Repair
+from dbrx_quant.quantize.solve import Solver
+from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias
+from dbrx_quant.runtime.files import write_json
+from dbrx_quant.runtime.linear_files import LinearFiles
+from dbrx_quant.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,26 @@ class QuantizeJob:
         """The distance to the original, measured."""
         return self.folder / "distance.json"
 
-    def linear(self, name: str) -> Path:
-        """The packed tensors of one linear."""
-        return self.folder / "linears" / f"{name}.safetensors"
+    @property
+    def linears(self) -> LinearFiles:
+        """The finished linears."""
+        return LinearFiles(self.folder / "linears")
 
-    def unfinished(self, specs: Sequence[LinearSpec]) -> list[LinearSpec]:
-        """Those of some linears that have no file yet."""
-        return [spec for spec in specs if not self.linear(spec.name).exists()]
+    @property
+    def solver(self) -> Solver:
+        """What quantizes and writes linears."""
+        measured = self.measurement.linears
+        return Solver(
+            self.linears, self.groups, lambda name: measured[name].shrinkage, self.effort, self.refit
+        )
+
+    def dense(self, specs: Sequence[LinearSpec]) -> list[Tensor]:
+        """The dense weights of some linears."""
+        return [self.model.dense(spec) for spec in specs]
+
+    def biases(self, specs: Sequence[LinearSpec]) -> list[Tensor | None]:
+        """The biases of some linears."""
+        return [load_bias(self.model.checkpoint, spec) for spec in specs]
 
     @property
     def next_block(self) -> int:
@@ -126,14 +142,13 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
     Returns:
         The distance to the original on the unseen rows (`runtime.evaluate.Scores`), None without any.
     """
-    (job.folder / "linears").mkdir(parents=True, exist_ok=True)
     blocks = job.model.architecture.blocks
     with torch.no_grad():
         first = job.next_block
         if not job.states(first).exists():
             if job.original_tokens is not None:
-                _embed(job, job.original_tokens, job.original(0))
-            _embed(job, job.all_tokens, job.states(0))
+                embed_rows(job.model, job.original_tokens, job.original(0))
+            embed_rows(job.model, job.all_tokens, job.states(0))
         for block in blocks[:first]:
             for spec in block.linears():
                 job.progress.step(spec.name)
@@ -144,15 +159,12 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
                 path.unlink(missing_ok=True)
         _quantize_head(job)
         if job.unseen is not None and not job.distance.exists():
-            write_json(job.distance, _measure_distance(job, job.unseen))
+            states, original = (open_states(path(len(blocks))) for path in (job.states, job.original))
+            head, count = job.linears.weight(job.model.architecture.head), len(job.unseen)
+            scores = distance(job.model, states[-count:], original[-count:], head, job.unseen).as_dict()
+            write_json(job.distance, {k: v for k, v in scores.items() if k != "router_topk"})
         job.original(len(blocks)).unlink(missing_ok=True)
     return json.loads(job.distance.read_text(encoding="utf-8")) if job.unseen is not None else None
-
-
-def _embed(job: QuantizeJob, tokens: Tensor, path: Path) -> None:
-    with new_states(path, (*tokens.shape, job.model.architecture.hidden)) as states:
-        for part in batches(states):
-            states[part] = job.model.embed(tokens[part])
 
 
 def _quantize_block(job: QuantizeJob, index: int) -> None:
@@ -161,13 +173,9 @@ def _quantize_block(job: QuantizeJob, index: int) -> None:
     live = job.model.block(index)
     states = open_states(job.states(index))
     for stage in live.spec.stages:
-        if todo := job.unfinished(stage):
-            if job.repair.repairs(stage[0].role):
-                _repair_and_solve(job, live, stage[0], job.calibration(states))
-            else:
-                moments = _stage_moments(live, stage[0], job.calibration(states))
-                _solve(job, {spec.name: job.model.dense(spec) for spec in todo}, todo, moments)
-        live.install({spec.name: finished_weight(job, spec) for spec in stage})
+        if todo := job.linears.unfinished(stage):
+            _quantize_stage(job, live, todo, job.calibration(states))
+        live.install({spec.name: job.linears.weight(spec) for spec in stage})
         for spec in stage:
             job.progress.step(spec.name)
     with new_states(job.states(index + 1), tuple(states.shape)) as output:
@@ -183,77 +191,38 @@ def _run_original(job: QuantizeJob, index: int) -> None:
     """Write the original's states in the middle of a block and after it."""
     if job.middle(index).exists() and job.original(index + 1).exists():
         return
-    live = job.model.block(index)
-    states = open_states(job.original(index))
-    shape, hidden, experts = tuple(states.shape), states.shape[-1], live.spec.experts
+    states, scratch = open_states(job.original(index)), job.folder / "experts-input.npy"
+    shape = tuple(states.shape)
     with new_states(job.original(index + 1), shape) as output, new_states(job.middle(index), shape) as middle:
-        if experts is None:
-            for part in batches(states):
-                output[part], middle[part] = live.with_middle(states[part])
-            return
-        x_path = job.folder / "experts-input.npy"
-        with new_states(x_path, (states.shape[0] * states.shape[1], hidden)) as x:
-            routing = route(live, states, middle, x)
-            output.copy_(middle)
-            add_dense_experts(output.view(-1, hidden), job.model, experts, routing)
-        x_path.unlink()
+        run_dense_block(job.model, index, states, output, middle, scratch)
 
 
-def _repair_and_solve(job: QuantizeJob, live: LiveBlock, spec: LinearSpec, states: Tensor) -> None:
-    """Quantize an output or down projection outside of experts, repaired."""
-    attention = spec.role == "o"
-    goal = open_states(job.middle(live.spec.index) if attention else job.original(live.spec.index + 1))
-    inputs, rows = SplitMoments.zero(spec.shape[0]), token_rows(states).view(states.shape[:2])
-    seen: list[Tensor] = []
-    moments = RepairMoments(inputs, *spec.shape)
-    handle = live.submodule(spec).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        for part in batches(states):
-            output = live.without_mlp(states[part]) if attention else live(states[part])[0]
-            x, token_row = seen.pop().flatten(0, -2), rows[part].flatten()
-            inputs.add(x, token_row)
-            moments.add(x, (goal[part] - output).flatten(0, 1), token_row)
-    finally:
-        handle.remove()
-    inputs.check(spec.name)
-    weight, target = finish_repair(job.model.dense(spec), moments, job.repair, job.refit)
-    del moments
-    _solve(job, {spec.name: weight}, [spec], inputs.joined(), target=target)
-
-
-class _Reached(Exception):
-    """The stage whose inputs were wanted has them; the rest of the block need not run."""
-
-
-def _stage_moments(live: LiveBlock, spec: LinearSpec, states: Tensor) -> Moments:
-    """Moments of a stage's inputs over all rows, the stages before it already quantized."""
-    moments = Moments.zero(spec.shape[0])
-
-    def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        moments.add(inputs[0].reshape(-1, inputs[0].shape[-1]))
-        raise _Reached
-
-    handle = live.submodule(spec).register_forward_pre_hook(see)
-    try:
-        for part in batches(states):
-            try:
-                live(states[part])
-            except _Reached:
-                continue
-            raise RuntimeError(f"{spec.name}: the block never calls {spec.module}")
-    finally:
-        handle.remove()
-    return moments
+def _quantize_stage(job: QuantizeJob, live: LiveBlock, specs: Sequence[LinearSpec], states: Tensor) -> None:
+    """Quantize linears outside of experts that share their inputs, from states [R, L, D] before the block."""
+    spec, index = specs[0], live.spec.index
+    if not job.repair.repairs(spec.role):
+        moments = stage_moments(live, spec, states)
+        job.solver.solve(specs, job.dense(specs), job.biases(specs), moments)
+        return
+    goal = open_states(job.middle(index) if spec.role == "o" else job.original(index + 1))
+    residual = stage_residual(live, spec, states, goal)
+    weight, target = job.repair.aim(job.model.dense(spec), residual, job.refit)
+    inputs = residual.inputs
+    del residual  # big, and used up
+    job.solver.solve(specs, [weight], job.biases(specs), inputs.joined(), target=target)
 
 
 def _quantize_experts(
     job: QuantizeJob, live: LiveBlock, experts: ExpertsSpec, states: Tensor, output: Tensor
 ) -> None:
-    hidden = states.shape[-1]
-    x_path = job.folder / "experts-input.npy"
+    hidden, x_path = states.shape[-1], job.folder / "experts-input.npy"
     with new_states(x_path, (states.shape[0] * states.shape[1], hidden)) as x:
         routing, rows = route(live, states, output, x), token_rows(states)
-        stream = _open_stream(job, live.spec.index, experts, routing, output.view(-1, hidden))
+        stream = Stream(output.view(-1, hidden))
+        if job.repair.repairs("down"):
+            goal = open_states(job.original(live.spec.index + 1)).view(-1, hidden)
+            shares = job.folder / "experts-shares.npy"
+            stream = ComparedStream(stream.states, goal, shares, job.model, experts, routing)
         for turn in turns(routing, experts):
             _quantize_expert(job, turn, stream, rows)
             for spec in turn.linears:
@@ -262,108 +231,28 @@ def _quantize_experts(
     x_path.unlink()
 
 
-def _open_stream(
-    job: QuantizeJob, block: int, experts: ExpertsSpec, routing: Routing, states: Tensor
-) -> Stream:
-    if not job.repair.repairs(experts.linears[0][2].role):
-        return Stream(states)
-    goal, shares = open_states(job.original(block + 1)), job.folder / "experts-shares.npy"
-    return RepairedStream(
-        states, goal.view(-1, goal.shape[-1]), shares, job.model, experts, routing, job.repair
-    )
-
-
 def _quantize_expert(job: QuantizeJob, turn: Turn, stream: Stream, rows: Tensor) -> None:
     """Quantize an expert and let it add to the stream; `rows` [T] has each token's calibration row."""
-    seen = turn.part(slice(job.tokens.numel()))
-    if todo := job.unfinished((turn.gate, turn.up)):
-        inputs, span = SplitMoments.zero(turn.gate.shape[0], prior=True), seen.whole()
-        inputs.add(span.x, rows[span.index], span.weight.square())
-        inputs.add_prior(seen.routing.x[seen.tokens.others])
-        _solve(job, {spec.name: job.model.dense(spec) for spec in todo}, todo, inputs.joined(), inputs.prior)
-    gate, up = finished_weight(job, turn.gate), finished_weight(job, turn.up)
+    seen, linears = turn.part(slice(job.tokens.numel())), job.linears
+    if todo := linears.unfinished((turn.gate, turn.up)):
+        inputs = gate_up_moments(seen, rows)
+        job.solver.solve(todo, job.dense(todo), job.biases(todo), inputs.joined(), inputs.prior)
+    gate, up = linears.weight(turn.gate), linears.weight(turn.up)
     stream.take_turn(turn)
-    if todo := job.unfinished((turn.down,)):
-        inner = SplitMoments.zero(turn.down.shape[0], prior=True)
-        aim = stream.aim(job.model.dense(turn.down), inner)
-        for span in seen.spans():
-            h = seen.inner(span.x, gate, up)
-            inner.add(h, rows[span.index], span.weight.square())
-            aim.add(span, h, rows[span.index])
-        for x in seen.others():
-            inner.add_prior(seen.inner(x, gate, up))
-        inner.check(turn.down.name)
-        weight, target = aim.finish(job.refit)
-        del aim
-        _solve(job, {turn.down.name: weight}, todo, inner.joined(), inner.prior, target)
-    turn.add_to(stream.states, (gate, up, finished_weight(job, turn.down)))
+    if todo := linears.unfinished((turn.down,)):
+        dense = job.model.dense(turn.down)
+        residual = down_moments(seen, gate, up, dense, stream, rows)
+        weight, target = job.repair.aim(dense, residual, job.refit)
+        inner = residual.inputs
+        del residual, dense  # big, and used up
+        job.solver.solve(todo, [weight], job.biases(todo), inner.joined(), inner.prior, target)
+    turn.add_to(stream.states, (gate, up, linears.weight(turn.down)))
 
 
 def _quantize_head(job: QuantizeJob) -> None:
     head = job.model.architecture.head
-    if todo := job.unfinished([head]):
+    if todo := job.linears.unfinished([head]):
         states = job.calibration(open_states(job.states(len(job.model.architecture.blocks))))
-        moments = Moments.zero(head.shape[0])
-        for part in batches(states):
-            moments.add(job.model.final_norm(states[part]).view(-1, states.shape[-1]))
-        _solve(job, {head.name: job.model.dense(head)}, todo, moments)
+        moments = head_moments(job.model, states)
+        job.solver.solve(todo, job.dense(todo), job.biases(todo), moments)
     job.progress.step(head.name)
-
-
-def _measure_distance(job: QuantizeJob, unseen: Tensor) -> dict[str, Any]:
-    """Scores of the unseen rows, from the states after the last blocks and both heads."""
-    head, count = job.model.architecture.head, len(job.model.architecture.blocks)
-
-    def logits(states: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        rows = iter(states[-len(unseen) :])
-        return lambda _: job.model.final_norm(next(rows)) @ weight.T
-
-    quantized = logits(open_states(job.states(count)), finished_weight(job, head))
-    original = logits(open_states(job.original(count)), job.model.dense(head))
-    scores = evaluate(quantized, original, unseen).as_dict()
-    del scores["router_topk"]
-    return scores
-
-
-def _solve(
-    job: QuantizeJob,
-    weights: Mapping[str, Tensor],
-    specs: Sequence[LinearSpec],
-    moments: Moments,
-    prior: Moments | None = None,
-    target: ResidualTarget | None = None,
-) -> None:
-    """Quantize linears that share their inputs, and write the file of each as soon as it is solved.
-
-    Args:
-        job: where and with what.
-        weights: name → [N, K], what is quantized.
-        specs: the linears.
-        moments: of their inputs.
-        prior: of other tokens, for experts.
-        target: what a single linear that writes into the residual stream is refitted to.
-    """
-    groups = {spec.name: parse_groups(job.groups[spec.name]) for spec in specs}
-    shrinkage = job.measurement.linears[specs[0].name].shrinkage
-    solved = solve_linears(weights, groups, moments, prior, shrinkage, job.effort, job.refit, target)
-    for spec, one in zip(specs, solved, strict=True):
-        _write_linear(job, spec, one)
-
-
-def _write_linear(job: QuantizeJob, spec: LinearSpec, solved: Solved) -> None:
-    tensors, bias = solved.tensors, load_bias(job.model.checkpoint, spec)
-    if bias is not None:
-        padded = torch.zeros(padded_columns(spec.shape[1]), dtype=torch.float16)
-        padded[: spec.shape[1]] = to_half(bias, f"{spec.name}.bias")
-        tensors["bias"] = padded
-    named = {f"{spec.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-    facts = {"loss": repr(solved.loss), "energy": repr(solved.energy)}
-    save_tensors(job.linear(spec.name), named, facts)
-
-
-def finished_weight(job: QuantizeJob, spec: LinearSpec) -> Tensor:
-    """The float32 weight [N, K] of a linear as its finished file decodes."""
-    tensors = load_file(job.linear(spec.name))
-    prefix = f"{spec.name}."
-    plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return dequantize(plain, spec.shape[1]).float().contiguous()

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dbrx_quant.calibration.head import distance
 from dbrx_quant.calibration.states import new_states, open_states
 from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
 from dbrx_quant.calibration.walk import Through, batches, route, turns, unchanged
 from dbrx_quant.quantize.measurement import Measurement
 from dbrx_quant.quantize.strategy import Strategy
-from dbrx_quant.runtime.evaluate import evaluate
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 
 # KL of finished models over that of noise, mean of two models on text that was not calibrated on. Errors of
@@ -81,11 +81,8 @@ class Predictor:
             exact, disturbed = (open_states(path) for path in (self._original, self._folder / "noisy.npy"))
             head = self._model.architecture.head
             weight = self._model.dense(head)
-            originals, others = iter(exact), iter(disturbed)
-            scores = evaluate(
-                lambda _: noisy(self._model.final_norm(next(others)) @ weight.T, head),
-                lambda _: self._model.final_norm(next(originals)) @ weight.T,
-                self._tokens,
+            scores = distance(
+                self._model, disturbed, exact, weight, self._tokens, lambda logits: noisy(logits, head)
             )
         factor = over_noise(strategy.bpw, repaired)
         return factor * scores.kl, scores.kl_stderr and factor * scores.kl_stderr

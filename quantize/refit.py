@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.hessian import Moments
+from dbrx_quant.calibration.shrinkage import Shrinkage, own_share
 from dbrx_quant.quantize.prepare import energy
-from dbrx_quant.quantize.shrinkage import Shrinkage, own_share
 from dbrx_quant.runtime.format import read_groups
 from dbrx_quant.runtime.ops import dequantize
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.hessian import SplitMoments, held_out
+from dbrx_quant.calibration.residual import ResidualMoments
 from dbrx_quant.quantize.ldlq import Factor, factorize
+from dbrx_quant.quantize.refit import ResidualTarget
 
 REPAIRED = ("o", "down")  # roles of the linears that write into the residual stream
 
@@ -37,6 +38,16 @@ class Repair:
         """Whether linears of this role are repaired; then the original's stream runs beside the model's."""
         return role in REPAIRED
 
+    def aim(
+        self, dense: Tensor, moments: ResidualMoments, refit: bool
+    ) -> tuple[Tensor, ResidualTarget | None]:
+        """What a linear that writes into the stream is quantized from, [N, K]; uses up the moments.
+
+        With `refit` also what its scales are fitted to, where that is not the output of this weight.
+        """
+        weight = repaired(dense, moments, self)
+        return weight, ResidualTarget(dense, moments.fit.add_(moments.held)) if refit else None
+
 
 @dataclass(frozen=True)
 class NoRepair(Repair):
@@ -46,40 +57,18 @@ class NoRepair(Repair):
         """No linear is."""
         return False
 
+    def aim(
+        self, dense: Tensor, moments: ResidualMoments, refit: bool
+    ) -> tuple[Tensor, ResidualTarget | None]:
+        """The dense weight itself."""
+        return dense, None
+
 
 DEFAULT_REPAIR = Repair()
 NO_REPAIR = NoRepair()
 
 
-class RepairMoments:
-    """What the stream misses, summed up with a linear's inputs beside the inputs' own second moments.
-
-    Attributes:
-        inputs: moments of x x^T, summed up by the caller.
-        fit: [N, K] sum of r x^T over the tokens that are fitted.
-        held: the same over those held out.
-    """
-
-    def __init__(self, inputs: SplitMoments, k: int, n: int) -> None:
-        self.inputs, self.fit, self.held = inputs, torch.zeros(n, k), torch.zeros(n, k)
-
-    def add(self, x: Tensor, missing: Tensor, token_rows: Tensor, routing: Tensor | None = None) -> None:
-        """Add tokens that are in `inputs` too.
-
-        Args:
-            x: [T, K] inputs.
-            missing: [T, N] r.
-            token_rows: [T] the calibration row of each token.
-            routing: [T] weights with which the linear's output enters the stream, the roots of those in
-                `inputs`; None: 1 each.
-        """
-        scaled = missing if routing is None else missing * routing[:, None]
-        held = held_out(token_rows)
-        for total, mask in ((self.fit, ~held), (self.held, held)):
-            total.addmm_(scaled[mask].T, x[mask])
-
-
-def repaired(weight: Tensor, moments: RepairMoments, repair: Repair) -> Tensor:
+def repaired(weight: Tensor, moments: ResidualMoments, repair: Repair) -> Tensor:
     """The repaired weight [N, K].
 
     A change is computed from the fitted tokens, and the strength, from 0 to 1, is what takes most off the

@@ -1,20 +1,21 @@
-"""Quantizing linears that share their inputs: from moments and dense weights to tensors as they are stored.
+"""Quantizing linears that share their inputs: from moments and dense weights to their finished files.
 
 Axes: K input channels, N output channels, G groups.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.hessian import Moments
+from dbrx_quant.calibration.shrinkage import Shrinkage, hessian
 from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
 from dbrx_quant.quantize.prepare import Prepared, prepare, sampled_energy
 from dbrx_quant.quantize.refit import ResidualTarget, cross_moments, loss_of, refitted
-from dbrx_quant.quantize.shrinkage import Shrinkage, hessian
 from dbrx_quant.runtime import _native
+from dbrx_quant.runtime.families.facts import LinearSpec
 from dbrx_quant.runtime.format import (
     Group,
     GroupMap,
@@ -23,64 +24,67 @@ from dbrx_quant.runtime.format import (
     padded_columns,
     write_groups,
 )
+from dbrx_quant.runtime.group_text import parse_groups
+from dbrx_quant.runtime.linear_files import LinearFiles
 
 
 @dataclass(frozen=True)
-class Solved:
-    """One quantized linear.
+class Solver:
+    """Quantizes linears and writes them.
 
     Attributes:
-        name: of the linear.
-        tensors: as stored, by suffix, without a bias; N padded to a multiple of 32.
-        loss: tr(E^T H E).
-        energy: tr(W^T H W), to which reports relate it.
+        files: where finished linears go.
+        groups: linear → group map as text.
+        shrinkage: linear → how its Hessian is regularised.
+        effort: how long to look for codes and scales.
+        refit: whether the maxima of each linear's groups are fitted once more when its codes are fixed.
     """
 
-    name: str
-    tensors: dict[str, Tensor]
-    loss: float
-    energy: float
+    files: LinearFiles
+    groups: Mapping[str, str]
+    shrinkage: Callable[[str], Shrinkage]
+    effort: Effort = "default"
+    refit: bool = False
 
+    def solve(
+        self,
+        specs: Sequence[LinearSpec],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        moments: Moments,
+        prior: Moments | None = None,
+        target: ResidualTarget | None = None,
+    ) -> None:
+        """Quantize linears that share their inputs, and write the file of each as soon as it is solved.
 
-def solve_linears(
-    weights: Mapping[str, Tensor],
-    groups: Mapping[str, GroupMap],
-    moments: Moments,
-    prior: Moments | None,
-    shrinkage: Shrinkage,
-    effort: Effort,
-    refit: bool = False,
-    target: ResidualTarget | None = None,
-) -> Iterator[Solved]:
-    """Quantize linears that share their inputs, one after the other.
+        A file's metadata has the `loss` tr(E^T H E) and the `energy` tr(W^T H W), to which reports relate it.
 
-    Args:
-        weights: name → [N, K] float32.
-        groups: name → group map.
-        moments: of their inputs.
-        prior: of other tokens, for experts.
-        shrinkage: how the Hessian is regularised.
-        effort: of the solver.
-        refit: whether the maxima of the groups are fitted once more when the codes are fixed.
-        target: what a single linear that writes into the residual stream is refitted to.
+        Args:
+            specs: the linears.
+            weights: [N, K] float32 of each, what is quantized.
+            biases: [N] of each, or None.
+            moments: of their inputs.
+            prior: of other tokens, for experts.
+            target: what a single linear that writes into the residual stream is refitted to.
 
-    Raises:
-        ValueError: a moment is not finite.
-    """
-    moments.check(next(iter(weights)))
-    matrix = hessian(moments, prior, shrinkage)
-    energies = {name: sampled_energy(weight, matrix) for name, weight in weights.items()}
-    prepared = prepare(matrix)
-    del matrix  # a big one: its memory is for the solver now
-    for name, weight in weights.items():
-        tensors, loss = solve_linear(weight, prepared, groups[name], effort)
-        if refit:
-            undamped = hessian(moments, prior, replace(shrinkage, damping=0.0))
-            wanted = cross_moments(weight, undamped, target, moments, prior, shrinkage)
-            tensors["q_scale_max"] = refitted(tensors, undamped, wanted)
-            del undamped, wanted
-            loss = loss_of(tensors, weight, hessian(moments, prior, shrinkage))
-        yield Solved(name, tensors, loss, energies[name])
+        Raises:
+            ValueError: a moment is not finite.
+        """
+        moments.check(specs[0].name)
+        shrinkage = self.shrinkage(specs[0].name)
+        matrix = hessian(moments, prior, shrinkage)
+        energies = [sampled_energy(weight, matrix) for weight in weights]
+        prepared = prepare(matrix)
+        del matrix  # a big one: its memory is for the solver now
+        for spec, weight, bias, energy in zip(specs, weights, biases, energies, strict=True):
+            tensors, loss = solve_linear(weight, prepared, parse_groups(self.groups[spec.name]), self.effort)
+            if self.refit:
+                undamped = hessian(moments, prior, replace(shrinkage, damping=0.0))
+                wanted = cross_moments(weight, undamped, target, moments, prior, shrinkage)
+                tensors["q_scale_max"] = refitted(tensors, undamped, wanted)
+                del undamped, wanted
+                loss = loss_of(tensors, weight, hessian(moments, prior, shrinkage))
+            self.files.write(spec, tensors, bias, {"loss": repr(loss), "energy": repr(energy)})
 
 
 def solve_linear(

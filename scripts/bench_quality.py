@@ -36,7 +36,6 @@ from dbrx_quant.quantize.measurement import (
 from dbrx_quant.quantize.patch_config import write_configs
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.predict import Predictor
-from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.repair import NO_REPAIR
 from dbrx_quant.quantize.shards import write_shards
 from dbrx_quant.quantize.tokenizer import write_tokenizer
@@ -46,6 +45,7 @@ from dbrx_quant.runtime.files import fingerprint, write_json
 from dbrx_quant.runtime.inspect import inspect_folder
 from dbrx_quant.runtime.loader import load_dense, load_model
 from dbrx_quant.runtime.products import fast_products
+from dbrx_quant.runtime.progress import Progress
 from dbrx_quant.scripts.bench_record import add_record_argument, record
 from dbrx_quant.scripts.output import ends_with_its_reader, hush_loading, print_json, say
 from dbrx_quant.scripts.quality_report import compare, plot, show

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dbrx_quant.calibration.data import load_saved, split_unseen
 from dbrx_quant.calibration.hessian import Moments
+from dbrx_quant.calibration.shrinkage import hessian
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.calibration.walk import add_dense_experts, turns
 from dbrx_quant.quantize import ConvertOptions, convert
@@ -32,7 +33,6 @@ from dbrx_quant.quantize.measurement import (
 )
 from dbrx_quant.quantize.options import target_name
 from dbrx_quant.quantize.prepare import Prepared, prepare
-from dbrx_quant.quantize.shrinkage import hessian
 from dbrx_quant.quantize.strategy import STRATEGY_NAME, Outcome, Strategy, read_strategy
 from dbrx_quant.runtime.families.facts import LinearSpec
 from dbrx_quant.runtime.format import uniform_groups

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from dbrx_quant.calibration.data import UNSEEN_EVERY
 from dbrx_quant.calibration.hessian import Moments, SplitMoments
+from dbrx_quant.calibration.shrinkage import Shrinkage
 from dbrx_quant.quantize.allocate import allocate, spend, strategy_of
 from dbrx_quant.quantize.grid import SCALES, inverse_scale, round_half, scale_table, search_group
 from dbrx_quant.quantize.ldlq import Factor, SolvedLinear
 from dbrx_quant.quantize.measurement import LinearMeasurement, Measurement, Option
 from dbrx_quant.quantize.recipe import GROUP_ROWS, lower_hull
 from dbrx_quant.quantize.repair import NO_REPAIR
-from dbrx_quant.quantize.shrinkage import Shrinkage, choose_shrinkage
+from dbrx_quant.quantize.shrinkage import choose_shrinkage
 from dbrx_quant.quantize.strategy import Strategy
 from dbrx_quant.runtime.format import WIDTHS, GroupMap, uniform_groups
 

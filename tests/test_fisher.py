@@ -14,8 +14,8 @@ from dbrx_quant.calibration.hessian import Moments
 from dbrx_quant.calibration.states import open_states
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.runtime.families.facts import module_linears
+from dbrx_quant.runtime.progress import Progress
 
 
 class PlainExperts(nn.Module):

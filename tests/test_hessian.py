@@ -11,10 +11,10 @@ from dbrx_quant.calibration.hessian import (
     SplitMoments,
     held_out,
 )
+from dbrx_quant.calibration.shrinkage import Shrinkage, hessian
 from dbrx_quant.calibration.streamed import Routing, StreamedModel
 from dbrx_quant.calibration.walk import Turn
 from dbrx_quant.quantize.ldlq import factorize
-from dbrx_quant.quantize.shrinkage import Shrinkage, hessian
 from dbrx_quant.runtime.families.facts import LinearSpec
 
 

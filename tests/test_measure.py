@@ -12,7 +12,7 @@ from dbrx_quant.calibration.walk import batches, route, spans, token_rows
 from dbrx_quant.quantize import measure as measuring
 from dbrx_quant.quantize.entries import Entry
 from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.progress import Progress
+from dbrx_quant.runtime.progress import Progress
 
 
 class Steps(Progress):

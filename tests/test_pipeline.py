@@ -11,21 +11,21 @@ from transformers.activations import ACT2FN
 
 from dbrx_quant.calibration.experts import tokens_of
 from dbrx_quant.calibration.hessian import Moments
+from dbrx_quant.calibration.shrinkage import hessian
 from dbrx_quant.calibration.states import open_states
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize import solve
 from dbrx_quant.quantize.allocate import allocate
 from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.pipeline import QuantizeJob, finished_weight, quantize_model
+from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.prepare import prepare
-from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.repair import DEFAULT_REPAIR, NO_REPAIR
-from dbrx_quant.quantize.shrinkage import hessian
 from dbrx_quant.quantize.solve import solve_linear
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families.facts import load_bias
 from dbrx_quant.runtime.format import dequantize_linear, uniform_groups, unpack_linear
 from dbrx_quant.runtime.group_text import parse_groups
+from dbrx_quant.runtime.progress import Progress
 from oracles_solver import damped, strong_hessian, weights
 
 
@@ -46,7 +46,7 @@ def finished(request, tmp_path_factory):
 
 
 def stored(job, spec):
-    return {name.rpartition(".")[2]: t for name, t in load_file(job.linear(spec.name)).items()}
+    return {name.rpartition(".")[2]: t for name, t in load_file(job.linears.path(spec.name)).items()}
 
 
 def test_the_states_after_the_last_block_are_those_of_the_quantized_model(finished):
@@ -55,11 +55,11 @@ def test_the_states_after_the_last_block_are_those_of_the_quantized_model(finish
         states = model.embed(finished.tokens)
         for block in model.architecture.blocks:
             live = model.block(block.index)
-            live.install({s.name: finished_weight(finished, s) for stage in block.stages for s in stage})
+            live.install({s.name: finished.linears.weight(s) for stage in block.stages for s in stage})
             states, routing = live(states)
             for expert, specs in enumerate(block.experts.linears if block.experts else ()):
                 mine = tokens_of(routing, expert)
-                three = tuple(finished_weight(finished, spec) for spec in specs)
+                three = tuple(finished.linears.weight(spec) for spec in specs)
                 y = expert_output(routing.x[mine.index], three, ACT2FN[block.experts.activation])
                 states.view(-1, states.shape[-1])[mine.index] += mine.weight[:, None] * y
     written = open_states(finished.states(len(model.architecture.blocks)))
@@ -80,7 +80,7 @@ def test_every_linear_has_the_groups_of_the_strategy_and_its_bias(finished):
 def test_a_finished_weight_is_what_its_file_decodes_to(finished):
     for spec in finished.model.architecture.linears():
         exact = dequantize_linear(stored(finished, spec))[: spec.shape[1]].float()
-        assert torch.equal(finished_weight(finished, spec), exact), spec.name
+        assert torch.equal(finished.linears.weight(spec), exact), spec.name
 
 
 def test_states_before_finished_blocks_are_gone(finished):
@@ -100,8 +100,8 @@ def test_the_loss_in_a_file_is_that_of_its_inputs(finished):
     hook.remove()
     matrix = hessian(moments, None, finished.measurement.linears[spec.name].shrinkage).double()
     weight = finished.model.dense(spec).double()
-    error = weight - finished_weight(finished, spec).double()
-    with safe_open(finished.linear(spec.name), "pt") as opened:
+    error = weight - finished.linears.weight(spec).double()
+    with safe_open(finished.linears.path(spec.name), "pt") as opened:
         loss, energy = (float(opened.metadata()[key]) for key in ("loss", "energy"))
     assert energy == pytest.approx(float(((weight @ matrix) * weight).sum()), rel=1e-3)
     assert loss == pytest.approx(float(((error @ matrix) * error).sum()), rel=1e-3)

@@ -10,7 +10,7 @@ from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.allocate import allocate
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.predict import Predictor, over_noise
-from dbrx_quant.quantize.progress import Progress
+from dbrx_quant.runtime.progress import Progress
 
 
 @pytest.fixture(scope="module", params=["dbrx", "qwen3 moe", "llama tied and biased"])

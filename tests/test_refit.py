@@ -9,17 +9,17 @@ from safetensors.torch import load_file
 from small_models import random_tokens, save_model
 
 from dbrx_quant.calibration.hessian import Moments
+from dbrx_quant.calibration.shrinkage import Shrinkage, hessian, own_share
 from dbrx_quant.calibration.states import open_states
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize.allocate import allocate
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
 from dbrx_quant.quantize.prepare import prepare
-from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.refit import ResidualTarget, cross_moments, loss_of, refitted
-from dbrx_quant.quantize.shrinkage import Shrinkage, hessian, own_share
 from dbrx_quant.quantize.solve import solve_linear
 from dbrx_quant.runtime.format import Group, dequantize_linear
+from dbrx_quant.runtime.progress import Progress
 
 K, N, TOKENS = 96, 40, 400
 GROUPS = (Group(3, 32), Group(2, 32), Group(2, 32))
@@ -108,7 +108,7 @@ def jobs(request, tmp_path_factory):
 
 def test_the_first_linears_differ_in_their_maxima_alone(jobs):
     for spec in jobs[0].model.architecture.blocks[0].stages[0]:
-        before, after = (load_file(job.linear(spec.name)) for job in jobs)
+        before, after = (load_file(job.linears.path(spec.name)) for job in jobs)
         different = {name for name in before if not torch.equal(before[name], after[name])}
         assert different == {f"{spec.name}.q_scale_max"}
 
@@ -128,7 +128,7 @@ def test_the_loss_on_file_is_that_of_the_refitted_linear(jobs):
     with torch.no_grad():
         live(job.model.embed(job.tokens))
     matrix = hessian(moments(seen[0]), None, job.measurement.linears[spec.name].shrinkage)
-    with safe_open(job.linear(spec.name), "pt") as opened:
+    with safe_open(job.linears.path(spec.name), "pt") as opened:
         told = float(opened.metadata()["loss"])
         tensors = {name.rpartition(".")[2]: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     error = (weight - dequantize_linear(tensors)[: spec.shape[1]]).double()

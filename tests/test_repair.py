@@ -7,6 +7,7 @@ import torch
 from small_models import random_tokens, save_model
 
 from dbrx_quant.calibration.hessian import MIN_HELD_TOKENS, SplitMoments, held_out
+from dbrx_quant.calibration.residual import ResidualMoments
 from dbrx_quant.calibration.states import open_states
 from dbrx_quant.calibration.streamed import StreamedModel
 from dbrx_quant.quantize import pipeline
@@ -14,8 +15,8 @@ from dbrx_quant.quantize.allocate import allocate
 from dbrx_quant.quantize.ldlq import factorize
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
-from dbrx_quant.quantize.progress import Progress
-from dbrx_quant.quantize.repair import NO_REPAIR, Repair, RepairMoments, repaired, solve
+from dbrx_quant.quantize.repair import NO_REPAIR, Repair, repaired, solve
+from dbrx_quant.runtime.progress import Progress
 
 K, N, LENGTH = 24, 10, 64
 
@@ -32,7 +33,7 @@ def draw(rows, noise, seed=0):
 
 def summed(x, p, missing, rows):
     inputs = SplitMoments.zero(K)
-    moments = RepairMoments(inputs, K, N)
+    moments = ResidualMoments(inputs, K, N)
     for part in (slice(0, 100), slice(100, None)):
         inputs.add(x[part], rows[part], None if p is None else p[part].square())
         moments.add(x[part], missing[part], rows[part], None if p is None else p[part])

@@ -17,10 +17,10 @@ from dbrx_quant.quantize.curve import unseen_ratio
 from dbrx_quant.quantize.measure import MeasureJob, measure
 from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.quantize.prepare import prepare
-from dbrx_quant.quantize.progress import Progress
 from dbrx_quant.quantize.record import read_record
 from dbrx_quant.runtime.evaluate import evaluate
 from dbrx_quant.runtime.loader import load_model
+from dbrx_quant.runtime.progress import Progress
 from dbrx_quant.scripts.main import main
 
 

@@ -1,0 +1,37 @@
+"""What the residual stream misses of the original's, summed up against a linear's inputs.
+
+Axes: T tokens, K input channels, N output channels.
+"""
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.calibration.hessian import SplitMoments, held_out
+
+
+class ResidualMoments:
+    """What the stream misses, summed up with a linear's inputs beside the inputs' own second moments.
+
+    Attributes:
+        inputs: moments of x x^T, summed up by the caller.
+        fit: [N, K] sum of r x^T over the tokens that are fitted.
+        held: the same over those held out.
+    """
+
+    def __init__(self, inputs: SplitMoments, k: int, n: int) -> None:
+        self.inputs, self.fit, self.held = inputs, torch.zeros(n, k), torch.zeros(n, k)
+
+    def add(self, x: Tensor, missing: Tensor, token_rows: Tensor, routing: Tensor | None = None) -> None:
+        """Add tokens that are in `inputs` too.
+
+        Args:
+            x: [T, K] inputs.
+            missing: [T, N] r.
+            token_rows: [T] the calibration row of each token.
+            routing: [T] weights with which the linear's output enters the stream, the roots of those in
+                `inputs`; None: 1 each.
+        """
+        scaled = missing if routing is None else missing * routing[:, None]
+        held = held_out(token_rows)
+        for total, mask in ((self.fit, ~held), (self.held, held)):
+            total.addmm_(scaled[mask].T, x[mask])

@@ -1,0 +1,60 @@
+"""Finished linears of a work folder, a file each: written once, and read as what their weights decode to."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dbrx_quant.runtime.families.facts import LinearSpec, to_half
+from dbrx_quant.runtime.files import save_tensors
+from dbrx_quant.runtime.format import padded_columns
+from dbrx_quant.runtime.ops import dequantize
+
+
+class LinearFiles:
+    """The files of a folder.
+
+    Args:
+        folder: where they are; made with the first of them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """The file of a linear."""
+        return self.folder / f"{name}.safetensors"
+
+    def unfinished(self, specs: Sequence[LinearSpec]) -> list[LinearSpec]:
+        """Those of some linears that have no file yet."""
+        return [spec for spec in specs if not self.path(spec.name).exists()]
+
+    def write(
+        self, spec: LinearSpec, tensors: Mapping[str, Tensor], bias: Tensor | None, facts: Mapping[str, str]
+    ) -> None:
+        """Write the file of a linear, atomically.
+
+        Args:
+            spec: the linear.
+            tensors: as stored, by suffix.
+            bias: [N], if it has one.
+            facts: for the file's metadata.
+
+        Raises:
+            CheckpointError: the bias does not fit into half precision.
+        """
+        named = {f"{spec.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        if bias is not None:
+            padded = torch.zeros(padded_columns(spec.shape[1]), dtype=torch.float16)
+            padded[: spec.shape[1]] = to_half(bias, f"{spec.name}.bias")
+            named[f"{spec.name}.bias"] = padded
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(self.path(spec.name), named, facts)
+
+    def weight(self, spec: LinearSpec) -> Tensor:
+        """The float32 weight [N, K] of a linear as its file decodes."""
+        prefix = f"{spec.name}."
+        stored = {n.removeprefix(prefix): tensor for n, tensor in load_file(self.path(spec.name)).items()}
+        return dequantize(stored, spec.shape[1]).float().contiguous()
