@@ -1,5 +1,9 @@
 """Every tensor of a real checkpoint of each family is found under its names, and nothing else let through."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +19,7 @@ from transformers import (
 
 from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families import FAMILIES, describe, family_of
 from dbrx_quant.runtime.families.facts import check_dense_source, load_bias, load_linear, module_linears
 
 SMALL = {
@@ -169,3 +173,30 @@ def test_the_rope_base_of_dbrx_is_read_from_where_the_hub_keeps_it(tmp_path):
         '{"model_type": "dbrx", "architectures": ["DbrxForCausalLM"], "attn_config": {"rope_theta": 500000}}'
     )
     assert load_config(tmp_path).rope_parameters["rope_theta"] == 500000.0
+
+
+def test_a_family_is_found_by_the_model_type_of_a_configuration():
+    for family in FAMILIES:
+        assert family_of(family.name) is family
+    other = family_of("gpt2")
+    assert other.patch_config({"a": 1}) == {"a": 1}
+    assert (other.config_problems({}), other.fix_config, other.layer_parts) == ([], None, None)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTSIDE = [
+    path
+    for layer in ("runtime", "calibration", "quantize")
+    for path in sorted((ROOT / layer).rglob("*.py"))
+    if "families" not in path.parts
+]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_code_outside_the_families_names_one(path):
+    classes = "|".join(name.removesuffix("ForCausalLM") for f in FAMILIES for name in f.architectures)
+    named = re.compile(rf"({'|'.join(f.name for f in FAMILIES)})|.*\b({classes})[A-Z]?.*")
+    texts = [
+        n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Constant)
+    ]
+    assert [text for text in texts if isinstance(text, str) and named.fullmatch(text)] == []

@@ -5,7 +5,7 @@ the places where a source checkpoint may keep its dense weight. Source names are
 (`Architecture.renames`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,15 +136,6 @@ class Architecture:
     def open(self, folder: Any) -> Checkpoint:
         """The checkpoint in a folder, under normalised names."""
         return Checkpoint(folder, self.normalise)
-
-
-@dataclass(frozen=True)
-class Family:
-    """One family: the architectures it covers, and the function from a configuration to the facts."""
-
-    name: str
-    architectures: tuple[str, ...]
-    describe: Callable[[Any], Architecture]
 
 
 def module_linears(specs: Iterable[LinearSpec]) -> dict[str, list[LinearSpec]]:

@@ -1,6 +1,6 @@
 """What Llama and its relatives share: split attention, a gated MLP or experts in its place, RMS norms."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.runtime.families.facts import (
     Architecture,
@@ -10,6 +10,9 @@ from dbrx_quant.runtime.families.facts import (
     LinearSpec,
     Source,
 )
+
+if TYPE_CHECKING:
+    from dbrx_quant.runtime.decoder_parts import DecoderParts, LayerParts
 
 
 def own_source(name: str) -> tuple[Source, ...]:
@@ -115,4 +118,58 @@ def model(config: Any, family: str, blocks: tuple[BlockSpec, ...]) -> Architectu
         LinearSpec("lm_head", "head", "lm_head", None, (hidden, vocabulary), head),
         tied,
         (),
+    )
+
+
+def layer_parts(model: Any) -> "DecoderParts":
+    """The parts of a decoder whose classes are called as in transformers' Llama, under another first name."""
+    from dbrx_quant.runtime.decoder_parts import DecoderParts, of_class
+
+    prefix = type(model).__name__.removesuffix("Model")
+    layers = model.layers[: model.config.num_hidden_layers]
+    last = of_class(model.norm, f"{prefix}RMSNorm")
+    parts = [_parts_of_layer(prefix, layer, model.config) for layer in layers]
+    return DecoderParts(parts, last.weight, last.variance_epsilon)
+
+
+def _parts_of_layer(prefix: str, layer: Any, config: Any) -> "LayerParts":
+    from dbrx_quant.runtime.decoder_parts import LayerParts, UnknownPartError, of_class, quant_linears
+    from dbrx_quant.runtime.experts import QuantExperts, activation_name
+
+    of_class(layer, f"{prefix}DecoderLayer")
+    attention = of_class(layer.self_attn, f"{prefix}Attention")
+    norms = [of_class(m, f"{prefix}RMSNorm") for m in (layer.input_layernorm, layer.post_attention_layernorm)]
+    heads = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    norms += [of_class(m, f"{prefix}RMSNorm") for m in heads]
+    mlp = experts = router = None
+    active, expert_norm, activation = 0, 0.0, activation_name(config.hidden_act)
+    if hasattr(layer.mlp, "experts"):
+        block = of_class(layer.mlp, f"{prefix}SparseMoeBlock")
+        if {name for name, _ in block.named_children()} != {"gate", "experts"}:  # such as a shared expert
+            raise UnknownPartError
+        gate = of_class(layer.mlp.gate, f"{prefix}TopKRouter")
+        experts, router = of_class(layer.mlp.experts, QuantExperts.__name__), gate.weight
+        active, expert_norm = gate.top_k, float(getattr(gate, "norm_topk_prob", True))
+        activation = experts.activation
+    else:
+        dense = of_class(layer.mlp, f"{prefix}MLP")
+        mlp = quant_linears(dense.gate_proj, dense.up_proj, dense.down_proj)
+    if len({norm.variance_epsilon for norm in norms}) != 1:
+        raise UnknownPartError
+    return LayerParts(
+        norms=(norms[0].weight, norms[1].weight),
+        head_norms=(norms[2].weight, norms[3].weight) if heads else None,
+        qkv=quant_linears(attention.q_proj, attention.k_proj, attention.v_proj),
+        output=quant_linears(attention.o_proj)[0],
+        mlp=mlp,
+        experts=experts,
+        router=router,
+        active=active,
+        expert_norm=expert_norm,
+        eps=norms[0].variance_epsilon,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        clip=float("inf"),
+        layer_norm=False,
+        activation=activation,
     )

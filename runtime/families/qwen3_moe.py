@@ -3,7 +3,8 @@
 from typing import Any
 
 from dbrx_quant.runtime.families import llama_like
-from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, Family
+from dbrx_quant.runtime.families.facts import Architecture, BlockSpec
+from dbrx_quant.runtime.families.family import Family
 
 KEYS = ("gate_proj", "up_proj", "down_proj")
 
@@ -33,4 +34,10 @@ def _describe(config: Any) -> Architecture:
     return llama_like.model(config, "qwen3_moe", tuple(block(i) for i in range(config.num_hidden_layers)))
 
 
-FAMILY = Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _describe)
+FAMILY = Family(
+    "qwen3_moe",
+    ("Qwen3MoeForCausalLM",),
+    _describe,
+    layer_parts=llama_like.layer_parts,
+    output="MoeModelOutputWithPast",
+)
