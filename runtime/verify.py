@@ -19,7 +19,7 @@ from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, re
 from dbrx_quant.runtime.config import load_config, read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe, family_of
-from dbrx_quant.runtime.families.facts import Architecture, FloatSpec, LinearSpec
+from dbrx_quant.runtime.families.facts import ATTENTION_ROLES, Architecture, FloatSpec, LinearSpec
 from dbrx_quant.runtime.format import SUFFIXES, padded_columns, validate_linear
 from dbrx_quant.runtime.tokenizer_check import check_tokenizer
 
@@ -240,10 +240,9 @@ def _may_stay_dense(checkpoint: Checkpoint, architecture: Architecture, spec: Li
     """Whether the format allows it: the head, and the attention of a block if none of it is quantized."""
     if spec.block is None:
         return True
-    attention = ("q", "k", "v", "o")
     linears = (other for stage in architecture.blocks[spec.block].stages for other in stage)
-    return spec.role in attention and not any(
-        checkpoint.is_quantized(other.name) for other in linears if other.role in attention
+    return spec.role in ATTENTION_ROLES and not any(
+        checkpoint.is_quantized(other.name) for other in linears if other.role in ATTENTION_ROLES
     )
 
 

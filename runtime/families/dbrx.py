@@ -104,6 +104,7 @@ def _describe(config: Any) -> Architecture:
         return BlockSpec(
             index,
             module,
+            f"{module}.ffn",
             attention(index),
             ExpertsSpec(
                 f"{module}.ffn.experts",

@@ -45,15 +45,23 @@ def attention(
     return inputs, (part("o", (heads["q"] * head, hidden), o_bias),)
 
 
-def dense_mlp(config: Any, index: int, ffn: int, bias: bool = False) -> tuple[tuple[LinearSpec, ...], ...]:
-    """The stages gate, up and down of a dense block."""
-    key, hidden = f"model.layers.{index}.mlp", config.hidden_size
+def dense_mlp(
+    config: Any, index: int, ffn: int, bias: bool = False, *, place: str = "mlp", prefix: str = ""
+) -> tuple[tuple[LinearSpec, ...], ...]:
+    """The stages gate, up and down of a dense block; `prefix` goes before their roles."""
+    key, hidden = f"model.layers.{index}.{place}", config.hidden_size
 
     def part(role: str, shape: tuple[int, int]) -> LinearSpec:
         name = f"{key}.{role}_proj"
-        return LinearSpec(name, role, name, None, shape, own_source(name), bias, index)
+        return LinearSpec(name, prefix + role, name, None, shape, own_source(name), bias, index)
 
     return (part("gate", (hidden, ffn)), part("up", (hidden, ffn))), (part("down", (ffn, hidden)),)
+
+
+def is_sparse(config: Any, index: int) -> bool:
+    """Whether a block has experts, by the rule of Qwen's mixtures."""
+    chosen = index not in (config.mlp_only_layers or []) and (index + 1) % config.decoder_sparse_step == 0
+    return chosen and config.num_experts > 0
 
 
 def experts(
@@ -98,7 +106,7 @@ def block(
             floats.append(FloatSpec(name, name, (head_dim(config),)))
     if moe:
         floats.append(FloatSpec(f"{module}.{router_key}.weight", f"{moe.router}.weight", (moe.count, hidden)))
-    return BlockSpec(index, module, stages, moe, tuple(floats))
+    return BlockSpec(index, module, f"{module}.mlp", stages, moe, tuple(floats))
 
 
 def model(config: Any, family: str, blocks: tuple[BlockSpec, ...]) -> Architecture:

@@ -12,13 +12,9 @@ KEYS = ("gate_proj", "up_proj", "down_proj")
 def _describe(config: Any) -> Architecture:
     bias = bool(getattr(config, "attention_bias", False))
 
-    def sparse(index: int) -> bool:
-        step = config.decoder_sparse_step
-        return index not in (config.mlp_only_layers or []) and (index + 1) % step == 0
-
     def block(index: int) -> BlockSpec:
         attention = llama_like.attention(config, index, qkv_bias=bias, o_bias=bias)
-        if not sparse(index):
+        if not llama_like.is_sparse(config, index):
             dense = llama_like.dense_mlp(config, index, config.intermediate_size)
             return llama_like.block(config, index, attention + dense, head_norms=True)
         moe = llama_like.experts(
