@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -45,6 +46,13 @@ CONFIGS = {
     "llama tied and biased": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True),
     "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
     "qwen2": lambda: Qwen2Config(**SMALL),
+    "qwen2 moe": lambda: Qwen2MoeConfig(
+        **SMALL,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=96,
+    ),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=32),
     "qwen3 moe": lambda: Qwen3MoeConfig(
         **SMALL,
@@ -107,6 +115,46 @@ def test_expert_weights_compute_what_the_model_computes(saved):
             index, weight = torch.full((5, 1), expert), torch.ones(5, 1)
             theirs = module(x[None] if architecture.family == "dbrx" else x, index, weight).view(5, -1)
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sparse"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"decoder_sparse_step": 2}, [1, 3]),
+        ({"mlp_only_layers": [0, 3]}, [1, 2]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, [3]),
+        ({"num_experts": 0}, []),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2 moe", "qwen3 moe"])
+def test_blocks_have_experts_where_transformers_gives_them_some(family, settings, sparse):
+    config = CONFIGS[family]()
+    for key, value in ({"num_hidden_layers": 4, "mlp_only_layers": []} | settings).items():
+        setattr(config, key, value)
+    config.layer_types = ["full_attention"] * 4
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    architecture = describe(config)
+    assert [block.index for block in architecture.blocks if block.experts] == sparse
+    assert [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")] == sparse
+
+
+def test_a_shared_expert_is_an_ordinary_linear_with_roles_of_its_own():
+    config = CONFIGS["qwen2 moe"]()
+    config.architectures = ["Qwen2MoeForCausalLM"]
+    block = describe(config).blocks[0]
+    assert [[spec.role for spec in stage] for stage in block.stages] == [
+        ["q", "k", "v"],
+        ["o"],
+        ["shared_gate", "shared_up"],
+        ["shared_down"],
+    ]
+    shared = [spec for stage in block.stages[2:] for spec in stage]
+    names = [f"model.layers.0.mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")]
+    assert [(spec.name, spec.expert) for spec in shared] == [(name, None) for name in names]
+    assert not block.only_routed
 
 
 def test_a_per_expert_dbrx_checkpoint_gives_the_same_weights(tmp_path):

@@ -3,13 +3,14 @@
 from typing import Any
 
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.families import dbrx, llama, mixtral, qwen3_moe
+from dbrx_quant.runtime.families import dbrx, llama, mixtral, qwen2_moe, qwen3_moe
 from dbrx_quant.runtime.families.facts import Architecture
 from dbrx_quant.runtime.families.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     dbrx.FAMILY,
     mixtral.FAMILY,
+    qwen2_moe.FAMILY,
     qwen3_moe.FAMILY,
     *llama.FAMILIES,
 )
