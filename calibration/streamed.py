@@ -1,8 +1,8 @@
 """A model of which one block at a time is in memory, run by transformers' own code.
 
 The model is built without storage (on torch's meta device); a block gets real weights when it is asked for.
-The experts of a block are not part of it: the block's expert module is replaced by one that notes its inputs
-and adds nothing, and the caller runs the experts one after another (`calibration.experts`).
+The experts that tokens are routed to are not part of it: the block's expert module is replaced by one that
+notes its inputs and adds nothing, and the caller runs the experts one after another (`calibration.experts`).
 """
 
 import copy
@@ -113,18 +113,18 @@ class LiveBlock:
         """Run states [rows, length, D] through the block.
 
         Returns:
-            The output, without the experts' share where there are experts, and then what they would have got.
+            The output without the routed experts' shares, and what these experts would have got, if any.
         """
         output = self.module(states, **self._kwargs(states.shape[0], states.shape[1]))
         output = output[0] if isinstance(output, tuple) else output
         return output, self._experts.noted if self._experts else None
 
     def with_middle(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The output for states [rows, length, D] without experts' shares, and what enters the second half.
+        """The output for states [rows, length, D] without routed experts' shares, and the stream between.
 
-        That is the stream before the feed-forward part, or the experts, add to it.
+        That is the stream right after attention, before a feed-forward part or any experts add to it.
         """
-        if self._experts:
+        if self.spec.only_routed:
             output = self(states)[0]
             return output, output
         added: list[Tensor] = []
@@ -141,8 +141,8 @@ class LiveBlock:
         return output, output - added.pop()
 
     def without_mlp(self, states: Tensor) -> Tensor:
-        """The output for states [rows, length, D] if the feed-forward part, or its experts, added nothing."""
-        if self._experts:
+        """The output for states [rows, length, D] if the feed-forward part and all experts added nothing."""
+        if self.spec.only_routed:
             return self(states)[0]
         owner, name = self._mlp()
         whole = owner.get_submodule(name)
@@ -153,9 +153,8 @@ class LiveBlock:
             setattr(owner, name, whole)
 
     def _mlp(self) -> tuple[nn.Module, str]:
-        """The owner of a dense feed-forward part and its name there."""
-        path = self.spec.stages[-1][0].module.rpartition(".")[0].removeprefix(self.spec.module + ".")
-        owner, _, name = path.rpartition(".")
+        """The owner of the feed-forward part and its name there."""
+        owner, _, name = self.spec.mlp.removeprefix(self.spec.module + ".").rpartition(".")
         return self.module.get_submodule(owner), name
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
 from dbrx_quant.quantize.release import KEPT_OUT, MAIN, Branch, Evaluation, Model
 from dbrx_quant.quantize.source_card import dump_front_matter
+from dbrx_quant.runtime.families import family_of
 from dbrx_quant.runtime.verify import PRODUCER
 
 PICTURE_NAME = "error-vs-size.png"
@@ -125,28 +126,16 @@ def _front_matter(repository: str, model: Model) -> str:
 
 def _tags(model: Model) -> list[str]:
     tags = ["exl2", "quantized", str(model.config.get("model_type", ""))]
-    tags += ["moe"] if experts(model) else []
+    tags += ["moe"] if model.experts else []
     tags += ["conversational"] if model.chat else []
     return [tag for tag in tags if tag]
 
 
-def experts(model: Model) -> tuple[int, int] | None:
-    """(experts of a block, how many of them a token uses); None for a dense model."""
-    config = model.config
-    ffn = config.get("ffn_config") or {}
-    keys = ((ffn, "moe_num_experts", "moe_top_k"), (config, "num_local_experts", "num_experts_per_tok"))
-    for section, count, active in (*keys, (config, "num_experts", "num_experts_per_tok")):
-        if section.get(count):
-            return int(section[count]), int(section.get(active) or 1)
-    return None
-
-
 def _introduction(model: Model, branches: Sequence[Branch]) -> str:
-    found = experts(model)
     shape = (
-        f"Every matrix of each of a block's {found[0]} experts has its own bits, out of one budget: more "
-        "where they save error, fewer where they don't."
-        if found
+        f"Every matrix of each of a block's {model.experts} experts has its own bits, out of one budget: "
+        "more where they save error, fewer where they don't."
+        if model.experts
         else "Every matrix has its own bits, out of one budget: more where they save error, fewer where they "
         "don't."
     )
@@ -290,11 +279,7 @@ model.load_autosplit(cache)
 generator = ExLlamaV2DynamicGenerator(model=model, cache=cache, tokenizer=ExLlamaV2Tokenizer(config))
 print(generator.generate(prompt="A mixture of experts is", max_new_tokens=200))
 ```"""
-    caveat = (
-        " It leaves out DBRX's limit on queries, keys and values (`clip_qkv`), so its results may differ."
-        if model.config.get("model_type") == "dbrx"
-        else ""
-    )
+    note = family_of(model.config.get("model_type")).exllamav2_note
     return [
         "## Use",
         '**dbrx-quant**, on a CPU, or with `device="cuda"`:',
@@ -304,7 +289,7 @@ print(generator.generate(prompt="A mixture of experts is", max_new_tokens=200))
         "As a folder, to run, check or compare from the command line:",
         commands,
         "**exllamav2**, from that folder, on NVIDIA GPUs. The files keep to its format; that loader was not "
-        f"run on these.{caveat}",
+        f"run on these.{f' {note}' if note else ''}",
         exllamav2,
     ]
 
@@ -317,7 +302,7 @@ def _making(model: Model) -> list[str]:
             f"Calibration text: {calibration['rows']} rows of {calibration['length']} tokens (`{name}`). "
             f"Converter: {model.producer}."
         )
-    kept = "norms, routers and the embedding are" if experts(model) else "norms and the embedding are"
+    kept = "norms, routers and the embedding are" if model.experts else "norms and the embedding are"
     lines.append(f"The decoder's matrices and the head are quantized; {kept} in 16 bits.")
     return ["## How it was made", " ".join(lines)]
 

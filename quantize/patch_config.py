@@ -2,10 +2,7 @@
 
 The source's config is carried over with what readers stumble on put right:
 
-* DBRX keeps its RoPE base inside `attn_config`, where transformers 5 does not look (it then runs with base
-  10000 instead of 500000, without a word); it goes to the top level as well.
-* vLLM rejects nested DBRX configs with keys it does not know, and transformers 5 saves plenty of those
-  (`_name_or_path`, `output_attentions`, …): only the keys that describe the model stay.
+* What is special about a family is up to its `patch_config`.
 * bos, eos and pad ids are filled in; eos is the list of all that ends a text or a chat turn. exllamav2 takes
   the first of the list, everybody else all of them.
 * `torch_dtype` stays what it was. The 16-bit tensors are stored as float16 like in every EXL2 checkpoint, but
@@ -21,22 +18,11 @@ from typing import Any
 from dbrx_quant.runtime.bits import stored_bits
 from dbrx_quant.runtime.config import read_config
 from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import family_of
 from dbrx_quant.runtime.families.facts import Architecture
 from dbrx_quant.runtime.files import write_json
 from dbrx_quant.runtime.verify import PRODUCER
 from dbrx_quant.runtime.vocabulary import SpecialIds, read_object, special_ids
-
-# All that vLLM's own DBRX config accepts; the sizes of a layer without dropout need no more.
-_ATTENTION_KEYS = ("attn_pdrop", "clip_qkv", "kv_n_heads", "rope_theta")
-_FFN_KEYS = (
-    "ffn_act_fn",
-    "ffn_hidden_size",
-    "moe_jitter_eps",
-    "moe_loss_weight",
-    "moe_normalize_expert_weights",
-    "moe_num_experts",
-    "moe_top_k",
-)
 
 
 @dataclass(frozen=True)
@@ -119,8 +105,7 @@ def patched_config(source_config: Mapping[str, Any], summary: Summary) -> dict[s
     config["architectures"] = [_architecture(source_config)]
     config.pop("auto_map", None)  # remote code stays behind; transformers knows these models
     config.pop("_name_or_path", None)  # the path of another machine
-    if config.get("model_type") == "dbrx":
-        _patch_dbrx(config)
+    config = family_of(config.get("model_type")).patch_config(config)
     set_ids(config, summary.ids)
     bpw = round(summary.bpw, 5)
     config["quantization_config"] = {
@@ -152,26 +137,6 @@ def _architecture(config: Mapping[str, Any]) -> str:
             "expected one that ends in ForCausalLM"
         )
     return names[0]
-
-
-def _patch_dbrx(config: dict[str, Any]) -> None:
-    attention = dict(config.get("attn_config") or {})
-    ffn = dict(config.get("ffn_config") or {})
-    # The order in which `load_config` looks: what the model was calibrated with is what the output says.
-    parameters = config.get("rope_parameters") or {}
-    if config.get("rope_theta"):
-        base = parameters.get("rope_theta") or config["rope_theta"]
-    else:
-        base = attention.get("rope_theta") or parameters.get("rope_theta")
-    if base is None:
-        raise CheckpointError(
-            "config.json: no rope_theta, neither at the top level nor in attn_config; DBRX's is 500000"
-        )
-    config["rope_theta"] = attention["rope_theta"] = base
-    if parameters:
-        config["rope_parameters"] = {**parameters, "rope_theta": base}
-    config["attn_config"] = {key: attention[key] for key in _ATTENTION_KEYS if key in attention}
-    config["ffn_config"] = {key: ffn[key] for key in _FFN_KEYS if key in ffn}
 
 
 def set_ids(config: dict[str, Any], ids: SpecialIds) -> None:

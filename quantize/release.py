@@ -16,9 +16,10 @@ from dbrx_quant.quantize.source_card import (
     term_files,
 )
 from dbrx_quant.quantize.strategy import STRATEGY_NAME, Outcome, find_strategy
-from dbrx_quant.runtime.config import read_config
+from dbrx_quant.runtime.config import load_config, read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import EVALUATION_NAME, read_evaluations
+from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.json_file import read_object
 from dbrx_quant.runtime.verify import PRODUCER
 
@@ -96,6 +97,7 @@ class Model:
         base_model: the original's id on the Hub.
         card: what is inherited from its card.
         config: its config, without the quantization.
+        experts: of a block; 0: it is dense.
         chat: whether the tokenizer has a chat template.
         term_files: licence and notice files that go along.
         calibration: as the config describes it.
@@ -105,6 +107,7 @@ class Model:
     base_model: str
     card: SourceCard
     config: Mapping[str, Any]
+    experts: int
     chat: bool
     term_files: tuple[str, ...]
     calibration: Mapping[str, Any]
@@ -312,12 +315,14 @@ def _model(folder: Path, config: Mapping[str, Any], base_model: str | None, card
     faults = term_faults(inherited, names)
     if faults:
         raise ValueError(f"{folder}: cannot be published: {'; '.join(faults)}")
+    architecture = describe(load_config(folder))
     section = config["quantization_config"]
     tokenizer = _tokenizer_config(folder)
     return Model(
         base_model=str(base),
         card=inherited,
         config={key: value for key, value in config.items() if key != "quantization_config"},
+        experts=max((b.experts.count for b in architecture.blocks if b.experts), default=0),
         chat="chat_template.jinja" in names or bool(tokenizer.get("chat_template")),
         term_files=tuple(term_files(names)),
         calibration=section.get("calibration") or {},

@@ -27,7 +27,14 @@ from torch import Tensor
 from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header
 from dbrx_quant.runtime.checksums import CHECKSUMS_NAME, Checksum, write_checksums
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, FloatSpec, LinearSpec, to_half
+from dbrx_quant.runtime.families.facts import (
+    ATTENTION_ROLES,
+    Architecture,
+    BlockSpec,
+    FloatSpec,
+    LinearSpec,
+    to_half,
+)
 from dbrx_quant.runtime.files import DTYPE_NAMES, remove_leftovers, write_json, write_parts
 from dbrx_quant.runtime.format import padded_columns, validate_linear
 
@@ -166,10 +173,10 @@ def _block_order(block: BlockSpec) -> Iterator[LinearSpec | FloatSpec]:
     first = [spec for spec in block.floats if ".input_layernorm." in spec.name]
     head_norms = [spec for spec in block.floats if ".self_attn." in spec.name]
     yield from first
-    yield from (spec for spec in linears if spec.role in ("q", "k", "v", "o"))
+    yield from (spec for spec in linears if spec.role in ATTENTION_ROLES)
     yield from head_norms
     yield from (spec for spec in block.floats if spec not in first + head_norms)
-    yield from (spec for spec in linears if spec.role not in ("q", "k", "v", "o"))
+    yield from (spec for spec in linears if spec.role not in ATTENTION_ROLES)
     for expert in block.experts.linears if block.experts else ():
         yield from expert
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import FAMILIES
 
 CARD_NAME = "README.md"
 
@@ -147,7 +148,8 @@ def term_faults(card: SourceCard, names: Collection[str]) -> list[str]:
             f"the text of its licence ({card.license}) has to go along, and there is no LICENSE file; copy "
             "the original's LICENSE and NOTICE files there"
         )
-    if card.license.startswith("databricks") and not any(name.startswith("notice") for name in texts):
+    wanted = [family.notice_license for family in FAMILIES if family.notice_license]
+    if card.license.startswith(tuple(wanted)) and not any(name.startswith("notice") for name in texts):
         faults.append(
             f"its licence ({card.license}) asks for the original's NOTICE file to go along; copy it there"
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import FAMILIES
 from dbrx_quant.runtime.vocabulary import added_token, read_object, special_token
 
 ENCODING = "cl100k_base"
@@ -35,7 +36,6 @@ CHATML = (
 
 _SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"  # of the ranks as published
 _MODELS = re.compile(r"gpt-4(-32k|-turbo)?(-\d{4}(-\d\d-\d\d)?)?|gpt-3\.5-turbo(-\w+)?")  # of cl100k_base
-_WRAPPER = re.compile(r"tiktoken|tokenization_dbrx", re.IGNORECASE)
 _MARKERS = ("<|im_start|>", "<|im_end|>")
 
 
@@ -48,7 +48,8 @@ def wraps_tiktoken(source: Path) -> bool:
 
 def is_wrapper(name: str) -> bool:
     """Whether the name of a tokenizer class, or of its module, is that of a wrapper around tiktoken."""
-    return _WRAPPER.search(name) is not None
+    modules = [family.tiktoken_module for family in FAMILIES if family.tiktoken_module]
+    return any(wrapper in name.lower() for wrapper in ("tiktoken", *modules))
 
 
 def convert_tiktoken(source: Path, declared: Mapping[str, int]) -> tuple[dict[str, Any], list[str]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families import family_of
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -28,8 +29,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def load_config(folder: Path) -> Any:
     """The transformers configuration of a model folder, ready to build the model from.
 
-    DBRX as on the Hub keeps its RoPE base inside `attn_config`, where transformers 5 does not look: it would
-    run with base 10000 instead of 500000. Here the nested value counts when there is no other.
+    What transformers misreads of a family's configurations is put right.
 
     Code that the folder brings or names is not run: no class of an `auto_map`, and no attention kernel, which
     transformers would fetch from the Hub.
@@ -45,18 +45,7 @@ def load_config(folder: Path) -> Any:
     except (ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:  # mistyped fields
         raise CheckpointError(f"{Path(folder) / 'config.json'}: {error}") from None
     config._attn_implementation = None
-    repair_rope(config, raw)
+    fix = family_of(config.model_type).fix_config
+    if fix is not None:
+        fix(config, raw, False)
     return config
-
-
-def repair_rope(config: Any, raw: dict[str, Any]) -> None:
-    """Set DBRX's RoPE base from `attn_config`, unless the top level names one itself.
-
-    A `rope_parameters` at the top level does not count: transformers 5 writes its default of 10000 there when
-    it loads and saves a DBRX, while the base that the model was trained with stays in `attn_config`.
-    """
-    if config.model_type != "dbrx" or "rope_theta" in raw:
-        return
-    theta = (raw.get("attn_config") or {}).get("rope_theta")
-    if theta:
-        config.rope_parameters = {"rope_type": "default", "rope_theta": float(theta)}

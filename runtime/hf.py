@@ -25,9 +25,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dbrx_quant.runtime.checkpoint import read_header
-from dbrx_quant.runtime.config import read_config, repair_rope
+from dbrx_quant.runtime.config import read_config
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families import describe, family_of
 from dbrx_quant.runtime.families.facts import to_half
 from dbrx_quant.runtime.index import unnamed_shard
 from dbrx_quant.runtime.layout import Layout, read_layout
@@ -161,7 +161,7 @@ class _PackedOnHost(OrderedDict[str, Tensor]):
 
 
 def _open_layout(model: Any, checkpoint_files: list[str] | None) -> Layout:
-    """The layout of the files that transformers is about to load; also mends the model's RoPE base."""
+    """The layout of the files that transformers is about to load; also mends the model's configuration."""
     if not checkpoint_files:
         raise ValueError("an EXL2 model loads from its folder, not from a state_dict")
     folder = Path(checkpoint_files[0]).parent
@@ -175,7 +175,7 @@ def _open_layout(model: Any, checkpoint_files: list[str] | None) -> Layout:
                 f"{folder}: {name} is in {file.name}, which transformers would not read; write the index "
                 f"anew with `dbrx-quant index {folder}`, or load it with dbrx_quant.runtime.load_model"
             )
-    # transformers has filled in its default base by now; a base that the caller chose stays
-    if model.config.model_type == "dbrx" and model.config.rope_parameters.get("rope_theta") == 10000.0:
-        repair_rope(model.config, read_config(folder))
+    fix = family_of(model.config.model_type).fix_config
+    if fix is not None:  # transformers has filled in its defaults by now; what the caller chose stays
+        fix(model.config, read_config(folder), True)
     return layout

@@ -28,7 +28,7 @@ class LinearFacts:
 
     Attributes:
         name: its EXL2 key.
-        role: q, k, v, o, gate, up, down or head.
+        role: as in `LinearSpec`.
         block: its decoder block, None for the head.
         expert: its expert, None outside experts.
         shape: (K, N), without padding.

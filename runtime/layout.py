@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dbrx_quant.runtime.checkpoint import Checkpoint
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.families.facts import Architecture, LinearSpec, find_source
+from dbrx_quant.runtime.families.facts import ATTENTION_ROLES, Architecture, LinearSpec, find_source
 from dbrx_quant.runtime.format import SUFFIXES, GroupMap, padded_columns, validate_linear
 
 DERIVED = (".q_perm", ".q_group_map", "rotary_emb.inv_freq")  # what old writers added; computed, never read
@@ -79,7 +79,7 @@ def read_layout(architecture: Architecture, checkpoint: Checkpoint) -> Layout:
 def _required(architecture: Architecture, checkpoint: Checkpoint) -> Iterator[LinearSpec]:
     """The linears that have to be in EXL2 form: all but whole dense attentions and a dense head."""
     for block in architecture.blocks:
-        attention = [spec for spec in block.linears() if spec.role in ("q", "k", "v", "o")]
+        attention = [spec for spec in block.linears() if spec.role in ATTENTION_ROLES]
         dense = not any(checkpoint.is_quantized(spec.name) for spec in attention)
         stored = dense and any(s.tensor in checkpoint for spec in attention for s in spec.sources)
         for spec in block.linears():

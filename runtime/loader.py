@@ -6,18 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dbrx_quant.runtime.checkpoint import Checkpoint
 from dbrx_quant.runtime.config import load_config, read_config
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.families.facts import (
-    Architecture,
-    check_dense_source,
-    load_linear,
-    module_linears,
-)
+from dbrx_quant.runtime.families import describe, family_of
+from dbrx_quant.runtime.families.facts import check_dense_source
 from dbrx_quant.runtime.hf import METHOD, given_layout
 from dbrx_quant.runtime.layout import DERIVED, read_layout
 from dbrx_quant.runtime.vocabulary import special_ids
@@ -83,9 +76,9 @@ def load_model(
 
 
 def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """The original, unquantized model of a folder, with the RoPE base where it belongs.
+    """The original, unquantized model of a folder, its configuration mended as by `load_config`.
 
-    Takes every naming that the converter takes, also DBRX with one linear an expert.
+    Takes every naming that the converter takes, also those that transformers does not.
 
     Args:
         folder: a model folder as from the Hub.
@@ -105,12 +98,12 @@ def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float3
     checkpoint = architecture.open(folder)
     check_dense_source(architecture, checkpoint)
     options |= {"config": config, "dtype": dtype, "output_loading_info": True}
-    names = Checkpoint(folder).names()
-    if architecture.family == "dbrx" and not any(name.endswith(".ffn.experts.mlp.w1") for name in names):
-        where, options["state_dict"] = None, _fused_dbrx(architecture, checkpoint)
-    else:
+    state = family_of(architecture.family).dense_state(architecture, checkpoint)
+    if state is None:
         where = str(folder)
         options |= {"local_files_only": True, "use_safetensors": True}  # else it may be pickled weights
+    else:
+        where, options["state_dict"] = None, state
     try:
         model, info = getattr(transformers, config.architectures[0]).from_pretrained(where, **options)
     except (OSError, RuntimeError) as error:
@@ -120,22 +113,6 @@ def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float3
             found = sorted(map(str, info[problem]))
             raise CheckpointError(f"{folder}: {len(found)} {problem.replace('_', ' ')}, {found[0]} first")
     return model
-
-
-def _fused_dbrx(architecture: Architecture, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The tensors of a dense DBRX under transformers' names, from a checkpoint under others."""
-    state = {kept.parameter: checkpoint.load(kept.name) for kept in architecture.all_floats()}
-    single = [spec for spec in architecture.linears() if spec.expert is None]
-    for module, specs in module_linears(single).items():
-        state[f"{module}.weight"] = torch.cat([load_linear(checkpoint, spec) for spec in specs])
-    for block in architecture.blocks:
-        assert block.experts is not None  # every block of DBRX has experts
-        for key, role in zip(block.experts.keys, zip(*block.experts.linears, strict=True), strict=True):
-            parts = [load_linear(checkpoint, spec) for spec in role]
-            if role[0].role == "down":
-                parts = [part.T for part in parts]
-            state[f"{block.experts.module}.mlp.{key}"] = torch.cat(parts)
-    return state
 
 
 def find_folder(source: str | os.PathLike[str], revision: str | None) -> Path:

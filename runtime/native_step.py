@@ -6,7 +6,7 @@ model's decoder (the model below the head) gets a `forward` that hands whole ste
 The native step is taken when all of this holds; else the call goes to transformers' own code, at any time,
 with the same cache:
 
-* the model is one of the families in `decoder_parts`, wholly on the CPU, in fp32, bf16 or fp16, all linears
+* the model is of a family that has `layer_parts`, wholly on the CPU, in fp32, bf16 or fp16, all linears
   of its layers quantized, without sliding windows, with transformers' "sdpa" or "eager" attention;
 * activations are rounded (`int8` or `int16`, see `activations`);
 * the call has token ids of at most 8 new tokens in all, no padding (no mask, or one without zeros), positions
@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from dbrx_quant.runtime import _native
 from dbrx_quant.runtime.activations import activations
 from dbrx_quant.runtime.backends.cpu import ACTIVATION_BITS, repacked_experts, repacked_linear
-from dbrx_quant.runtime.decoder_parts import LayerParts, layer_parts
+from dbrx_quant.runtime.decoder_parts import LayerParts, UnknownPartError
+from dbrx_quant.runtime.families import family_of
 from dbrx_quant.runtime.snapshot import Snapshot
 
 VARIABLE = "DBRXQ_NATIVE_STEP"
@@ -73,6 +74,24 @@ def use_native_step(enabled: bool) -> Iterator[None]:
         yield
     finally:
         _enabled = before
+
+
+def layer_parts(model: Any) -> tuple[list[LayerParts], Tensor] | None:
+    """The parts of every layer of a decoder (the model below its head), and the weight of its last norm.
+
+    None where the model, or any layer, is none that is known here.
+    """
+    find = family_of(model.config.model_type).layer_parts
+    if find is None or getattr(model.config, "sliding_window", None) is not None:
+        return None
+    try:
+        found = find(model)
+    except (UnknownPartError, ValueError):  # ValueError: an activation that the operators don't have
+        return None
+    shared = {(p.eps, p.head_dim, p.scale, p.clip, p.layer_norm, p.activation) for p in found.layers}
+    if len(shared) != 1 or found.layers[0].eps != found.eps:
+        return None
+    return found.layers, found.last_norm
 
 
 class _Rotations:
@@ -206,8 +225,10 @@ class NativeForward:
     """
 
     def __init__(self, model: Any) -> None:
+        from transformers import modeling_outputs
+
         self.model = model
-        self._output = _output_class(type(model).__name__)
+        self._output = getattr(modeling_outputs, family_of(model.config.model_type).output)
         self._built: _Built | Snapshot | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -339,14 +360,6 @@ def _goes_on(mask: Tensor | None, positions: Tensor | None, sequences: int, toke
         return True
     expected = list(range(past, past + tokens))
     return positions.dim() == 2 and all(row == expected for row in positions.tolist())
-
-
-def _output_class(name: str) -> Any:
-    """What the forward of a decoder of that class returns."""
-    from transformers import modeling_outputs
-
-    with_experts = name in ("DbrxModel", "MixtralModel", "Qwen3MoeModel")
-    return getattr(modeling_outputs, f"{'MoeModel' if with_experts else 'BaseModel'}OutputWithPast")
 
 
 def install_native_step(model: Any) -> None:

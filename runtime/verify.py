@@ -18,8 +18,8 @@ from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, re
 from dbrx_quant.runtime.checksums import CHECKSUMS_NAME, read_checksums
 from dbrx_quant.runtime.config import load_config, read_config
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.families.facts import Architecture, FloatSpec, LinearSpec
+from dbrx_quant.runtime.families import describe, family_of
+from dbrx_quant.runtime.families.facts import ATTENTION_ROLES, Architecture, FloatSpec, LinearSpec
 from dbrx_quant.runtime.format import SUFFIXES, padded_columns, validate_linear
 from dbrx_quant.runtime.tokenizer_check import check_tokenizer
 
@@ -238,10 +238,9 @@ def _may_stay_dense(checkpoint: Checkpoint, architecture: Architecture, spec: Li
     """Whether the format allows it: the head, and the attention of a block if none of it is quantized."""
     if spec.block is None:
         return True
-    attention = ("q", "k", "v", "o")
     linears = (other for stage in architecture.blocks[spec.block].stages for other in stage)
-    return spec.role in attention and not any(
-        checkpoint.is_quantized(other.name) for other in linears if other.role in attention
+    return spec.role in ATTENTION_ROLES and not any(
+        checkpoint.is_quantized(other.name) for other in linears if other.role in ATTENTION_ROLES
     )
 
 
@@ -301,28 +300,7 @@ def _check_config(config: dict[str, Any], architecture: Architecture, minor: lis
             'config.json: no quantization_config with quant_method "exl2"; '
             "transformers would load random weights"
         )
-    if architecture.family == "dbrx":
-        minor += _rope_problems(config)
-
-
-def _rope_problems(config: dict[str, Any]) -> list[str]:
-    """What makes readers of a DBRX config run at different RoPE bases."""
-    bases = {
-        "rope_theta": config.get("rope_theta"),
-        "rope_parameters": _section(config, "rope_parameters").get("rope_theta"),
-        "attn_config": _section(config, "attn_config").get("rope_theta"),
-    }
-    problems = []
-    if not bases["rope_theta"] and not bases["rope_parameters"]:
-        problems.append(
-            f"config.json: rope_theta is not at the top level (attn_config has {bases['attn_config']}); "
-            "transformers 5 alone would use 10000"
-        )
-    given = {key: base for key, base in bases.items() if isinstance(base, (int, float)) and base}
-    if len(set(given.values())) > 1:  # a DBRX config that transformers 5 read and saved again is like that
-        text = ", ".join(f"{base} in {key}" for key, base in given.items())
-        problems.append(f"config.json: names different RoPE bases: {text}; keep the one it was trained with")
-    return problems
+    minor += family_of(architecture.family).config_problems(config)
 
 
 def _count_bits(

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from dbrx_quant.runtime import _native, load_model
-from dbrx_quant.runtime.decoder_parts import layer_parts
 from dbrx_quant.runtime.linear import QuantLinear
-from dbrx_quant.runtime.native_step import use_native_step
+from dbrx_quant.runtime.native_step import layer_parts, use_native_step
 from dbrx_quant.scripts.bench_record import add_record_argument, record
 from dbrx_quant.scripts.output import ends_with_its_reader, print_json, print_table
 

@@ -12,7 +12,7 @@ from dbrx_quant.calibration.experts import tokens_of
 from dbrx_quant.runtime.config import load_config
 
 VOCABULARY = 300  # of the tokenizer that `make_tokenizer` writes, with some room
-EXPERTS = ("dbrx", "mixtral", "qwen3 moe")
+EXPERTS = ("dbrx", "mixtral", "qwen2 moe", "qwen3 moe")
 
 
 def save_model(folder, family, seed=0, std=0.1, change=None, configure=None):

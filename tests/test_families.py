@@ -1,5 +1,9 @@
 """Every tensor of a real checkpoint of each family is found under its names, and nothing else let through."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,13 +13,14 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
 from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families import FAMILIES, describe, family_of
 from dbrx_quant.runtime.families.facts import check_dense_source, load_bias, load_linear, module_linears
 
 SMALL = {
@@ -41,6 +46,13 @@ CONFIGS = {
     "llama tied and biased": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True),
     "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
     "qwen2": lambda: Qwen2Config(**SMALL),
+    "qwen2 moe": lambda: Qwen2MoeConfig(
+        **SMALL,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=96,
+    ),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=32),
     "qwen3 moe": lambda: Qwen3MoeConfig(
         **SMALL,
@@ -103,6 +115,46 @@ def test_expert_weights_compute_what_the_model_computes(saved):
             index, weight = torch.full((5, 1), expert), torch.ones(5, 1)
             theirs = module(x[None] if architecture.family == "dbrx" else x, index, weight).view(5, -1)
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sparse"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"decoder_sparse_step": 2}, [1, 3]),
+        ({"mlp_only_layers": [0, 3]}, [1, 2]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, [3]),
+        ({"num_experts": 0}, []),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2 moe", "qwen3 moe"])
+def test_blocks_have_experts_where_transformers_gives_them_some(family, settings, sparse):
+    config = CONFIGS[family]()
+    for key, value in ({"num_hidden_layers": 4, "mlp_only_layers": []} | settings).items():
+        setattr(config, key, value)
+    config.layer_types = ["full_attention"] * 4
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    architecture = describe(config)
+    assert [block.index for block in architecture.blocks if block.experts] == sparse
+    assert [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")] == sparse
+
+
+def test_a_shared_expert_is_an_ordinary_linear_with_roles_of_its_own():
+    config = CONFIGS["qwen2 moe"]()
+    config.architectures = ["Qwen2MoeForCausalLM"]
+    block = describe(config).blocks[0]
+    assert [[spec.role for spec in stage] for stage in block.stages] == [
+        ["q", "k", "v"],
+        ["o"],
+        ["shared_gate", "shared_up"],
+        ["shared_down"],
+    ]
+    shared = [spec for stage in block.stages[2:] for spec in stage]
+    names = [f"model.layers.0.mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")]
+    assert [(spec.name, spec.expert) for spec in shared] == [(name, None) for name in names]
+    assert not block.only_routed
 
 
 def test_a_per_expert_dbrx_checkpoint_gives_the_same_weights(tmp_path):
@@ -169,3 +221,30 @@ def test_the_rope_base_of_dbrx_is_read_from_where_the_hub_keeps_it(tmp_path):
         '{"model_type": "dbrx", "architectures": ["DbrxForCausalLM"], "attn_config": {"rope_theta": 500000}}'
     )
     assert load_config(tmp_path).rope_parameters["rope_theta"] == 500000.0
+
+
+def test_a_family_is_found_by_the_model_type_of_a_configuration():
+    for family in FAMILIES:
+        assert family_of(family.name) is family
+    other = family_of("gpt2")
+    assert other.patch_config({"a": 1}) == {"a": 1}
+    assert (other.config_problems({}), other.fix_config, other.layer_parts) == ([], None, None)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTSIDE = [
+    path
+    for layer in ("runtime", "calibration", "quantize")
+    for path in sorted((ROOT / layer).rglob("*.py"))
+    if "families" not in path.parts
+]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_code_outside_the_families_names_one(path):
+    classes = "|".join(name.removesuffix("ForCausalLM") for f in FAMILIES for name in f.architectures)
+    named = re.compile(rf"({'|'.join(f.name for f in FAMILIES)})|.*\b({classes})[A-Z]?.*")
+    texts = [
+        n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Constant)
+    ]
+    assert [text for text in texts if isinstance(text, str) and named.fullmatch(text)] == []

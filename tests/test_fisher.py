@@ -98,9 +98,7 @@ def measured(folder, ids, work, monkeypatch):
     return job, result, {n: json.loads(job.entry(n).read_text()) for n in names}, torch.cat(labels)
 
 
-@pytest.mark.parametrize(
-    "family", ["dbrx", "mixtral", "qwen3 moe", "llama", "llama tied and biased", "qwen3"]
-)
+@pytest.mark.parametrize("family", [*EXPERTS, "llama", "llama tied and biased", "qwen3"])
 def test_the_streamed_gradients_are_those_of_autograd_through_the_whole_model(family, tmp_path, monkeypatch):
     folder = save_model(tmp_path / "model", family, std=0.2)
     ids = random_tokens(4, 12)

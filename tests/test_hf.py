@@ -15,7 +15,7 @@ from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.hf import Exl2Config, Exl2HfQuantizer
 
 PROMPT = torch.arange(20)[None] * 7 % 128
-FAMILIES = ("dbrx", "llama tied and biased", "mixtral", "qwen2", "qwen3 moe")
+FAMILIES = ("dbrx", "llama tied and biased", "mixtral", "qwen2", "qwen2 moe", "qwen3 moe")
 
 
 def logits(model, ids=PROMPT):

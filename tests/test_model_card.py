@@ -48,6 +48,7 @@ def model(card=None, config=DBRX, **changes):
         "base_model": "databricks/dbrx-instruct",
         "card": SourceCard(None, {"license": "mit"}) if card is None else card,
         "config": config,
+        "experts": 16 if config is DBRX else 0,
         "chat": True,
         "term_files": ("LICENSE.txt", "NOTICE.txt"),
         "calibration": {"rows": 128, "length": 2048, "dataset": "/home/someone/secret/wiki.txt"},

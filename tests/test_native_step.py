@@ -13,10 +13,14 @@ from transformers.cache_utils import DynamicLayer
 
 from dbrx_quant.runtime import _native, load_model
 from dbrx_quant.runtime.activations import use_activations
+from dbrx_quant.runtime.decoder_parts import UnknownPartError
+from dbrx_quant.runtime.families import llama_like
 from dbrx_quant.runtime.key_values import GrowingLayer
 from dbrx_quant.runtime.native_step import NativeForward, native_step_enabled, use_native_step
 
+SHARED = "qwen2 moe"  # whose shared expert the native step does not know
 CONFIGS = CONFIGS | {"mistral": lambda: small_mistral(None)}
+NATIVE = [name for name in CONFIGS if name != SHARED]
 PROMPT = torch.arange(20)[None] * 7 % 128
 TOLERANCE = (
     2e-3  # of the logits' deviation: two bytes of activations round at 3e-5, and differently after each sum
@@ -109,7 +113,7 @@ def assert_close(found, expected, tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize("mode", ["int8", "int16"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NATIVE)
 def test_steps_equal_those_of_transformers(name, mode, models, taken):
     model = models(name)
     with use_activations(mode):
@@ -340,6 +344,15 @@ def test_calls_of_another_kind_are_left_to_transformers(other, models, taken):
         else:
             model(PROMPT[:, :4], **options)
     assert taken == [False]
+
+
+def test_a_shared_expert_is_left_to_transformers(models, taken):
+    model = models(SHARED)
+    assert not isinstance(model.base_model.forward, NativeForward)
+    with pytest.raises(UnknownPartError):  # also if the family said that its layers are like Llama's
+        llama_like.layer_parts(model.base_model)
+    assert feed(model, 9, 1).isfinite().all()
+    assert taken == []
 
 
 def test_sliding_windows_are_left_to_transformers(tmp_path, taken):

@@ -61,6 +61,29 @@ def test_rows_of_another_length_run_after_each_other(family_folder):
     torch.testing.assert_close(long[:1, :9], short, rtol=1e-4, atol=1e-5)  # attention looks back only
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2 moe"])
+def test_the_stream_is_told_before_and_after_what_every_token_passes(family, tmp_path):
+    """As transformers' own block has it, whose routed experts are put to 0."""
+    folder, ids = save_model(tmp_path, family), random_tokens(2, 12)
+    model, live, between = whole_model(folder), StreamedModel(folder).block(1), []
+    layer = model.model.layers[1]
+    layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: between.append(args[0]))
+    if hasattr(layer.mlp, "experts"):
+        layer.mlp.experts.down_proj.data.zero_()
+    before, after = [], []
+    layer.register_forward_pre_hook(lambda _, args, kwargs: before.append(args[0]), with_kwargs=True)
+    layer.register_forward_hook(lambda _, args, output: after.append(output))
+    with torch.no_grad():
+        model(ids)
+        output, middle = live.with_middle(before[0])
+        torch.testing.assert_close(output, after[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(middle, between[0], rtol=1e-4, atol=1e-5)
+        assert torch.equal(output, live(before[0])[0])
+        torch.testing.assert_close(live.without_mlp(before[0]), between[0], rtol=1e-4, atol=1e-5)
+    assert (output is middle) == (family == "mixtral")
+    assert torch.equal(output, live(before[0])[0]), "everything is in its place again"
+
+
 def test_clip_qkv_is_honoured_and_matters(tmp_path):
     folder = save_model(tmp_path, "dbrx", std=0.2)
     config = json.loads((folder / "config.json").read_text())

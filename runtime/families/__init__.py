@@ -3,10 +3,17 @@
 from typing import Any
 
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.families import dbrx, llama, mixtral, qwen3_moe
-from dbrx_quant.runtime.families.facts import Architecture, Family
+from dbrx_quant.runtime.families import dbrx, llama, mixtral, qwen2_moe, qwen3_moe
+from dbrx_quant.runtime.families.facts import Architecture
+from dbrx_quant.runtime.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (dbrx.FAMILY, mixtral.FAMILY, qwen3_moe.FAMILY, *llama.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    dbrx.FAMILY,
+    mixtral.FAMILY,
+    qwen2_moe.FAMILY,
+    qwen3_moe.FAMILY,
+    *llama.FAMILIES,
+)
 
 
 def describe(config: Any) -> Architecture:
@@ -24,3 +31,8 @@ def describe(config: Any) -> Architecture:
             return family.describe(config)
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise CheckpointError(f"config.json: architectures is {names}; supported is one of {known}")
+
+
+def family_of(model_type: Any) -> Family:
+    """The family by the `model_type` of a configuration, raw or transformers'; else one without any hooks."""
+    return next((f for f in FAMILIES if f.name == model_type), Family(str(model_type), (), describe))

@@ -5,7 +5,7 @@ the places where a source checkpoint may keep its dense weight. Source names are
 (`Architecture.renames`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dbrx_quant.runtime.checkpoint import Checkpoint
 from dbrx_quant.runtime.errors import CheckpointError
+
+ATTENTION_ROLES = ("q", "k", "v", "o")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class LinearSpec:
 
     Attributes:
         name: EXL2 key, such as `model.layers.0.self_attn.q_proj`.
-        role: q, k, v, o, gate, up, down or head.
+        role: q, k, v, o, gate, up, down or head; shared_gate, shared_up and shared_down are of an expert that
+            every token passes, beside those that it is routed to.
         module: the transformers module that holds it.
         outputs: its slice of that module's outputs where the module fuses several linears.
         shape: (K, N), input and output channels, unpadded.
@@ -69,7 +72,7 @@ class FloatSpec:
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """The experts of one block: their module, and the (gate, up, down) linears of each."""
+    """The routed experts of one block: their module, and the (gate, up, down) linears of each."""
 
     module: str
     router: str
@@ -86,13 +89,28 @@ class ExpertsSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One decoder block: stages of linears that share an input, in data order, then experts if any."""
+    """One decoder block: stages of linears that share an input, in data order, then routed experts if any.
+
+    Attributes:
+        index: of the block.
+        module: the transformers module of the block.
+        mlp: that of its feed-forward part, experts and router included.
+        stages: attention, then a dense feed-forward part or an expert that every token passes, if any.
+        experts: those that tokens are routed to.
+        floats: its 16-bit tensors.
+    """
 
     index: int
     module: str
+    mlp: str
     stages: tuple[tuple[LinearSpec, ...], ...]
     experts: ExpertsSpec | None
     floats: tuple[FloatSpec, ...]
+
+    @property
+    def only_routed(self) -> bool:
+        """Whether all that the feed-forward part adds comes from routed experts."""
+        return all(spec.role in ATTENTION_ROLES for stage in self.stages for spec in stage)
 
     def linears(self) -> Iterator[LinearSpec]:
         """All linears of the block, in the order of the data, expert by expert."""
@@ -136,15 +154,6 @@ class Architecture:
     def open(self, folder: Any) -> Checkpoint:
         """The checkpoint in a folder, under normalised names."""
         return Checkpoint(folder, self.normalise)
-
-
-@dataclass(frozen=True)
-class Family:
-    """One family: the architectures it covers, and the function from a configuration to the facts."""
-
-    name: str
-    architectures: tuple[str, ...]
-    describe: Callable[[Any], Architecture]
 
 
 def module_linears(specs: Iterable[LinearSpec]) -> dict[str, list[LinearSpec]]:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from dbrx_quant.runtime.families import llama_like
-from dbrx_quant.runtime.families.facts import Architecture, Family
+from dbrx_quant.runtime.families.facts import Architecture
+from dbrx_quant.runtime.families.family import Family
 
 
 def _describe(config: Any, *, qkv_bias: bool, o_bias: bool, mlp_bias: bool, head_norms: bool) -> Architecture:
@@ -37,8 +38,8 @@ def _qwen3(config: Any) -> Architecture:
 
 
 FAMILIES = (
-    Family("llama", ("LlamaForCausalLM",), _llama),
-    Family("mistral", ("MistralForCausalLM",), _mistral),
-    Family("qwen2", ("Qwen2ForCausalLM",), _qwen2),
-    Family("qwen3", ("Qwen3ForCausalLM",), _qwen3),
+    Family("llama", ("LlamaForCausalLM",), _llama, layer_parts=llama_like.layer_parts),
+    Family("mistral", ("MistralForCausalLM",), _mistral, layer_parts=llama_like.layer_parts),
+    Family("qwen2", ("Qwen2ForCausalLM",), _qwen2, layer_parts=llama_like.layer_parts),
+    Family("qwen3", ("Qwen3ForCausalLM",), _qwen3, layer_parts=llama_like.layer_parts),
 )

@@ -1,6 +1,6 @@
 """What Llama and its relatives share: split attention, a gated MLP or experts in its place, RMS norms."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.runtime.families.facts import (
     Architecture,
@@ -10,6 +10,9 @@ from dbrx_quant.runtime.families.facts import (
     LinearSpec,
     Source,
 )
+
+if TYPE_CHECKING:
+    from dbrx_quant.runtime.decoder_parts import DecoderParts, LayerParts
 
 
 def own_source(name: str) -> tuple[Source, ...]:
@@ -42,15 +45,23 @@ def attention(
     return inputs, (part("o", (heads["q"] * head, hidden), o_bias),)
 
 
-def dense_mlp(config: Any, index: int, ffn: int, bias: bool = False) -> tuple[tuple[LinearSpec, ...], ...]:
-    """The stages gate, up and down of a dense block."""
-    key, hidden = f"model.layers.{index}.mlp", config.hidden_size
+def dense_mlp(
+    config: Any, index: int, ffn: int, bias: bool = False, *, place: str = "mlp", prefix: str = ""
+) -> tuple[tuple[LinearSpec, ...], ...]:
+    """The stages gate, up and down of a dense block; `prefix` goes before their roles."""
+    key, hidden = f"model.layers.{index}.{place}", config.hidden_size
 
     def part(role: str, shape: tuple[int, int]) -> LinearSpec:
         name = f"{key}.{role}_proj"
-        return LinearSpec(name, role, name, None, shape, own_source(name), bias, index)
+        return LinearSpec(name, prefix + role, name, None, shape, own_source(name), bias, index)
 
     return (part("gate", (hidden, ffn)), part("up", (hidden, ffn))), (part("down", (ffn, hidden)),)
+
+
+def is_sparse(config: Any, index: int) -> bool:
+    """Whether a block has experts, by the rule of Qwen's mixtures."""
+    chosen = index not in (config.mlp_only_layers or []) and (index + 1) % config.decoder_sparse_step == 0
+    return chosen and config.num_experts > 0
 
 
 def experts(
@@ -95,7 +106,7 @@ def block(
             floats.append(FloatSpec(name, name, (head_dim(config),)))
     if moe:
         floats.append(FloatSpec(f"{module}.{router_key}.weight", f"{moe.router}.weight", (moe.count, hidden)))
-    return BlockSpec(index, module, stages, moe, tuple(floats))
+    return BlockSpec(index, module, f"{module}.mlp", stages, moe, tuple(floats))
 
 
 def model(config: Any, family: str, blocks: tuple[BlockSpec, ...]) -> Architecture:
@@ -115,4 +126,58 @@ def model(config: Any, family: str, blocks: tuple[BlockSpec, ...]) -> Architectu
         LinearSpec("lm_head", "head", "lm_head", None, (hidden, vocabulary), head),
         tied,
         (),
+    )
+
+
+def layer_parts(model: Any) -> "DecoderParts":
+    """The parts of a decoder whose classes are called as in transformers' Llama, under another first name."""
+    from dbrx_quant.runtime.decoder_parts import DecoderParts, of_class
+
+    prefix = type(model).__name__.removesuffix("Model")
+    layers = model.layers[: model.config.num_hidden_layers]
+    last = of_class(model.norm, f"{prefix}RMSNorm")
+    parts = [_parts_of_layer(prefix, layer, model.config) for layer in layers]
+    return DecoderParts(parts, last.weight, last.variance_epsilon)
+
+
+def _parts_of_layer(prefix: str, layer: Any, config: Any) -> "LayerParts":
+    from dbrx_quant.runtime.decoder_parts import LayerParts, UnknownPartError, of_class, quant_linears
+    from dbrx_quant.runtime.experts import QuantExperts, activation_name
+
+    of_class(layer, f"{prefix}DecoderLayer")
+    attention = of_class(layer.self_attn, f"{prefix}Attention")
+    norms = [of_class(m, f"{prefix}RMSNorm") for m in (layer.input_layernorm, layer.post_attention_layernorm)]
+    heads = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    norms += [of_class(m, f"{prefix}RMSNorm") for m in heads]
+    mlp = experts = router = None
+    active, expert_norm, activation = 0, 0.0, activation_name(config.hidden_act)
+    if hasattr(layer.mlp, "experts"):
+        block = of_class(layer.mlp, f"{prefix}SparseMoeBlock")
+        if {name for name, _ in block.named_children()} != {"gate", "experts"}:  # such as a shared expert
+            raise UnknownPartError
+        gate = of_class(layer.mlp.gate, f"{prefix}TopKRouter")
+        experts, router = of_class(layer.mlp.experts, QuantExperts.__name__), gate.weight
+        active, expert_norm = gate.top_k, float(getattr(gate, "norm_topk_prob", True))
+        activation = experts.activation
+    else:
+        dense = of_class(layer.mlp, f"{prefix}MLP")
+        mlp = quant_linears(dense.gate_proj, dense.up_proj, dense.down_proj)
+    if len({norm.variance_epsilon for norm in norms}) != 1:
+        raise UnknownPartError
+    return LayerParts(
+        norms=(norms[0].weight, norms[1].weight),
+        head_norms=(norms[2].weight, norms[3].weight) if heads else None,
+        qkv=quant_linears(attention.q_proj, attention.k_proj, attention.v_proj),
+        output=quant_linears(attention.o_proj)[0],
+        mlp=mlp,
+        experts=experts,
+        router=router,
+        active=active,
+        expert_norm=expert_norm,
+        eps=norms[0].variance_epsilon,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        clip=float("inf"),
+        layer_norm=False,
+        activation=activation,
     )

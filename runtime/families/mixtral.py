@@ -3,7 +3,8 @@
 from typing import Any
 
 from dbrx_quant.runtime.families import llama_like
-from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, Family
+from dbrx_quant.runtime.families.facts import Architecture, BlockSpec
+from dbrx_quant.runtime.families.family import Family
 
 KEYS = ("w1", "w3", "w2")
 
@@ -25,4 +26,10 @@ def _describe(config: Any) -> Architecture:
     return llama_like.model(config, "mixtral", tuple(block(i) for i in range(config.num_hidden_layers)))
 
 
-FAMILY = Family("mixtral", ("MixtralForCausalLM",), _describe)
+FAMILY = Family(
+    "mixtral",
+    ("MixtralForCausalLM",),
+    _describe,
+    layer_parts=llama_like.layer_parts,
+    output="MoeModelOutputWithPast",
+)

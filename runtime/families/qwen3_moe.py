@@ -3,7 +3,8 @@
 from typing import Any
 
 from dbrx_quant.runtime.families import llama_like
-from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, Family
+from dbrx_quant.runtime.families.facts import Architecture, BlockSpec
+from dbrx_quant.runtime.families.family import Family
 
 KEYS = ("gate_proj", "up_proj", "down_proj")
 
@@ -11,13 +12,9 @@ KEYS = ("gate_proj", "up_proj", "down_proj")
 def _describe(config: Any) -> Architecture:
     bias = bool(getattr(config, "attention_bias", False))
 
-    def sparse(index: int) -> bool:
-        step = config.decoder_sparse_step
-        return index not in (config.mlp_only_layers or []) and (index + 1) % step == 0
-
     def block(index: int) -> BlockSpec:
         attention = llama_like.attention(config, index, qkv_bias=bias, o_bias=bias)
-        if not sparse(index):
+        if not llama_like.is_sparse(config, index):
             dense = llama_like.dense_mlp(config, index, config.intermediate_size)
             return llama_like.block(config, index, attention + dense, head_norms=True)
         moe = llama_like.experts(
@@ -33,4 +30,10 @@ def _describe(config: Any) -> Architecture:
     return llama_like.model(config, "qwen3_moe", tuple(block(i) for i in range(config.num_hidden_layers)))
 
 
-FAMILY = Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _describe)
+FAMILY = Family(
+    "qwen3_moe",
+    ("Qwen3MoeForCausalLM",),
+    _describe,
+    layer_parts=llama_like.layer_parts,
+    output="MoeModelOutputWithPast",
+)

@@ -21,6 +21,7 @@ from dbrx_quant.quantize.strategy import Outcome, Strategy, find_strategy
 from dbrx_quant.runtime.config import read_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.evaluations import read_evaluations
+from dbrx_quant.runtime.families.facts import ATTENTION_ROLES
 from dbrx_quant.runtime.group_text import render_groups
 from dbrx_quant.runtime.inspect import FolderFacts, LinearFacts, inspect_folder
 
@@ -29,7 +30,6 @@ REPORT_VERSION = 1
 HEAD_KIND = "head"
 HELD_OUT = "held-out calibration rows"  # what the conversion measured itself on, unless it was told a text
 ATTENTION = "attention"  # the kind of the linears with these roles; others are called by their own names
-_ATTENTION_ROLES = ("q", "k", "v", "o")
 
 _SIZE_NAME = re.compile(r"[\d.]+bpw")
 _FILE_SUFFIXES = (".safetensors", ".txt", ".jsonl", ".parquet")  # of calibration files; datasets have none
@@ -217,7 +217,10 @@ def _own_name(name: str) -> str:
 def _kind(linear: LinearFacts) -> str:
     if linear.block is None:
         return HEAD_KIND
-    return ATTENTION if linear.role in _ATTENTION_ROLES else _own_name(linear.name).removesuffix("_proj")
+    if linear.role in ATTENTION_ROLES:
+        return ATTENTION
+    own = _own_name(linear.name).removesuffix("_proj")
+    return f"shared {own}" if linear.role.startswith("shared_") else own
 
 
 def _frontier(folder: Folder) -> list[FrontierPoint]:
