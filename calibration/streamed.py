@@ -117,7 +117,12 @@ class LiveBlock:
         """
         output = self.module(states, **self._kwargs(states.shape[0], states.shape[1]))
         output = output[0] if isinstance(output, tuple) else output
-        return output, self._experts.noted if self._experts else None
+        return output, self.routing
+
+    @property
+    def routing(self) -> Routing | None:
+        """What the routed experts would have got when the block last ran, if there are any."""
+        return self._experts.noted if self._experts else None
 
     def with_middle(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """The output for states [rows, length, D] without routed experts' shares, and the stream between.
@@ -200,9 +205,7 @@ class StreamedModel:
         """Block `index` with its dense weights, experts aside."""
         spec = self.architecture.blocks[index]
         module = copy.deepcopy(self._model.get_submodule(spec.module))
-        if spec.experts:
-            parent, _, child = spec.experts.module.removeprefix(spec.module + ".").rpartition(".")
-            setattr(module.get_submodule(parent), child, nn.Identity())
+        live = LiveBlock(module, spec, lambda rows, length: self._block_kwargs(rows, length)[index])
         for kept in spec.floats:
             _set(
                 module,
@@ -219,7 +222,7 @@ class StreamedModel:
         left = [name for name, p in module.named_parameters() if p.is_meta]
         if left:
             raise CheckpointError(f"{self.folder}: block {index}: no weights for {', '.join(left)}")
-        return LiveBlock(module, spec, lambda rows, length: self._block_kwargs(rows, length)[index])
+        return live
 
     def final_norm(self, states: Tensor) -> Tensor:
         """The input of the head, from the last block's output."""

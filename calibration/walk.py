@@ -69,12 +69,26 @@ def token_rows(states: Tensor) -> Tensor:
     return torch.arange(states.shape[0]).repeat_interleave(states.shape[1])
 
 
-def route(live: LiveBlock, states: Tensor, output: Tensor, x: Tensor) -> Routing:
-    """Run all rows through a block but its experts: fills `output` and the experts' inputs `x` [R L, D]."""
+def route(
+    live: LiveBlock, states: Tensor, output: Tensor, x: Tensor, middle: Tensor | None = None
+) -> Routing:
+    """Run all rows through a block but its routed experts.
+
+    Args:
+        live: the block.
+        states: [R, L, D] before it.
+        output: filled with those after it, but for what routed experts add.
+        x: [R L, D], filled with the experts' inputs.
+        middle: filled with the states after attention, if given.
+    """
     index, weight = [], []
     length = states.shape[1]
     for part in batches(states):
-        output[part], routing = live(states[part])
+        if middle is None:
+            output[part] = live(states[part])[0]
+        else:
+            output[part], middle[part] = live.with_middle(states[part])
+        routing = live.routing
         assert routing is not None
         x[part.start * length : part.stop * length] = routing.x
         index.append(routing.index)
@@ -209,7 +223,13 @@ def embed_rows(model: StreamedModel, tokens: Tensor, path: Path) -> None:
 
 
 def run_dense_block(
-    model: StreamedModel, index: int, states: Tensor, output: Tensor, middle: Tensor, scratch: Path
+    model: StreamedModel,
+    index: int,
+    states: Tensor,
+    output: Tensor,
+    middle: Tensor,
+    shared: Tensor,
+    scratch: Path,
 ) -> None:
     """Take states [R, L, D] through an unquantized block.
 
@@ -219,6 +239,7 @@ def run_dense_block(
         states: before it.
         output: filled with those after it.
         middle: filled with those after its attention.
+        shared: filled with those after its shared expert; in blocks without one it may be `middle`.
         scratch: path for the experts' inputs while it runs.
     """
     live = model.block(index)
@@ -228,8 +249,8 @@ def run_dense_block(
         return
     hidden = states.shape[-1]
     with new_states(scratch, (states.shape[0] * states.shape[1], hidden)) as x:
-        routing = route(live, states, middle, x)
-        output.copy_(middle)
+        routing = route(live, states, shared, x, None if live.spec.only_routed else middle)
+        output.copy_(shared)
         add_dense_experts(output.view(-1, hidden), model, live.spec.experts, routing)
     scratch.unlink()
 

@@ -11,6 +11,7 @@ not calibrated on go through both, and tell at the end how far the quantized mod
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.measurement import Measurement
 from dbrx_quant.quantize.repair import DEFAULT_REPAIR, NO_REPAIR, Repair
 from dbrx_quant.quantize.solve import Solver
-from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias
+from dbrx_quant.runtime.families.facts import BlockSpec, ExpertsSpec, LinearSpec, load_bias
 from dbrx_quant.runtime.files import write_json
 from dbrx_quant.runtime.linear_files import LinearFiles
 from dbrx_quant.runtime.progress import Progress
@@ -103,6 +104,16 @@ class QuantizeJob:
         """The original's hidden states after a block's attention."""
         return self.folder / f"middle-{block:03}.npy"
 
+    def shared(self, block: int) -> Path:
+        """The original's hidden states after a block's shared expert, before its routed ones."""
+        return self.folder / f"shared-{block:03}.npy"
+
+    def goal(self, block: BlockSpec, role: str) -> Path:
+        """The original's states that a linear outside of routed experts brings the stream nearer to."""
+        if role == "o":
+            return self.middle(block.index)
+        return self.shared(block.index) if block.experts else self.original(block.index + 1)
+
     @property
     def distance(self) -> Path:
         """The distance to the original, measured."""
@@ -155,7 +166,7 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
         for block in blocks[first:]:
             _quantize_block(job, block.index)
             job.states(block.index).unlink()  # the next block's states are on disk by now
-            for path in (job.original(block.index), job.middle(block.index)):
+            for path in (job.original(block.index), job.middle(block.index), job.shared(block.index)):
                 path.unlink(missing_ok=True)
         _quantize_head(job)
         if job.unseen is not None and not job.distance.exists():
@@ -189,22 +200,26 @@ def _quantize_block(job: QuantizeJob, index: int) -> None:
 
 def _run_original(job: QuantizeJob, index: int) -> None:
     """Write the original's states in the middle of a block and after it."""
-    if job.middle(index).exists() and job.original(index + 1).exists():
+    block = job.model.architecture.blocks[index]
+    paths = [job.original(index + 1), job.middle(index)]
+    if block.experts and not block.only_routed:
+        paths.append(job.shared(index))
+    if all(path.exists() for path in paths):
         return
     states, scratch = open_states(job.original(index)), job.folder / "experts-input.npy"
-    shape = tuple(states.shape)
-    with new_states(job.original(index + 1), shape) as output, new_states(job.middle(index), shape) as middle:
-        run_dense_block(job.model, index, states, output, middle, scratch)
+    with ExitStack() as opened:
+        filled = [opened.enter_context(new_states(path, tuple(states.shape))) for path in paths]
+        run_dense_block(job.model, index, states, filled[0], filled[1], filled[-1], scratch)
 
 
 def _quantize_stage(job: QuantizeJob, live: LiveBlock, specs: Sequence[LinearSpec], states: Tensor) -> None:
     """Quantize linears outside of experts that share their inputs, from states [R, L, D] before the block."""
-    spec, index = specs[0], live.spec.index
+    spec = specs[0]
     if not job.repair.repairs(spec.role):
         moments = stage_moments(live, spec, states)
         job.solver.solve(specs, job.dense(specs), job.biases(specs), moments)
         return
-    goal = open_states(job.middle(index) if spec.role == "o" else job.original(index + 1))
+    goal = open_states(job.goal(live.spec, spec.role))
     residual = stage_residual(live, spec, states, goal)
     weight, target = job.repair.aim(job.model.dense(spec), residual, job.refit)
     inputs = residual.inputs

@@ -21,7 +21,7 @@ from dbrx_quant.calibration.residual import ResidualMoments
 from dbrx_quant.quantize.ldlq import Factor, factorize
 from dbrx_quant.quantize.refit import ResidualTarget
 
-REPAIRED = ("o", "down")  # roles of the linears that write into the residual stream
+REPAIRED = ("o", "down", "shared_down")  # roles of the linears that write into the residual stream
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def make_job(folder, work, ids, target=3.5):
     return QuantizeJob(model, ids, work / "quantize", measurement, groups, Progress())
 
 
-@pytest.fixture(scope="module", params=["dbrx", "qwen3 moe", "llama tied and biased", "qwen2"])
+@pytest.fixture(scope="module", params=["dbrx", "qwen2 moe", "qwen3 moe", "llama tied and biased", "qwen2"])
 def finished(request, tmp_path_factory):
     """A finished quantization; low bits, so that it matters which weights come before."""
     folder = tmp_path_factory.mktemp("pipeline")

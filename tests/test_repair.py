@@ -84,13 +84,13 @@ def test_a_weight_stays_as_it_is_where_too_few_tokens_can_tell_or_they_speak_aga
     assert torch.equal(repaired(weight, summed(0 * x, None, missing, rows), Repair()), weight)
 
 
-@pytest.fixture(scope="module", params=["dbrx", "llama tied and biased"])
+@pytest.fixture(scope="module", params=["dbrx", "qwen2 moe", "llama tied and biased"])
 def job(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("repair")
     model = StreamedModel(save_model(folder / "model", request.param, std=0.2))
     ids = random_tokens(16, 64)
     measurement = measure(MeasureJob(model, ids, folder / "measure", Progress()))
-    groups = {name: option[2] for name, option in allocate(measurement, 3.0, 6).choices.items()}
+    groups = {name: option.groups for name, option in allocate(measurement, 3.0, 6).choices.items()}
     return QuantizeJob(model, ids, folder / "quantize", measurement, groups, Progress())
 
 
@@ -128,7 +128,7 @@ def test_repaired_weights_keep_the_stream_nearer_to_the_originals(job):
     original = dense_states(job)[-1]
     distances = []
     for repair in (NO_REPAIR, Repair()):
-        folder = job.folder.with_name(f"with-{repair is not None}")
+        folder = job.folder.with_name(f"with-{repair != NO_REPAIR}")
         quantize_model(dataclasses.replace(job, folder=folder, repair=repair))
         states = open_states(folder / f"states-{len(job.model.architecture.blocks):03}.npy")
         distances.append(float((states - original).square().sum()))
