@@ -107,6 +107,16 @@ def check_groups(groups: Sequence[Group], k: int) -> None:
         raise ValueError(f"the groups cover {total} rows, the matrix has {k}")
 
 
+def group_overhead(n: int) -> int:
+    """Bits that a group takes on disk beside its codes, with N stored columns."""
+    return 4 * n + 16 + 2 * 16  # scale codes, maximum, group table entry
+
+
+def group_bits(group: Group, n: int) -> int:
+    """Bits that a group takes on disk with N stored columns."""
+    return group.rows * group.bits * n + group_overhead(n)
+
+
 def storage_bits(groups: Sequence[Group], shape: tuple[int, int], bias: bool = False) -> int:
     """Bits that a linear takes on disk, every tensor counted.
 
@@ -116,9 +126,7 @@ def storage_bits(groups: Sequence[Group], shape: tuple[int, int], bias: bool = F
         bias: whether a bias is stored.
     """
     k, n = shape
-    codes = sum(group.rows * group.bits for group in groups) * n
-    per_group = 4 * n + 16 + 2 * 16  # scale codes, maximum, group table entry
-    return codes + len(groups) * per_group + 32 * k + (16 * n if bias else 0)
+    return sum(group_bits(group, n) for group in groups) + 32 * k + (16 * n if bias else 0)
 
 
 def padded_columns(n: int) -> int:
