@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _native
+from dbrx_quant.runtime import _abi, _native
 from dbrx_quant.runtime.backends.cpu import describe_linear
 from dbrx_quant.scripts.output import ends_with_its_reader, print_json, print_table
 
@@ -247,7 +247,7 @@ def experts_block(threads: tuple[int, ...], mode: str, seconds: float) -> list[d
                     def run(index: Tensor = index, share: Tensor = share) -> None:
                         status = library.dbrxq_packed_experts(
                             array, EXPERTS, bits, x.data_ptr(), index.data_ptr(), share.data_ptr(),
-                            tokens, HIDDEN, ACTIVE, _native.ACTIVATIONS["silu"], y.data_ptr(),
+                            tokens, HIDDEN, ACTIVE, _abi.ACTIVATIONS["silu"], y.data_ptr(),
                         )  # fmt: skip
                         _native.check(status, "experts")
 

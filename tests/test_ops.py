@@ -320,9 +320,9 @@ def missing_library(monkeypatch):
     def find():
         raise RuntimeError("libdbrxq_cpu.so is not here")
 
-    for name in ("_library", "_failure"):
-        monkeypatch.setattr(_native, name, None)
-    monkeypatch.setattr(_native, "_find", find)
+    for name in ("loaded", "_failure"):
+        monkeypatch.setattr(_native.LIBRARY, name, None)
+    monkeypatch.setattr(_native.LIBRARY, "find", find)
     cpu._warn_once.cache_clear()
     yield
     cpu._warn_once.cache_clear()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _native
+from dbrx_quant.runtime import _abi, _native
 from dbrx_quant.runtime.activations import activations
 from dbrx_quant.runtime.backends import checks, reference
 from dbrx_quant.runtime.backends.repacked import Repacked, repacked
@@ -53,10 +53,10 @@ def describe_linear(
     q_invperm: Tensor,
     bias: Tensor | None,
     out_features: int,
-) -> _native.Linear:
+) -> _abi.Linear:
     """The C struct of a linear; it points into the tensors, which must stay alive and contiguous."""
     word_rows, n = q_weight.shape
-    return _native.Linear(
+    return _abi.Linear(
         q_weight.data_ptr(),
         q_scale.data_ptr(),
         q_scale_max.data_ptr(),
@@ -94,7 +94,7 @@ def repacked_linear(
 ) -> Repacked | None:
     """The repacked form of a linear, whose tensors are checked when it is made."""
 
-    def describe() -> list[_native.Linear]:
+    def describe() -> list[_abi.Linear]:
         checks.stored_linear("linear", (*stored, bias), out_features, torch.device("cpu"))
         return [describe_linear(*stored, bias, out_features)]
 
@@ -173,7 +173,7 @@ def _table(tensors: Sequence[Tensor], widths: Sequence[int]) -> Any:
     for e, width in enumerate(widths):
         q_weight, q_scale, q_scale_max, q_groups, q_invperm = tensors[5 * e : 5 * e + 5]
         structs.append(describe_linear(q_weight, q_scale, q_scale_max, q_groups, q_invperm, None, width))
-    return (_native.Linear * len(structs))(*structs)
+    return (_abi.Linear * len(structs))(*structs)
 
 
 def _expert_tables(
@@ -204,7 +204,7 @@ def repacked_experts(
 ) -> Repacked | None:
     """The repacked linears of all experts: every gate, then every up, then every down."""
 
-    def describe() -> list[_native.Linear]:
+    def describe() -> list[_abi.Linear]:
         return [struct for table in _expert_tables(gate, up, down, x) for struct in table]
 
     return repacked((*gate, *up, *down), (x.shape[1],), describe)
@@ -240,7 +240,7 @@ def experts(
             tokens,
             hidden,
             index.shape[1],
-            _native.ACTIVATIONS[activation],
+            _abi.ACTIVATIONS[activation],
             y.data_ptr(),
         )
         _native.check(status, "experts")
@@ -255,7 +255,7 @@ def experts(
         index.shape[1],
         len(gate) // 5,
         *tables,
-        _native.ACTIVATIONS[activation],
+        _abi.ACTIVATIONS[activation],
         y.data_ptr(),
     )
     _native.check(status, "experts")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _cuda, _native
+from dbrx_quant.runtime import _abi, _cuda
 from dbrx_quant.runtime.backends import checks, reference
 from dbrx_quant.runtime.backends.cuda_layout import (
     DeviceLinear,
@@ -97,7 +97,7 @@ def linear(
     struct = device_linear(q_weight, q_scale, q_scale_max, q_groups, q_invperm).described(out_features, bias)
     inputs = aligned(x.contiguous(), 16)
     y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
-    tokens, dtype, size = y.numel() // out_features, _native.DTYPES[x.dtype], ctypes.c_int64()
+    tokens, dtype, size = y.numel() // out_features, _abi.DTYPES[x.dtype], ctypes.c_int64()
     native = _cuda.library()
     with current(x.device):
         status = native.dbrxq_cuda_linear_workspace(ctypes.byref(struct), tokens, dtype, ctypes.byref(size))
@@ -119,7 +119,7 @@ def linear(
 class _Block:
     """The experts of a block; `table` holds on the device the structs of all gates, all ups and all downs."""
 
-    struct: _cuda.CudaExperts
+    struct: _abi.CudaExperts
     table: Tensor
     linears: tuple[DeviceLinear, ...]
 
@@ -139,11 +139,11 @@ def _make_block(x: Tensor, gate: Sequence[Tensor], up: Sequence[Tensor], down: S
         for e in range(count):
             linears.append(device_linear(*tensors[5 * e : 5 * e + 5]))
             structs.append(linears[-1].described(out_features))
-    host = torch.frombuffer(bytearray(bytes((_cuda.CudaLinear * len(structs))(*structs))), dtype=torch.uint8)
+    host = torch.frombuffer(bytearray(bytes((_abi.CudaLinear * len(structs))(*structs))), dtype=torch.uint8)
     table = host.to(x.device)
-    step = count * ctypes.sizeof(_cuda.CudaLinear)
+    step = count * ctypes.sizeof(_abi.CudaLinear)
     places = [table.data_ptr() + i * step for i in range(3)]
-    return _Block(_cuda.CudaExperts(*places, count, hidden, ffn, 0, 0), table, tuple(linears))
+    return _Block(_abi.CudaExperts(*places, count, hidden, ffn, 0, 0), table, tuple(linears))
 
 
 def _block(x: Tensor, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]) -> _Block:
@@ -174,12 +174,12 @@ def experts(
         checks.expert_linears(x, gate, up, down)
         return reference.experts(x, top_k_index, top_k_weights, gate, up, down, activation)
     block = _block(x, gate, up, down)
-    struct = _cuda.CudaExperts.from_buffer_copy(block.struct)
-    struct.activation = _native.ACTIVATIONS[activation]
+    struct = _abi.CudaExperts.from_buffer_copy(block.struct)
+    struct.activation = _abi.ACTIVATIONS[activation]
     inputs = aligned(x.contiguous(), 16)
     index, weights = top_k_index.to(torch.int64).contiguous(), top_k_weights.to(torch.float32).contiguous()
     y = torch.empty_like(inputs)
-    (tokens, active), dtype, size = index.shape, _native.DTYPES[x.dtype], ctypes.c_int64()
+    (tokens, active), dtype, size = index.shape, _abi.DTYPES[x.dtype], ctypes.c_int64()
     if not tokens or not active:
         return y.zero_()
     native = _cuda.library()

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _cuda
+from dbrx_quant.runtime import _abi, _cuda
 from dbrx_quant.runtime.backends.memo import remember, version_sum
 from dbrx_quant.runtime.format import WIDTHS, GroupMap, read_groups
 
@@ -44,12 +44,12 @@ class DeviceLinear:
         made: the tensors that the struct points into, except for those of the file or the module.
     """
 
-    struct: _cuda.CudaLinear
+    struct: _abi.CudaLinear
     made: tuple[Tensor, ...]
 
-    def described(self, out_features: int, bias: Tensor | None = None) -> _cuda.CudaLinear:
+    def described(self, out_features: int, bias: Tensor | None = None) -> _abi.CudaLinear:
         """The struct with `out_features` columns wanted and a bias."""
-        struct = _cuda.CudaLinear.from_buffer_copy(self.struct)
+        struct = _abi.CudaLinear.from_buffer_copy(self.struct)
         struct.out_features = out_features
         struct.bias = None if bias is None else bias.data_ptr()
         return struct
@@ -150,7 +150,7 @@ def _units(groups: GroupMap) -> list[int]:
     return [-(-group.rows // _UNIT) for group in groups]
 
 
-def _sizes(stored: Stored) -> _cuda.CudaLinear:
+def _sizes(stored: Stored) -> _abi.CudaLinear:
     """The struct of a linear without its pointers."""
     groups, k = _groups(stored), stored.q_invperm.shape[0]
     if k > _MAX_CHANNELS:
@@ -162,7 +162,7 @@ def _sizes(stored: Stored) -> _cuda.CudaLinear:
     first_unit = [sum(counts[:i]) for i in range(len(counts) + 1)]
     n = stored.q_scale.shape[1] * 8
     bounds = (ctypes.c_int32 * len(first_unit))(*first_unit)
-    return _cuda.CudaLinear(k=k, n=n, out_features=n, units=first_unit[-1], first_unit=bounds)
+    return _abi.CudaLinear(k=k, n=n, out_features=n, units=first_unit[-1], first_unit=bounds)
 
 
 def _make(stored: Stored) -> DeviceLinear:

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _native
+from dbrx_quant.runtime import _abi, _native
 from dbrx_quant.runtime.backends.memo import remember, version_sum
-
-_NOT_FINITE = 8
 
 
 @dataclass(frozen=True)
@@ -38,21 +36,21 @@ class Repacked:
 _cache: dict[tuple[int, ...], Repacked | None] = {}
 
 
-def _pack(struct: _native.Linear) -> Tensor | None:
+def _pack(struct: _abi.Linear) -> Tensor | None:
     """The block of one linear; None where scales are not finite, or so large that weights may not be."""
     library = _native.library()
     size = ctypes.c_int64()
     _native.check(library.dbrxq_packed_bytes(ctypes.byref(struct), ctypes.byref(size)), "repack")
     block = torch.empty(size.value, dtype=torch.uint8)
     status = library.dbrxq_pack(ctypes.byref(struct), block.data_ptr())
-    if status == _NOT_FINITE:
+    if status == _abi.NOT_FINITE:
         return None
     _native.check(status, "repack")
     return block
 
 
 def repacked(
-    tensors: Sequence[Tensor], key: tuple[int, ...], describe: Callable[[], Sequence[_native.Linear]]
+    tensors: Sequence[Tensor], key: tuple[int, ...], describe: Callable[[], Sequence[_abi.Linear]]
 ) -> Repacked | None:
     """The repacked form of the linears that `tensors` hold; None where the integer kernels cannot take them.
 
