@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from dbrx_quant.runtime import _abi, _native
-from dbrx_quant.runtime.activations import activations
-from dbrx_quant.runtime.backends.cpu import ACTIVATION_BITS, repacked_experts, repacked_linear
+from dbrx_quant.runtime.activations import BITS, activations
+from dbrx_quant.runtime.backends.cpu import repacked_experts, repacked_linear
 from dbrx_quant.runtime.decoder_parts import LayerParts, layer_parts
 from dbrx_quant.runtime.snapshot import Snapshot
 
@@ -141,7 +141,7 @@ class _Built:
             layer_norm=first.layer_norm,
             activation=_abi.ACTIVATIONS[first.activation],
             dtype=_abi.DTYPES[last.dtype],
-            activation_bits=ACTIVATION_BITS[mode],
+            activation_bits=BITS[mode],
         )
 
     def _layer(self, part: LayerParts) -> _abi.DecoderLayer:

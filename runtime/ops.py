@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbrx_quant.runtime import _abi
 from dbrx_quant.runtime.backends import checks, cpu, cuda, reference
 from dbrx_quant.runtime.format import SUFFIXES
 
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
+ACTIVATIONS = tuple(_abi.ACTIVATIONS)
 
 _STORED = "Tensor q_weight, Tensor q_scale, Tensor q_scale_max, Tensor q_groups, Tensor q_invperm"
 _SCHEMAS = (

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.runtime import _abi, _native
+from dbrx_quant.runtime.activations import BITS
 from dbrx_quant.runtime.backends.cpu import describe_linear
 from dbrx_quant.scripts.output import ends_with_its_reader, print_json, print_table
 
@@ -42,7 +43,6 @@ EXPERT_GROUPS = (
     (3, 0.52),
     (2, 0.28),
 )  # share of the rows: 3.03 bits a weight in groups of 64
-_ACTIVATION_BITS = {"int8": 8, "int16": 16}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Rotation:
 
     def multiplications(self, tokens: int, mode: str) -> Iterator[Callable[[], None]]:
         """Calls that multiply one linear after the other by `tokens` random activations."""
-        library, bits = _native.library(), _ACTIVATION_BITS[mode]
+        library, bits = _native.library(), BITS[mode]
         x = torch.randn(tokens, self.shape[0])
         y = torch.empty(tokens, self.shape[1])
         for array in cycle([pointers([linear.block]) for linear in self.linears]):
@@ -219,7 +219,7 @@ def experts_block(threads: tuple[int, ...], mode: str, seconds: float) -> list[d
     array = pointers([linear.block for linear in linears])
     weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
     per_expert = sum(linear.stored_bytes for linear in linears) / EXPERTS
-    library, bits = _native.library(), _ACTIVATION_BITS[mode]
+    library, bits = _native.library(), BITS[mode]
     total = ctypes.c_uint64()
     results: list[dict[str, Any]] = []
     for count in threads:
@@ -361,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks that the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, help="measure with this many only (default: 1 and 2)")
-    parser.add_argument("--activations", choices=tuple(_ACTIVATION_BITS), default="int8")
+    parser.add_argument("--activations", choices=tuple(BITS), default="int8")
     parser.add_argument("--group", type=int, choices=(32, 64, 128), default=64, help="rows of a group")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure (default: 1)")
     parser.add_argument("--llama", type=Path, help="folder with llama.cpp's ggml libraries, to compare with")

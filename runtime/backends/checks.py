@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime.backends.reference import ACTIVATIONS
+from dbrx_quant.runtime._abi import ACTIVATIONS
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TILED_ON = ("cuda", "meta")  # types of devices where a q_weight may be tiled, cuda_layout.py

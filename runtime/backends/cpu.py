@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.runtime import _abi, _native
-from dbrx_quant.runtime.activations import activations
+from dbrx_quant.runtime.activations import BITS, activations
 from dbrx_quant.runtime.backends import checks, reference
 from dbrx_quant.runtime.backends.repacked import Repacked, repacked
 
 _logger = logging.getLogger(__name__)
 
-ACTIVATION_BITS = {"int8": 8, "int16": 16}
 _EXPERTS_CACHE_LIMIT = 512  # blocks whose pointer tables are kept
 _experts_cache: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
@@ -128,7 +127,7 @@ def linear(
     tokens = y.numel() // out_features
     if fast is not None:
         status = _native.library().dbrxq_packed_linear(
-            fast.pointers, 1, ACTIVATION_BITS[mode], inputs.data_ptr(), tokens, y.data_ptr()
+            fast.pointers, 1, BITS[mode], inputs.data_ptr(), tokens, y.data_ptr()
         )
     else:
         struct = describe_linear(*stored, bias, out_features)
@@ -158,7 +157,7 @@ def linears(
     status = _native.library().dbrxq_packed_linear(
         (ctypes.c_void_p * len(blocks))(*blocks),
         len(blocks),
-        ACTIVATION_BITS[mode],
+        BITS[mode],
         inputs.data_ptr(),
         y.numel() // y.shape[-1],
         y.data_ptr(),
@@ -233,7 +232,7 @@ def experts(
         status = _native.library().dbrxq_packed_experts(
             fast.pointers,
             len(gate) // 5,
-            ACTIVATION_BITS[mode],
+            BITS[mode],
             inputs.data_ptr(),
             index.data_ptr(),
             weights.data_ptr(),
