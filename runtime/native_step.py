@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from dbrx_quant.runtime import _abi, _native
 from dbrx_quant.runtime.activations import BITS, activations
-from dbrx_quant.runtime.backends.cpu import repacked_experts, repacked_linear
+from dbrx_quant.runtime.backends.repacked import repacked_experts, repacked_linear
 from dbrx_quant.runtime.decoder_parts import LayerParts, layer_parts
 from dbrx_quant.runtime.snapshot import Snapshot
 
@@ -165,7 +165,7 @@ class _Built:
             assert part.router is not None
             experts = part.experts
             gate, up, down = (experts.stored(key) for key in experts.keys)
-            fast = repacked_experts(gate, up, down, torch.empty(0, experts.hidden_size))
+            fast = repacked_experts(torch.empty(0, experts.hidden_size), gate, up, down)
             if fast is None:
                 raise _NotNativeError
             self._keep.append(fast)

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from dbrx_quant.runtime import _abi, _native
 from dbrx_quant.runtime.activations import BITS
-from dbrx_quant.runtime.backends.cpu import describe_linear
+from dbrx_quant.runtime.backends.stored import Stored
+from dbrx_quant.runtime.backends.structs import describe_linear
 from dbrx_quant.scripts.output import ends_with_its_reader, print_json, print_table
 
 HIDDEN, FFN, EXPERTS, ACTIVE = 6144, 10752, 16, 4  # DBRX
@@ -68,19 +69,19 @@ def random_linear(shape: tuple[int, int], groups: list[tuple[int, int]]) -> Line
         table += [bits, word]
         word += rows * bits // 32
     low, high = -(2**31), 2**31 - 1
-    tensors = (
+    stored = Stored(
         torch.randint(low, high, (word, n), dtype=torch.int32),
         torch.randint(low, high, (len(groups), n // 8), dtype=torch.int32),
         (torch.rand(len(groups)) * 0.02 + 0.01).half(),
         torch.tensor(table, dtype=torch.int16),
         torch.randperm(k).int(),
     )
-    struct = describe_linear(*tensors, None, n)
+    struct = describe_linear(stored, None, n)
     library, size = _native.library(), ctypes.c_int64()
     _native.check(library.dbrxq_packed_bytes(ctypes.byref(struct), ctypes.byref(size)), "repack")
     block = torch.empty(size.value, dtype=torch.uint8)
     _native.check(library.dbrxq_pack(ctypes.byref(struct), block.data_ptr()), "repack")
-    return Linear(block, sum(tensor.nbytes for tensor in tensors), shape)
+    return Linear(block, sum(tensor.nbytes for tensor in stored), shape)
 
 
 def uniform_groups(k: int, bits: int, rows: int) -> list[tuple[int, int]]:
