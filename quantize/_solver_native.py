@@ -5,29 +5,15 @@ dtypes named; the callers in `grid` and `ldlq` see to that and to finite values.
 """
 
 from collections.abc import Sequence
-from ctypes import CDLL, c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from dbrx_quant.runtime import _native
 
-_ARGTYPES = {
-    "dbrxq_search_group": [c_void_p, c_int64, c_int64, c_int, *[c_void_p] * 5],
-    "dbrxq_error_table": [c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int64, c_int64, c_void_p],
-    "dbrxq_solve_block": [c_void_p, c_int64, c_int64, *[c_void_p] * 5, c_int64, c_int, *[c_void_p] * 6],
-}
-
-
-def _library() -> CDLL:
-    library = _native.library()
-    for name, argtypes in _ARGTYPES.items():
-        getattr(library, name).argtypes = argtypes
-    return library
-
 
 def _call(name: str, *arguments: int | None) -> None:
-    _native.check(getattr(_library(), name)(*arguments), name)
+    _native.check(getattr(_native.library(), name)(*arguments), name)
 
 
 def _address(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:

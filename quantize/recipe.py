@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dbrx_quant.runtime.format import WIDTHS, Group, GroupMap
+from dbrx_quant.runtime.format import WIDTHS, Group, GroupMap, group_bits, group_overhead
 
 UNIT = 32
 GROUP_ROWS = (32, 64, 128)
@@ -33,7 +33,9 @@ def water_fill(tables: Mapping[int, Array], n: int, prices: Array) -> list[Group
     cost[0, 0] = 0.0
     came_rows = np.zeros((units + 1, widths, len(prices)), np.int16)  # units of the group that ends here
     came_width = np.zeros((units + 1, widths, len(prices)), np.int8)  # best last width before that group
-    code_bits = np.array(WIDTHS, float)[:, None] * UNIT * n
+    bits = {
+        rows: np.array([[group_bits(Group(width, rows), n)] for width in WIDTHS], float) for rows in tables
+    }
     for unit in range(units):
         best = np.minimum.accumulate(cost[unit], axis=0)
         where = np.zeros((widths, len(prices)), np.int8)
@@ -43,8 +45,7 @@ def water_fill(tables: Mapping[int, Array], n: int, prices: Array) -> list[Group
             span = rows // UNIT
             if unit % span or unit + span > units:
                 continue
-            bits = code_bits * span + 4 * n + 48
-            reached = best + table[:, unit // span, None] + prices * bits
+            reached = best + table[:, unit // span, None] + prices * bits[rows]
             target = cost[unit + span]
             better = reached < target
             target[better] = reached[better]
@@ -98,7 +99,7 @@ def price_range(tables: Mapping[int, Array], n: int, count: int) -> Array:
     for rows, table in tables.items():
         whole = errors.shape[1] * UNIT // rows  # groups; a shorter last one is never chosen
         parts = errors[-1, : whole * rows // UNIT].reshape(whole, rows // UNIT).sum(1)
-        highest = max(highest, ((table[-1, :whole] - parts) / (4 * n + 48)).max())
+        highest = max(highest, ((table[-1, :whole] - parts) / group_overhead(n)).max())
     return np.geomspace(2 * highest, positive.min() / 2, count)
 
 

@@ -1,57 +1,104 @@
-"""Finding one of the package's C libraries, and loading it with the types of its functions."""
+"""The package's C libraries: each found, checked and typed when it is first asked for."""
 
 import ctypes
 import importlib.resources
-from collections.abc import Mapping
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from dbrx_quant.runtime._abi import ABI_VERSION, Signatures
 
 
-def find_library(name: str, compiler: str) -> Path:
-    """Where the installed library of that file name is.
+@dataclass
+class SharedLibrary:
+    """One library beside the package's Python files.
 
-    Raises:
-        RuntimeError: it is not there; the message says which compiler an installation with it needs.
-    """
-    root = importlib.resources.files("dbrx_quant.runtime")  # several folders in an editable install
-    candidate = root.joinpath(name)
-    if candidate.is_file():
-        return Path(str(candidate))
-    raise RuntimeError(f"{name} is not beside dbrx_quant.runtime ({root}); install again with {compiler}")
-
-
-def load_library(
-    path: Path,
-    what: str,
-    version_function: str,
-    version: int,
-    signatures: Mapping[str, tuple[Any, list[Any]]],
-) -> ctypes.CDLL:
-    """The library at `path`, typed.
-
-    Args:
-        path: the file.
-        what: what it should be, for the message.
-        version_function: the function that tells its ABI version.
+    Attributes:
+        file: its file name.
+        title: what it is, for messages.
+        compiler: what an installation that has it needs, for messages.
+        version_function: the function that says its ABI version.
+        functions: all functions that are called.
         version: the ABI version wanted.
-        signatures: function → (result type, argument types), in the order of the C header.
-
-    Raises:
-        RuntimeError: it does not load, is another library, or has another ABI version.
+        loaded: the typed library once it is there.
     """
-    try:
-        handle = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise RuntimeError(f"{path} does not load: {error}") from error
-    try:
-        found = int(getattr(handle, version_function)())
-    except AttributeError as error:
-        raise RuntimeError(f"{path} is not {what}: {error}") from error
-    if found != version:
+
+    file: str
+    title: str
+    compiler: str
+    version_function: str
+    functions: Signatures
+    version: int = ABI_VERSION
+    loaded: ctypes.CDLL | None = field(default=None, init=False)
+    _failure: str | None = field(default=None, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def find(self) -> Path:
+        """Where the installed library is.
+
+        Raises:
+            RuntimeError: it is missing; the message says which compiler an installation with it needs.
+        """
+        root = importlib.resources.files("dbrx_quant.runtime")  # several folders in an editable install
+        candidate = root.joinpath(self.file)
+        if candidate.is_file():
+            return Path(str(candidate))
         raise RuntimeError(
-            f"{path} has ABI version {found}, this package needs {version}; install the package again"
+            f"{self.file} is not beside dbrx_quant.runtime ({root}); install again with {self.compiler}"
         )
-    for name, (result, arguments) in signatures.items():
-        function = getattr(handle, name)
-        function.restype, function.argtypes = result, arguments
-    return handle
+
+    def load(self, path: Path) -> ctypes.CDLL:
+        """The library at `path`, typed.
+
+        Raises:
+            RuntimeError: it does not load, is another library, or has another ABI version.
+        """
+        try:
+            handle = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise RuntimeError(f"{path} does not load: {error}") from error
+        try:
+            found = int(getattr(handle, self.version_function)())
+        except AttributeError as error:
+            raise RuntimeError(f"{path} is not {self.title}: {error}") from error
+        if found != self.version:
+            problem = f"has ABI version {found}, this package needs {self.version}; install the package again"
+            raise RuntimeError(f"{path} {problem}")
+        for name, (result, arguments) in self.functions.items():
+            function = getattr(handle, name)
+            function.restype, function.argtypes = result, arguments
+        return handle
+
+    def get(self) -> ctypes.CDLL:
+        """The installed library, or the one that `use` took.
+
+        Raises:
+            RuntimeError: `find` or `load` failed; remembered once it happened.
+        """
+        if self.loaded is None:
+            with self._lock:
+                if self._failure is not None:
+                    raise RuntimeError(self._failure)
+                if self.loaded is None:
+                    try:
+                        self.loaded = self.load(self.find())
+                    except RuntimeError as error:
+                        self._failure = str(error)
+                        raise
+        return self.loaded
+
+    def use(self, path: Path) -> None:
+        """Take the library at `path` instead of the installed one: for benchmarks and tests.
+
+        Raises:
+            RuntimeError: `load` refuses it.
+        """
+        self.loaded = self.load(path)
+
+    def why_unavailable(self) -> str | None:
+        """The reason why the library cannot be used, or None when it can."""
+        try:
+            self.get()
+        except RuntimeError as error:
+            return str(error)
+        return None

@@ -17,7 +17,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-MODES = ("int8", "int16", "float")
+BITS = {"int8": 8, "int16": 16}  # of an activation, in the modes that round
+MODES = (*BITS, "float")
 VARIABLE = "DBRXQ_ACTIVATIONS"
 
 _mode: str | None = None

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from dbrx_quant.runtime.backends.stored import StoredList
+from dbrx_quant.runtime.format import SUFFIXES
 from dbrx_quant.runtime.linear import QuantLinear
 from dbrx_quant.runtime.ops import experts_op
 
@@ -82,19 +84,19 @@ class QuantExperts(nn.Module):
         assert isinstance(found, QuantLinear)
         return found
 
-    def stored(self, key: str) -> list[Tensor]:
-        """The five tensors of `key` of every expert, expert after expert."""
+    def stored(self, key: str) -> StoredList:
+        """The linear `key` of every expert."""
         tensors: list[Tensor] = []
         for expert in self._modules.values():
             assert expert is not None
             linear = expert._modules[key]
             assert linear is not None
             stored = linear._buffers  # not by attribute: 240 lookups a call would cost more than the call
-            for suffix in ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm"):
+            for suffix in SUFFIXES:
                 tensor = stored[suffix]
                 assert tensor is not None
                 tensors.append(tensor)
-        return tensors
+        return StoredList(tensors)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' output, in the shape and dtype of hidden_states.
@@ -104,7 +106,7 @@ class QuantExperts(nn.Module):
             top_k_index: [T, A] int64; the value E means "no expert" and adds nothing.
             top_k_weights: [T, A].
         """
-        gate, up, down = (self.stored(key) for key in self.keys)
+        gate, up, down = (self.stored(key).tensors for key in self.keys)
         states = hidden_states.reshape(-1, hidden_states.shape[-1])
         y: Tensor = experts_op(states, top_k_index, top_k_weights, gate, up, down, self.activation)
         return y.view(hidden_states.shape)

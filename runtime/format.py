@@ -27,20 +27,19 @@ from torch import Tensor
 from dbrx_quant.runtime.errors import CheckpointError
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
-SUFFIXES = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
 COLUMN_MULTIPLE = 32
 ROW_MULTIPLE = 32
 TAIL_ROWS = 16  # a last group of 2 bits may end on half a unit: 16 codes fill a word
 
-_DTYPES = {
-    "q_weight": torch.int32,
-    "q_scale": torch.int32,
-    "q_scale_max": torch.float16,
-    "q_groups": torch.int16,
-    "q_invperm": torch.int32,
-    "bias": torch.float16,
+TENSORS = {  # dtype and dimensions of each
+    "q_weight": (torch.int32, 2),
+    "q_scale": (torch.int32, 2),
+    "q_scale_max": (torch.float16, 1),
+    "q_groups": (torch.int16, 1),
+    "q_invperm": (torch.int32, 1),
+    "bias": (torch.float16, 1),
 }
-_DIMENSIONS = {"q_weight": 2, "q_scale": 2, "q_scale_max": 1, "q_groups": 1, "q_invperm": 1, "bias": 1}
+SUFFIXES = tuple(name for name in TENSORS if name != "bias")
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,16 @@ def check_groups(groups: Sequence[Group], k: int) -> None:
         raise ValueError(f"the groups cover {total} rows, the matrix has {k}")
 
 
+def group_overhead(n: int) -> int:
+    """Bits that a group takes on disk beside its codes, with N stored columns."""
+    return 4 * n + 16 + 2 * 16  # scale codes, maximum, group table entry
+
+
+def group_bits(group: Group, n: int) -> int:
+    """Bits that a group takes on disk with N stored columns."""
+    return group.rows * group.bits * n + group_overhead(n)
+
+
 def storage_bits(groups: Sequence[Group], shape: tuple[int, int], bias: bool = False) -> int:
     """Bits that a linear takes on disk, every tensor counted.
 
@@ -116,9 +125,7 @@ def storage_bits(groups: Sequence[Group], shape: tuple[int, int], bias: bool = F
         bias: whether a bias is stored.
     """
     k, n = shape
-    codes = sum(group.rows * group.bits for group in groups) * n
-    per_group = 4 * n + 16 + 2 * 16  # scale codes, maximum, group table entry
-    return codes + len(groups) * per_group + 32 * k + (16 * n if bias else 0)
+    return sum(group_bits(group, n) for group in groups) + 32 * k + (16 * n if bias else 0)
 
 
 def padded_columns(n: int) -> int:
@@ -328,12 +335,13 @@ def validate_linear(tensors: Mapping[str, Tensor], name: str, file: str = "") ->
         if suffix not in tensors:
             raise fail(suffix, "missing; a quantized linear has " + ", ".join(SUFFIXES))
     for suffix, tensor in tensors.items():
-        if suffix not in _DTYPES:
+        if suffix not in TENSORS:
             raise fail(suffix, "is not a tensor of the format")
-        if tensor.dtype != _DTYPES[suffix]:
-            raise fail(suffix, f"dtype {tensor.dtype}, expected {_DTYPES[suffix]}")
-        if tensor.dim() != _DIMENSIONS[suffix]:
-            raise fail(suffix, f"shape {tuple(tensor.shape)}, expected {_DIMENSIONS[suffix]} dimensions")
+        dtype, dimensions = TENSORS[suffix]
+        if tensor.dtype != dtype:
+            raise fail(suffix, f"dtype {tensor.dtype}, expected {dtype}")
+        if tensor.dim() != dimensions:
+            raise fail(suffix, f"shape {tuple(tensor.shape)}, expected {dimensions} dimensions")
 
     word_rows, n = tensors["q_weight"].shape
     g = tensors["q_scale_max"].shape[0]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dbrx_quant.runtime import _cuda
 from dbrx_quant.runtime.backends import cuda_layout
-from dbrx_quant.runtime.format import SUFFIXES, padded_columns
+from dbrx_quant.runtime.backends.stored import Stored
+from dbrx_quant.runtime.format import SUFFIXES, TENSORS, padded_columns
 from dbrx_quant.runtime.ops import linear_op, linears_op
 
-_HALVES = ("q_scale_max", "bias")
+_HALVES = tuple(name for name, (dtype, _) in TENSORS.items() if dtype == torch.float16)
 
 
 class QuantLinear(nn.Module):
@@ -63,15 +64,18 @@ class QuantLinear(nn.Module):
         self.out_features = out_features
         n = padded_columns(out_features)
 
-        def make(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+        def register(name: str, *shape: int) -> None:
+            self.register_buffer(name, torch.empty(shape, dtype=TENSORS[name][0], device=device))
 
-        self.register_buffer("q_weight", make(torch.int32, word_rows, n))
-        self.register_buffer("q_scale", make(torch.int32, groups, n // 8))
-        self.register_buffer("q_scale_max", make(torch.float16, groups))
-        self.register_buffer("q_groups", make(torch.int16, 2 * groups))
-        self.register_buffer("q_invperm", make(torch.int32, in_features))
-        self.register_buffer("bias", make(torch.float16, n) if bias else None)
+        register("q_weight", word_rows, n)
+        register("q_scale", groups, n // 8)
+        register("q_scale_max", groups)
+        register("q_groups", 2 * groups)
+        register("q_invperm", in_features)
+        if bias:
+            register("bias", n)
+        else:
+            self.register_buffer("bias", None)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], out_features: int | None = None) -> "QuantLinear":
@@ -106,9 +110,10 @@ class QuantLinear(nn.Module):
         )
         return y
 
-    def stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def stored(self) -> Stored:
         """The five tensors of the weight."""
-        return self.q_weight, self.q_scale, self.q_scale_max, self.q_groups, self.q_invperm
+        buffers: dict[str, Any] = self._buffers  # not by attribute: as in `forward`
+        return Stored.of(buffers)
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, keyed by suffix, as the file has them: q_weight is a copy where it is tiled."""
@@ -120,14 +125,15 @@ class QuantLinear(nn.Module):
 
         The file's words are let go; while the new ones are made, both are there.
         """
-        on_gpu, tiled = cuda_layout.on_gpu(self.q_weight), cuda_layout.is_tiled(self.q_weight)
-        if on_gpu and not tiled and _cuda.why_unavailable() is None:
-            self._buffers["q_weight"] = cuda_layout.tile(cuda_layout.Stored(*self.stored()))
+        stored = self.stored()
+        if cuda_layout.on_gpu(stored.q_weight) and not stored.tiled and _cuda.why_unavailable() is None:
+            self._buffers["q_weight"] = cuda_layout.tile(stored)
 
     def untile(self) -> None:
         """Keep q_weight as the file has it again."""
-        if cuda_layout.is_tiled(self.q_weight):
-            self._buffers["q_weight"] = cuda_layout.untile(cuda_layout.Stored(*self.stored()))
+        stored = self.stored()
+        if stored.tiled:
+            self._buffers["q_weight"] = cuda_layout.untile(stored)
 
     @contextmanager
     def _as_stored(self) -> Iterator[None]:

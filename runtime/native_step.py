@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbrx_quant.runtime import _native
-from dbrx_quant.runtime.activations import activations
-from dbrx_quant.runtime.backends.cpu import ACTIVATION_BITS, repacked_experts, repacked_linear
+from dbrx_quant.runtime import _abi, _native
+from dbrx_quant.runtime.activations import BITS, activations
+from dbrx_quant.runtime.backends.repacked import repacked_experts, repacked_linear
 from dbrx_quant.runtime.decoder_parts import LayerParts, UnknownPartError
 from dbrx_quant.runtime.families import family_of
 from dbrx_quant.runtime.snapshot import Snapshot
@@ -141,12 +141,12 @@ class _Built:
     ) -> None:
         self.snapshot, self.mode, self.dtype, self.layers = snapshot, mode, last.dtype, len(parts)
         self._keep: list[Any] = [last, parts]
-        structs = (_native.DecoderLayer * len(parts))(*(self._layer(part) for part in parts))
+        structs = (_abi.DecoderLayer * len(parts))(*(self._layer(part) for part in parts))
         first = parts[0]
         heads, key_heads = (first.qkv[i].out_features // first.head_dim for i in (0, 1))
         self.shape = (key_heads, first.head_dim)
         self.rotations = _Rotations(model.rotary_emb, first.head_dim)
-        self.decoder = _native.Decoder(
+        self.decoder = _abi.Decoder(
             layers=structs,
             final_norm=last.data_ptr(),
             layer_count=len(parts),
@@ -158,12 +158,12 @@ class _Built:
             clip=first.clip,
             eps=first.eps,
             layer_norm=first.layer_norm,
-            activation=_native.ACTIVATIONS[first.activation],
-            dtype=_native.DTYPES[last.dtype],
-            activation_bits=ACTIVATION_BITS[mode],
+            activation=_abi.ACTIVATIONS[first.activation],
+            dtype=_abi.DTYPES[last.dtype],
+            activation_bits=BITS[mode],
         )
 
-    def _layer(self, part: LayerParts) -> _native.DecoderLayer:
+    def _layer(self, part: LayerParts) -> _abi.DecoderLayer:
         singles = []
         for linear in (*part.qkv, part.output, *(part.mlp or ())):
             fast = repacked_linear(linear.stored(), linear.bias, linear.out_features)
@@ -171,7 +171,7 @@ class _Built:
                 raise _NotNativeError
             self._keep.append(fast)
             singles.append(fast.blocks[0].data_ptr())
-        struct = _native.DecoderLayer(
+        struct = _abi.DecoderLayer(
             attention_norm=part.norms[0].data_ptr(),
             mlp_norm=part.norms[1].data_ptr(),
             qkv=tuple(singles[:3]),
@@ -184,7 +184,7 @@ class _Built:
             assert part.router is not None
             experts = part.experts
             gate, up, down = (experts.stored(key) for key in experts.keys)
-            fast = repacked_experts(gate, up, down, torch.empty(0, experts.hidden_size))
+            fast = repacked_experts(torch.empty(0, experts.hidden_size), gate, up, down)
             if fast is None:
                 raise _NotNativeError
             self._keep.append(fast)
@@ -209,7 +209,7 @@ def _build(model: Any, mode: str) -> _Built | Snapshot:
         floats += [*part.norms, *(part.head_norms or ()), *([] if part.router is None else [part.router])]
     dtypes = {tensor.dtype for tensor in floats}
     plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous() for tensor in floats)
-    if not plain or len(dtypes) != 1 or not dtypes <= _native.DTYPES.keys() or parts[0].head_dim % 16:
+    if not plain or len(dtypes) != 1 or not dtypes <= _abi.DTYPES.keys() or parts[0].head_dim % 16:
         return snapshot
     try:
         return _Built(model, parts, last, mode, snapshot)

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime.backends import checks, cpu, cuda, reference
-from dbrx_quant.runtime.format import SUFFIXES
+from dbrx_quant.runtime import _abi
+from dbrx_quant.runtime.backends import checks, cpu, cuda, fake, reference
+from dbrx_quant.runtime.backends.stored import Stored, StoredList
 
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
+ACTIVATIONS = tuple(_abi.ACTIVATIONS)
 
-_STORED = "Tensor q_weight, Tensor q_scale, Tensor q_scale_max, Tensor q_groups, Tensor q_invperm"
+_STORED = ", ".join(f"Tensor {suffix}" for suffix in Stored._fields)
 _SCHEMAS = (
     f"dequantize({_STORED}, int out_features) -> Tensor",
     f"linear(Tensor x, {_STORED}, Tensor? bias, int out_features) -> Tensor",
@@ -35,54 +36,52 @@ _SCHEMAS = (
 )
 
 
-def _kernels(backend: ModuleType) -> dict[str, Callable[..., Tensor]]:
-    """The backend's functions behind the checks, as the dispatcher calls them: with positional arguments.
+def kernels(backend: ModuleType) -> dict[str, Callable[..., Tensor]]:
+    """The backend's functions behind the checks, as the dispatcher calls them: loose tensors, by position.
 
     `cpu.linear` checks for itself, and only once what stays the same: for small linears that saves a fifth of
     the call. Only there do linears of the same input share its rounding; elsewhere they run one by one.
     """
 
-    def dequantize(*arguments: Any) -> Tensor:
-        checks.stored_linear("dequantize", arguments[:5], arguments[5], arguments[0].device)
-        result: Tensor = backend.dequantize(*arguments)
+    def checked_linear(x: Tensor, stored: Stored, bias: Tensor | None, out_features: int) -> Tensor:
+        checks.linear_call(x, stored, bias, out_features)
+        result: Tensor = backend.linear(x, stored, bias, out_features)
         return result
 
-    def linear(x: Tensor, *arguments: Any) -> Tensor:
-        checks.linear_call(x, arguments[:6], arguments[6])
-        result: Tensor = backend.linear(x, *arguments)
+    def one_by_one(x: Tensor, each: Sequence[tuple[Stored, Tensor | None, int]]) -> Tensor:
+        return torch.cat([checked_linear(x, *one) for one in each], dim=-1)
+
+    one, several = (cpu.linear, cpu.linears) if backend is cpu else (checked_linear, one_by_one)
+
+    def dequantize(*arguments: Any) -> Tensor:
+        stored, out_features = Stored(*arguments[:5]), arguments[5]
+        checks.stored_linear("dequantize", stored, None, out_features, stored.q_weight.device)
+        result: Tensor = backend.dequantize(stored, out_features)
         return result
+
+    def linear(
+        x: Tensor,
+        q_weight: Tensor,
+        q_scale: Tensor,
+        q_scale_max: Tensor,
+        q_groups: Tensor,
+        q_invperm: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+    ) -> Tensor:
+        return one(x, Stored(q_weight, q_scale, q_scale_max, q_groups, q_invperm), bias, out_features)
 
     def linears(x: Tensor, *lists: Any) -> Tensor:
-        return torch.cat([linear(x, *one) for one in checks.each_linear(*lists)], dim=-1)
+        return several(x, checks.each_linear(*lists))
 
     def experts(*arguments: Any) -> Tensor:
-        checks.experts_call(*arguments)
-        result: Tensor = backend.experts(*arguments)
+        x, top_k_index, top_k_weights, gate, up, down, activation = arguments
+        lists = StoredList(gate), StoredList(up), StoredList(down)
+        checks.experts_call(x, top_k_index, top_k_weights, *lists, activation)
+        result: Tensor = backend.experts(x, top_k_index, top_k_weights, *lists, activation)
         return result
 
-    kernels = {"dequantize": dequantize, "linear": linear, "linears": linears, "experts": experts}
-    return kernels | ({"linear": cpu.linear, "linears": cpu.linears} if backend is cpu else {})
-
-
-def _fake_dequantize(*arguments: Any) -> Tensor:
-    checks.stored_linear("dequantize", arguments[:5], arguments[5], arguments[0].device)
-    made: Tensor = arguments[0].new_empty(arguments[4].shape[0], arguments[5], dtype=torch.float16)
-    return made
-
-
-def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
-    checks.linear_call(x, arguments[:6], arguments[6])
-    return x.new_empty(*x.shape[:-1], arguments[6])
-
-
-def _fake_linears(x: Tensor, *lists: Any) -> Tensor:
-    return torch.cat([_fake_linear(x, *one) for one in checks.each_linear(*lists)], dim=-1)
-
-
-def _fake_experts(x: Tensor, *arguments: Any) -> Tensor:
-    checks.experts_call(x, *arguments)
-    checks.expert_linears(x, *arguments[2:5])
-    return x.new_empty(x.shape)
+    return {"dequantize": dequantize, "linear": linear, "linears": linears, "experts": experts}
 
 
 def _no_gradient(ctx: Any, *gradients: Any) -> Any:
@@ -93,16 +92,10 @@ _library: Any = torch.library.Library("dbrxq", "DEF")  # type: ignore[no-untyped
 for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 for _key, _backend in (("CompositeExplicitAutograd", reference), ("CPU", cpu), ("CUDA", cuda)):
-    for _name, _kernel in _kernels(_backend).items():
+    for _name, _kernel in kernels(_backend).items():
         _library.impl(_name, _kernel, _key)
-_FAKES = {
-    "dequantize": _fake_dequantize,
-    "linear": _fake_linear,
-    "linears": _fake_linears,
-    "experts": _fake_experts,
-}
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"dbrxq::{_name}", _fake, lib=_library)
+for _name, _kernel in kernels(fake).items():
+    torch.library.register_fake(f"dbrxq::{_name}", _kernel, lib=_library)
 for _name in ("linear", "linears", "experts"):
     torch.library.register_autograd(f"dbrxq::{_name}", _no_gradient, lib=_library)
 
@@ -118,8 +111,8 @@ def dequantize(tensors: Mapping[str, Tensor], out_features: int | None = None) -
 
     The memory behind it is [K, N]: the result is a transposed view. All stored columns come by default.
     """
-    width = checks.stored_columns(tensors["q_weight"]) if out_features is None else out_features
-    weight: Tensor = dequantize_op(*(tensors[suffix] for suffix in SUFFIXES), width)
+    stored = Stored.of(tensors)
+    weight: Tensor = dequantize_op(*stored, stored.n if out_features is None else out_features)
     return weight.t()
 
 
@@ -128,8 +121,8 @@ def linear(x: Tensor, tensors: Mapping[str, Tensor], out_features: int | None = 
 
     A `bias` among them is added. All stored columns come by default.
     """
-    width = checks.stored_columns(tensors["q_weight"]) if out_features is None else out_features
-    stored = (tensors[suffix] for suffix in SUFFIXES)
+    stored = Stored.of(tensors)
+    width = stored.n if out_features is None else out_features
     y: Tensor = linear_op(x, *stored, tensors.get("bias"), width)
     return y
 
@@ -154,6 +147,6 @@ def experts(
         down: as gate.
         activation: one of ACTIVATIONS.
     """
-    lists = ([linear[suffix] for linear in linears for suffix in SUFFIXES] for linears in (gate, up, down))
+    lists = (StoredList.of(linears).tensors for linears in (gate, up, down))
     y: Tensor = experts_op(x, top_k_index, top_k_weights, *lists, activation)
     return y

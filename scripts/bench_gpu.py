@@ -146,20 +146,20 @@ def check() -> list[str]:
     """Differences from the reference beyond rounding, one line each."""
     import torch
 
-    from dbrx_quant.runtime.format import SUFFIXES
+    from dbrx_quant.runtime.backends.stored import Stored
 
     cuda, reference = _backends()
     faults = []
     groups = [(8, 32), (6, 64), (5, 64), (4, 128), (3, 448), (2, 304)]
-    stored: Any = [random_linear(1040, 1056, groups, 0)[suffix] for suffix in SUFFIXES]
-    if not torch.equal(cuda.dequantize(*stored, 1050), reference.dequantize(*stored, 1050)):
+    stored = Stored.of(random_linear(1040, 1056, groups, 0))
+    if not torch.equal(cuda.dequantize(stored, 1050), reference.dequantize(stored, 1050)):
         faults.append("dequantize: weights differ")
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         tolerance = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-4}[dtype]
         for tokens in (1, 8, 9, 16, 17, 64, 65, 300):
             x = torch.randn(tokens, 1040, device=DEVICE).to(dtype)
-            ours = cuda.linear(x, *stored, None, 1050).double()
-            wanted = reference.linear(x.float(), *stored, None, 1050).double()
+            ours = cuda.linear(x, stored, None, 1050).double()
+            wanted = reference.linear(x.float(), stored, None, 1050).double()
             error = ((ours - wanted).abs().max() / wanted.abs().max()).item()
             if not error <= tolerance:
                 faults.append(f"linear: {dtype}, {tokens} tokens: error {error:.2e} of the largest output")
@@ -177,17 +177,12 @@ def check() -> list[str]:
 
 
 def _experts(count: int, hidden: int, ffn: int, groups: Callable[[int], list[tuple[int, int]]]) -> Any:
-    """Three lists, gate, up and down of `count` experts, as the operator takes them."""
-    from dbrx_quant.runtime.format import SUFFIXES
+    """Three lists, gate, up and down of `count` experts, as the backends take them."""
+    from dbrx_quant.runtime.backends.stored import StoredList
 
     shapes = ((hidden, ffn), (hidden, ffn), (ffn, hidden))
     return [
-        [
-            tensor
-            for e in range(count)
-            for linear in [random_linear(k, n, groups(k), 3 * e + role)]
-            for tensor in (linear[suffix] for suffix in SUFFIXES)
-        ]
+        StoredList.of(random_linear(k, n, groups(k), 3 * e + role) for e in range(count))
         for role, (k, n) in enumerate(shapes)
     ]
 
@@ -196,7 +191,7 @@ def time_linears() -> list[dict[str, Any]]:
     """A linear at every width and number of tokens, in a CUDA graph and from Python."""
     import torch
 
-    from dbrx_quant.runtime.format import SUFFIXES
+    from dbrx_quant.runtime.backends.stored import Stored
 
     cuda, _ = _backends()
     rows = []
@@ -209,10 +204,10 @@ def time_linears() -> list[dict[str, Any]]:
             size = packed_bytes(first)
             count = max(1, min(64, ROTATED_BYTES // size))
             linears = [first, *(random_linear(k, n, groups, i) for i in range(1, count))]
-            stored: Any = [[linear[suffix] for suffix in SUFFIXES] for linear in linears]
+            stored = [Stored.of(linear) for linear in linears]
             for tokens in (1, 2, 4, 8, 16, 64, 512) if name in ("4 bits", "mixed") else (1, 8):
                 x = torch.randn(tokens, k, device=DEVICE).half()
-                calls: list[Callable[[], Any]] = [partial(cuda.linear, x, *own, None, n) for own in stored]
+                calls: list[Callable[[], Any]] = [partial(cuda.linear, x, own, None, n) for own in stored]
                 time = seconds(graphed(calls)) / len(calls)
                 rows.append(_row(f"{k}x{n} {name}", tokens, time, size, 2 * k * n * tokens, seconds(calls)))
     return rows
@@ -224,7 +219,7 @@ def time_experts() -> list[dict[str, Any]]:
 
     cuda, _ = _backends()
     lists = _experts(EXPERTS, HIDDEN, FFN, mixed)
-    each = sum(t.nbytes for tensors in lists for t in tensors if t.dtype == torch.int32) / EXPERTS
+    each = sum(t.nbytes for role in lists for t in role.tensors if t.dtype == torch.int32) / EXPERTS
     rows = []
     for tokens in (1, 2, 4, 8, 64, 512):
         x = torch.randn(tokens, HIDDEN, device=DEVICE).half()

@@ -28,8 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _native
-from dbrx_quant.runtime.backends.cpu import describe_linear
+from dbrx_quant.runtime import _abi, _native
+from dbrx_quant.runtime.activations import BITS
+from dbrx_quant.runtime.backends.stored import Stored
+from dbrx_quant.runtime.backends.structs import describe_linear
 from dbrx_quant.scripts.bench_record import add_record_argument, record
 from dbrx_quant.scripts.output import ends_with_its_reader, print_json, print_table
 
@@ -44,7 +46,6 @@ EXPERT_GROUPS = (
     (3, 0.52),
     (2, 0.28),
 )  # share of the rows: 3.03 bits a weight in groups of 64
-_ACTIVATION_BITS = {"int8": 8, "int16": 16}
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,19 @@ def random_linear(shape: tuple[int, int], groups: list[tuple[int, int]]) -> Line
         table += [bits, word]
         word += rows * bits // 32
     low, high = -(2**31), 2**31 - 1
-    tensors = (
+    stored = Stored(
         torch.randint(low, high, (word, n), dtype=torch.int32),
         torch.randint(low, high, (len(groups), n // 8), dtype=torch.int32),
         (torch.rand(len(groups)) * 0.02 + 0.01).half(),
         torch.tensor(table, dtype=torch.int16),
         torch.randperm(k).int(),
     )
-    struct = describe_linear(*tensors, None, n)
+    struct = describe_linear(stored, None, n)
     library, size = _native.library(), ctypes.c_int64()
     _native.check(library.dbrxq_packed_bytes(ctypes.byref(struct), ctypes.byref(size)), "repack")
     block = torch.empty(size.value, dtype=torch.uint8)
     _native.check(library.dbrxq_pack(ctypes.byref(struct), block.data_ptr()), "repack")
-    return Linear(block, sum(tensor.nbytes for tensor in tensors), shape)
+    return Linear(block, sum(tensor.nbytes for tensor in stored), shape)
 
 
 def uniform_groups(k: int, bits: int, rows: int) -> list[tuple[int, int]]:
@@ -131,7 +132,7 @@ class Rotation:
 
     def multiplications(self, tokens: int, mode: str) -> Iterator[Callable[[], None]]:
         """Calls that multiply one linear after the other by `tokens` random activations."""
-        library, bits = _native.library(), _ACTIVATION_BITS[mode]
+        library, bits = _native.library(), BITS[mode]
         x = torch.randn(tokens, self.shape[0])
         y = torch.empty(tokens, self.shape[1])
         for array in cycle([pointers([linear.block]) for linear in self.linears]):
@@ -221,7 +222,7 @@ def experts_block(threads: tuple[int, ...], mode: str, seconds: float) -> list[d
     array = pointers([linear.block for linear in linears])
     weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
     per_expert = sum(linear.stored_bytes for linear in linears) / EXPERTS
-    library, bits = _native.library(), _ACTIVATION_BITS[mode]
+    library, bits = _native.library(), BITS[mode]
     total = ctypes.c_uint64()
     results: list[dict[str, Any]] = []
     for count in threads:
@@ -249,7 +250,7 @@ def experts_block(threads: tuple[int, ...], mode: str, seconds: float) -> list[d
                     def run(index: Tensor = index, share: Tensor = share) -> None:
                         status = library.dbrxq_packed_experts(
                             array, EXPERTS, bits, x.data_ptr(), index.data_ptr(), share.data_ptr(),
-                            tokens, HIDDEN, ACTIVE, _native.ACTIVATIONS["silu"], y.data_ptr(),
+                            tokens, HIDDEN, ACTIVE, _abi.ACTIVATIONS["silu"], y.data_ptr(),
                         )  # fmt: skip
                         _native.check(status, "experts")
 
@@ -363,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks that the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, help="measure with this many only (default: 1 and 2)")
-    parser.add_argument("--activations", choices=tuple(_ACTIVATION_BITS), default="int8")
+    parser.add_argument("--activations", choices=tuple(BITS), default="int8")
     parser.add_argument("--group", type=int, choices=(32, 64, 128), default=64, help="rows of a group")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure (default: 1)")
     parser.add_argument("--llama", type=Path, help="folder with llama.cpp's ggml libraries, to compare with")

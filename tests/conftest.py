@@ -81,6 +81,6 @@ def emulated_library():
 def emulated(emulated_library, monkeypatch):
     """The emulated library in place of the real one, with one schedule of its threads."""
     torch.manual_seed(0)
-    monkeypatch.setattr(_cuda, "_library", emulated_library)
+    monkeypatch.setattr(_cuda.LIBRARY, "loaded", emulated_library)
     emulated_library.dbrxq_emulator_seed(ctypes.c_uint64(0))
     return emulated_library

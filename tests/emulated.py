@@ -6,6 +6,7 @@ import torch
 
 import oracles_ops as oracle
 from dbrx_quant.runtime.backends import cuda
+from dbrx_quant.runtime.backends.stored import Stored
 
 SANITIZED = (
     os.environ.get("DBRXQ_EMULATOR") == "sanitized"
@@ -20,18 +21,15 @@ TOKENS = (1, 3, 8, 9, 16, 17, 65)  # both sides of every switch between kernels 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def stored(tensors):
-    return [tensors[suffix] for suffix in oracle.SUFFIXES]
-
-
 def dequantize(tensors, out_features=None):
     n = tensors["q_weight"].shape[1]
-    return cuda.dequantize(*stored(tensors), n if out_features is None else out_features)
+    return cuda.dequantize(Stored.of(tensors), n if out_features is None else out_features)
 
 
 def linear(x, tensors, out_features=None):
     n = tensors["q_weight"].shape[1]
-    return cuda.linear(x, *stored(tensors), tensors.get("bias"), n if out_features is None else out_features)
+    width = n if out_features is None else out_features
+    return cuda.linear(x, Stored.of(tensors), tensors.get("bias"), width)
 
 
 def assert_as_accurate_as_torch(ours, exact, plain, what=""):

@@ -4,10 +4,11 @@ import ctypes
 
 import pytest
 import torch
-from emulated import FLOATS, SANITIZED, WIDTHS, assert_as_accurate_as_torch, stored
+from emulated import FLOATS, SANITIZED, WIDTHS, assert_as_accurate_as_torch
 
 import oracles_ops as oracle
 from dbrx_quant.runtime.backends import cuda
+from dbrx_quant.runtime.backends.stored import StoredList
 from dbrx_quant.scripts import bench_gpu
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -36,7 +37,7 @@ def random_experts(count=E, hidden=D, ffn=F):
 
 
 def run_experts(x, index, weights, linears, activation="silu"):
-    lists = [[t for tensors in role for t in stored(tensors)] for role in zip(*linears, strict=True)]
+    lists = [StoredList.of(role) for role in zip(*linears, strict=True)]
     return cuda.experts(x, index, weights, *lists, activation)
 
 

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from emulated import SANITIZED, SHAPES, dequantize, linear, stored
+from emulated import SANITIZED, SHAPES, dequantize, linear
 from quant_models import CONFIGS, build_quantized_folder
 from safetensors.torch import load_file
 
@@ -15,6 +15,7 @@ import oracles_ops as oracle
 from dbrx_quant.runtime import _cuda, experts, load_model, ops
 from dbrx_quant.runtime import linear as linear_module
 from dbrx_quant.runtime.backends import checks, cuda, cuda_layout
+from dbrx_quant.runtime.backends.stored import Stored
 from dbrx_quant.runtime.linear import QuantLinear
 from dbrx_quant.runtime.snapshot import Snapshot
 
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("emulated")
 
 def test_the_device_layout_is_made_once_and_follows_modifications():
     tensors = oracle.random_tensors([(4, 64)], 64)
-    first = cuda.device_linear(*stored(tensors))
-    assert cuda.device_linear(*stored(tensors)) is first
+    first = cuda.device_linear(Stored.of(tensors))
+    assert cuda.device_linear(Stored.of(tensors)) is first
     tensors["q_weight"].bitwise_not_()
     assert oracle.first_difference(dequantize(tensors), oracle.dequantize(tensors)) is None
     tensors["q_scale"] = tensors["q_scale"].bitwise_not()  # another tensor beside the same q_weight
@@ -55,11 +56,11 @@ def test_broken_tables_are_refused():
 
 def tiled(tensors):
     """The tensors with a tiled q_weight."""
-    return {**tensors, "q_weight": cuda_layout.tile(cuda_layout.Stored(*stored(tensors)))}
+    return {**tensors, "q_weight": cuda_layout.tile(Stored.of(tensors))}
 
 
 def untiled(tensors):
-    return cuda_layout.untile(cuda_layout.Stored(*stored(tensors)))
+    return cuda_layout.untile(Stored.of(tensors))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -98,19 +99,15 @@ def test_tiled_words_without_the_library_are_an_error(monkeypatch):
 # ---- Modules, with the CPU in the part of the GPU ---------------------------------------------------------
 
 
-def linears(x, stored, biases, widths):
-    layers = zip(range(0, len(stored), 5), biases, widths, strict=True)
-    return torch.cat([cuda.linear(x, *stored[at : at + 5], bias, width) for at, bias, width in layers], -1)
-
-
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(cuda_layout, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(Snapshot, "all_on_cpu", lambda snapshot: False)
     monkeypatch.setattr(checks, "_TILED_ON", ("cpu", "meta"))
-    monkeypatch.setattr(linear_module, "linear_op", cuda.linear)
-    monkeypatch.setattr(linear_module, "linears_op", linears)
-    monkeypatch.setattr(experts, "experts_op", cuda.experts)
+    kernels = ops.kernels(cuda)
+    monkeypatch.setattr(linear_module, "linear_op", kernels["linear"])
+    monkeypatch.setattr(linear_module, "linears_op", kernels["linears"])
+    monkeypatch.setattr(experts, "experts_op", kernels["experts"])
 
 
 def quant_linear(bias=True):
@@ -127,20 +124,20 @@ def assert_equal_tensors(ours, wanted):
 def test_a_layer_on_a_gpu_holds_its_words_once_and_shows_the_files(gpu):
     tensors, layer = quant_linear()
     layer.to("cpu")
-    assert cuda_layout.is_tiled(layer.q_weight)
+    assert layer.stored().tiled
     x = torch.randn(3, 144).half()
     assert torch.allclose(layer(x).double(), oracle.linear(x, tensors, 96)[:, :90], rtol=2e-3, atol=2e-3)
     held = [t for _, made in cuda_layout._linears.values() for t in made.made]
     assert all(t.numel() < layer.q_weight.numel() for t in held), "a second copy of the words"
     assert_equal_tensors(layer.state_dict(), tensors)
     assert_equal_tensors(layer.tensors(), tensors)
-    assert cuda_layout.is_tiled(layer.q_weight)
+    assert layer.stored().tiled
 
 
 def test_a_layer_that_leaves_the_gpu_has_the_files_words(gpu, monkeypatch):
     tensors, layer = quant_linear()
     layer.to(torch.bfloat16)
-    assert cuda_layout.is_tiled(layer.q_weight)
+    assert layer.stored().tiled
     monkeypatch.setattr(cuda_layout, "on_gpu", lambda tensor: False)
     layer.to("cpu")
     assert_equal_tensors(dict(layer.named_buffers()), tensors)
@@ -158,7 +155,7 @@ def test_a_layer_on_a_gpu_loads_the_files_tensors(gpu, assign):
     assert_equal_tensors(layer.state_dict(), tensors)
     other = {**tensors, "q_weight": ~tensors["q_weight"]}
     layer.load_state_dict(other, assign=assign)
-    assert cuda_layout.is_tiled(layer.q_weight)
+    assert layer.stored().tiled
     assert torch.allclose(layer(x).double(), oracle.linear(x, other, 96)[:, :90], rtol=2e-3, atol=2e-3)
 
 
@@ -171,7 +168,7 @@ def test_copies_of_a_layer_stay_in_their_layout(gpu):
 
 def test_a_layer_waiting_for_its_tensors_is_not_tiled(gpu):
     layer = QuantLinear(96, 72, word_rows=11, groups=2, device="meta").to_empty(device="cpu")
-    assert not cuda_layout.is_tiled(layer.q_weight)
+    assert not layer.stored().tiled
 
 
 def test_a_model_on_a_gpu_is_tiled_when_loaded_and_saved_as_it_was(gpu, tmp_path):
@@ -181,10 +178,10 @@ def test_a_model_on_a_gpu_is_tiled_when_loaded_and_saved_as_it_was(gpu, tmp_path
     model = load_model(folder.path)
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     assert layers
-    assert all(cuda_layout.is_tiled(layer.q_weight) for layer in layers)
+    assert all(layer.stored().tiled for layer in layers)
     ids = torch.arange(6)[None] * 7 % 128
     ours, wanted = model(ids).logits, folder.twin()(ids).logits
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
     model.save_pretrained(tmp_path / "again")
     assert_equal_tensors(load_file(tmp_path / "again" / "model.safetensors"), folder.tensors)
-    assert all(cuda_layout.is_tiled(layer.q_weight) for layer in layers)
+    assert all(layer.stored().tiled for layer in layers)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from dbrx_quant.runtime.backends.stored import Stored
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.format import (
     SUFFIXES,
@@ -205,3 +206,7 @@ def test_packing_refuses_what_the_format_cannot_hold():
                 good.codes, good.scale_codes, good.scale_max, good.groups, torch.zeros(64, dtype=torch.long)
             )
         )
+
+
+def test_kernels_take_the_tensors_of_the_format_in_its_order():
+    assert Stored._fields == SUFFIXES

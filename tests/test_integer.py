@@ -15,7 +15,8 @@ import oracles_ops as oracle
 from dbrx_quant.runtime import _native, ops
 from dbrx_quant.runtime.activations import activations, set_activations, use_activations
 from dbrx_quant.runtime.backends import repacked as cache
-from dbrx_quant.runtime.backends.cpu import describe_linear
+from dbrx_quant.runtime.backends.stored import Stored
+from dbrx_quant.runtime.backends.structs import describe_linear
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 SHAPES = {
@@ -230,7 +231,7 @@ def test_a_repacked_copy_goes_with_the_tensors_it_was_made_of(mode):
 
 def test_a_repacked_linear_takes_about_what_the_stored_one_takes():
     tensors = oracle.random_tensors([(5, 128), (4, 512), (3, 1280), (2, 128)], 1024)
-    struct = describe_linear(*(tensors[suffix] for suffix in oracle.SUFFIXES), None, 1024)
+    struct = describe_linear(Stored.of(tensors), None, 1024)
     size = ctypes.c_int64()
     _native.check(_native.library().dbrxq_packed_bytes(ctypes.byref(struct), ctypes.byref(size)), "size")
     assert size.value < 1.02 * sum(tensor.nbytes for tensor in tensors.values())

@@ -153,10 +153,10 @@ def test_the_thread_count_follows_torch_unless_it_is_set():
 
 def test_the_environment_chooses_the_instruction_set():
     code = (
-        "from dbrx_quant.runtime import _native\n"
+        "from dbrx_quant.runtime import _abi, _native\n"
         "import torch\n"
         "print(_native.isa())\n"
-        "status = _native.library().dbrxq_dequantize(_native.Linear(), None)\n"
+        "status = _native.library().dbrxq_dequantize(_abi.Linear(), None)\n"
         "try: _native.check(status, 'call')\n"
         "except Exception as error: print(type(error).__name__)\n"
     )
@@ -173,19 +173,20 @@ def test_an_unknown_instruction_set_is_refused():
 
 @pytest.fixture
 def unloaded(monkeypatch):
-    for name in ("_library", "_failure", "_threads_sent"):
-        monkeypatch.setattr(_native, name, None)
+    for name in ("loaded", "_failure"):
+        monkeypatch.setattr(_native.LIBRARY, name, None)
+    monkeypatch.setattr(_native, "_threads_sent", None)
 
 
 def test_a_library_with_another_interface_version_is_refused(unloaded, monkeypatch):
-    monkeypatch.setattr(_native, "ABI_VERSION", 99)
+    monkeypatch.setattr(_native.LIBRARY, "version", 99)
     assert not _native.available()
     assert "this package needs 99" in _native.why_unavailable()
 
 
 def test_a_file_that_is_no_library_is_refused(unloaded, monkeypatch, tmp_path):
     (tmp_path / "broken.so").write_bytes(b"not a library")
-    monkeypatch.setattr(_native, "_find", lambda: tmp_path / "broken.so")
+    monkeypatch.setattr(_native.LIBRARY, "find", lambda: tmp_path / "broken.so")
     with pytest.raises(RuntimeError, match="does not load"):
         _native.library()
 

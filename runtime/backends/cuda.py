@@ -10,24 +10,23 @@ Axes: T tokens, K input channels, N output channels as stored, E experts, A expe
 import ctypes
 import functools
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _cuda, _native
+from dbrx_quant.runtime import _abi, _cuda
 from dbrx_quant.runtime.backends import checks, reference
 from dbrx_quant.runtime.backends.cuda_layout import (
     DeviceLinear,
     aligned,
     current,
     device_linear,
-    is_tiled,
     require_no_capture,
     stream,
 )
 from dbrx_quant.runtime.backends.memo import remember, version_sum
+from dbrx_quant.runtime.backends.stored import Stored, StoredList
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ def _warn_once(reason: str) -> None:
     _logger.warning("CUDA kernels are not used, plain torch runs instead (much slower): %s", reason)
 
 
-def _native_ready(q_weight: Tensor) -> bool:
+def _native_ready(stored: Stored) -> bool:
     """Whether the native library runs the ops; says so once when it does not.
 
     Raises:
@@ -48,7 +47,7 @@ def _native_ready(q_weight: Tensor) -> bool:
     reason = _cuda.why_unavailable()
     if reason is None:
         return True
-    if is_tiled(q_weight):
+    if stored.tiled:
         raise RuntimeError(f"q_weight is in the layout of the CUDA kernels, which are missing: {reason}")
     _warn_once(reason)
     return False
@@ -59,20 +58,13 @@ def _workspace(status: int, size: ctypes.c_int64, device: torch.device, what: st
     return torch.empty(max(1, size.value), dtype=torch.uint8, device=device)
 
 
-def dequantize(
-    q_weight: Tensor,
-    q_scale: Tensor,
-    q_scale_max: Tensor,
-    q_groups: Tensor,
-    q_invperm: Tensor,
-    out_features: int,
-) -> Tensor:
+def dequantize(stored: Stored, out_features: int) -> Tensor:
     """The exact weight [K, out_features] fp16, input channels in their original order."""
-    if not _native_ready(q_weight):
-        return reference.dequantize(q_weight, q_scale, q_scale_max, q_groups, q_invperm, out_features)
-    struct = device_linear(q_weight, q_scale, q_scale_max, q_groups, q_invperm).described(out_features)
-    device = q_weight.device
-    weight = torch.empty(q_invperm.shape[0], out_features, dtype=torch.float16, device=device)
+    if not _native_ready(stored):
+        return reference.dequantize(stored, out_features)
+    struct = device_linear(stored).described(out_features)
+    device = stored.q_weight.device
+    weight = torch.empty(stored.k, out_features, dtype=torch.float16, device=device)
     with current(device):
         status = _cuda.library().dbrxq_cuda_reconstruct(
             ctypes.byref(struct), weight.data_ptr(), stream(device)
@@ -81,23 +73,14 @@ def dequantize(
     return weight
 
 
-def linear(
-    x: Tensor,
-    q_weight: Tensor,
-    q_scale: Tensor,
-    q_scale_max: Tensor,
-    q_groups: Tensor,
-    q_invperm: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-) -> Tensor:
+def linear(x: Tensor, stored: Stored, bias: Tensor | None, out_features: int) -> Tensor:
     """The product [..., out_features] of x [..., K] and the weight, plus bias, in x's dtype."""
-    if not _native_ready(q_weight):
-        return reference.linear(x, q_weight, q_scale, q_scale_max, q_groups, q_invperm, bias, out_features)
-    struct = device_linear(q_weight, q_scale, q_scale_max, q_groups, q_invperm).described(out_features, bias)
+    if not _native_ready(stored):
+        return reference.linear(x, stored, bias, out_features)
+    struct = device_linear(stored).described(out_features, bias)
     inputs = aligned(x.contiguous(), 16)
     y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
-    tokens, dtype, size = y.numel() // out_features, _native.DTYPES[x.dtype], ctypes.c_int64()
+    tokens, dtype, size = y.numel() // out_features, _abi.DTYPES[x.dtype], ctypes.c_int64()
     native = _cuda.library()
     with current(x.device):
         status = native.dbrxq_cuda_linear_workspace(ctypes.byref(struct), tokens, dtype, ctypes.byref(size))
@@ -119,41 +102,41 @@ def linear(
 class _Block:
     """The experts of a block; `table` holds on the device the structs of all gates, all ups and all downs."""
 
-    struct: _cuda.CudaExperts
+    struct: _abi.CudaExperts
     table: Tensor
     linears: tuple[DeviceLinear, ...]
 
 
-def _make_block(x: Tensor, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]) -> _Block:
+def _make_block(x: Tensor, gate: StoredList, up: StoredList, down: StoredList) -> _Block:
     require_no_capture(x.device, "a block of experts")
     checks.expert_linears(x, gate, up, down)
-    count, hidden = len(gate) // 5, x.shape[1]
-    widths = {down[5 * e + 4].shape[0] for e in range(count)}
+    count, hidden = len(gate), x.shape[1]
+    widths = {stored.k for stored in down}
     if len(widths) != 1:
         raise ValueError(
             f"experts: hidden sizes {sorted(widths)} differ; the CUDA kernels take one size a block"
         )
     ffn = widths.pop()
     linears, structs = [], []
-    for tensors, out_features in ((gate, ffn), (up, ffn), (down, hidden)):
-        for e in range(count):
-            linears.append(device_linear(*tensors[5 * e : 5 * e + 5]))
+    for role, out_features in ((gate, ffn), (up, ffn), (down, hidden)):
+        for stored in role:
+            linears.append(device_linear(stored))
             structs.append(linears[-1].described(out_features))
-    host = torch.frombuffer(bytearray(bytes((_cuda.CudaLinear * len(structs))(*structs))), dtype=torch.uint8)
+    host = torch.frombuffer(bytearray(bytes((_abi.CudaLinear * len(structs))(*structs))), dtype=torch.uint8)
     table = host.to(x.device)
-    step = count * ctypes.sizeof(_cuda.CudaLinear)
+    step = count * ctypes.sizeof(_abi.CudaLinear)
     places = [table.data_ptr() + i * step for i in range(3)]
-    return _Block(_cuda.CudaExperts(*places, count, hidden, ffn, 0, 0), table, tuple(linears))
+    return _Block(_abi.CudaExperts(*places, count, hidden, ffn, 0, 0), table, tuple(linears))
 
 
-def _block(x: Tensor, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]) -> _Block:
-    stored = (*gate, *up, *down)
-    key, seen = (x.shape[1], *map(id, stored)), version_sum(stored)
+def _block(x: Tensor, gate: StoredList, up: StoredList, down: StoredList) -> _Block:
+    tensors = (*gate.tensors, *up.tensors, *down.tensors)
+    key, seen = (x.shape[1], *map(id, tensors)), version_sum(tensors)
     found = _blocks.get(key)
     if found is not None and found[0] == seen:
         return found[1]
     made = _make_block(x, gate, up, down)
-    remember(_blocks, key, stored, (seen, made))
+    remember(_blocks, key, tensors, (seen, made))
     return made
 
 
@@ -161,12 +144,12 @@ def experts(
     x: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate: Sequence[Tensor],
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
+    gate: StoredList,
+    up: StoredList,
+    down: StoredList,
     activation: str,
 ) -> Tensor:
-    """The weighted sum over each token's experts, [T, D] in x's dtype; lists hold five tensors an expert.
+    """The weighted sum over each token's experts, [T, D] in x's dtype.
 
     An index outside 0..E adds nothing, as E itself does: the device does not report to the host.
     """
@@ -174,12 +157,12 @@ def experts(
         checks.expert_linears(x, gate, up, down)
         return reference.experts(x, top_k_index, top_k_weights, gate, up, down, activation)
     block = _block(x, gate, up, down)
-    struct = _cuda.CudaExperts.from_buffer_copy(block.struct)
-    struct.activation = _native.ACTIVATIONS[activation]
+    struct = _abi.CudaExperts.from_buffer_copy(block.struct)
+    struct.activation = _abi.ACTIVATIONS[activation]
     inputs = aligned(x.contiguous(), 16)
     index, weights = top_k_index.to(torch.int64).contiguous(), top_k_weights.to(torch.float32).contiguous()
     y = torch.empty_like(inputs)
-    (tokens, active), dtype, size = index.shape, _native.DTYPES[x.dtype], ctypes.c_int64()
+    (tokens, active), dtype, size = index.shape, _abi.DTYPES[x.dtype], ctypes.c_int64()
     if not tokens or not active:
         return y.zero_()
     native = _cuda.library()

@@ -12,27 +12,17 @@ A last unit of 16 rows takes one word row more when tiled.
 import contextlib
 import ctypes
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _cuda
+from dbrx_quant.runtime import _abi, _cuda
 from dbrx_quant.runtime.backends.memo import remember, version_sum
+from dbrx_quant.runtime.backends.stored import Stored
 from dbrx_quant.runtime.format import WIDTHS, GroupMap, read_groups
 
 _UNIT = 32
 _MAX_CHANNELS = 65536
-
-
-class Stored(NamedTuple):
-    """The tensors of a linear, q_weight as in the file or tiled."""
-
-    q_weight: Tensor
-    q_scale: Tensor
-    q_scale_max: Tensor
-    q_groups: Tensor
-    q_invperm: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,23 +34,18 @@ class DeviceLinear:
         made: the tensors that the struct points into, except for those of the file or the module.
     """
 
-    struct: _cuda.CudaLinear
+    struct: _abi.CudaLinear
     made: tuple[Tensor, ...]
 
-    def described(self, out_features: int, bias: Tensor | None = None) -> _cuda.CudaLinear:
+    def described(self, out_features: int, bias: Tensor | None = None) -> _abi.CudaLinear:
         """The struct with `out_features` columns wanted and a bias."""
-        struct = _cuda.CudaLinear.from_buffer_copy(self.struct)
+        struct = _abi.CudaLinear.from_buffer_copy(self.struct)
         struct.out_features = out_features
         struct.bias = None if bias is None else bias.data_ptr()
         return struct
 
 
 _linears: dict[tuple[int, ...], tuple[int, DeviceLinear]] = {}  # ids of the tensors -> (versions, linear)
-
-
-def is_tiled(q_weight: Tensor) -> bool:
-    """Whether a q_weight is in the layout of the CUDA kernels."""
-    return q_weight.dim() == 3
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -117,16 +102,13 @@ def untile(stored: Stored) -> Tensor:
     return q_weight
 
 
-def device_linear(
-    q_weight: Tensor, q_scale: Tensor, q_scale_max: Tensor, q_groups: Tensor, q_invperm: Tensor
-) -> DeviceLinear:
+def device_linear(stored: Stored) -> DeviceLinear:
     """The linear as the kernels read it, made when it is new or its tensors were modified.
 
     Raises:
         RuntimeError: the library or the device is missing, or a graph is being captured.
         ValueError: the group table is no legal map, or the permutation none.
     """
-    stored = Stored(q_weight, q_scale, q_scale_max, q_groups, q_invperm)
     key, seen = tuple(map(id, stored)), version_sum(stored)
     found = _linears.get(key)
     if found is not None and found[0] == seen:
@@ -138,10 +120,9 @@ def device_linear(
 
 def _groups(stored: Stored) -> GroupMap:
     """The group table, read on the host."""
-    k, q_weight = stored.q_invperm.shape[0], stored.q_weight
-    rows = q_weight.shape[0] - (k % _UNIT != 0) if is_tiled(q_weight) else q_weight.shape[0]
+    k, rows = stored.k, stored.q_weight.shape[0]
     try:
-        return read_groups(stored.q_groups, rows, k)
+        return read_groups(stored.q_groups, rows - (k % _UNIT != 0) if stored.tiled else rows, k)
     except ValueError as error:
         raise ValueError(f"linear.q_groups: {error}") from error
 
@@ -150,9 +131,9 @@ def _units(groups: GroupMap) -> list[int]:
     return [-(-group.rows // _UNIT) for group in groups]
 
 
-def _sizes(stored: Stored) -> _cuda.CudaLinear:
+def _sizes(stored: Stored) -> _abi.CudaLinear:
     """The struct of a linear without its pointers."""
-    groups, k = _groups(stored), stored.q_invperm.shape[0]
+    groups, k = _groups(stored), stored.k
     if k > _MAX_CHANNELS:
         raise ValueError(f"linear: {k} input channels, at most {_MAX_CHANNELS}")
     counts = [
@@ -160,9 +141,8 @@ def _sizes(stored: Stored) -> _cuda.CudaLinear:
         for width in WIDTHS
     ]
     first_unit = [sum(counts[:i]) for i in range(len(counts) + 1)]
-    n = stored.q_scale.shape[1] * 8
     bounds = (ctypes.c_int32 * len(first_unit))(*first_unit)
-    return _cuda.CudaLinear(k=k, n=n, out_features=n, units=first_unit[-1], first_unit=bounds)
+    return _abi.CudaLinear(k=k, n=stored.n, out_features=stored.n, units=first_unit[-1], first_unit=bounds)
 
 
 def _make(stored: Stored) -> DeviceLinear:
@@ -179,7 +159,7 @@ def _make(stored: Stored) -> DeviceLinear:
     made = [unit_scale, permutation]
     struct.unit_scale, struct.permutation = unit_scale.data_ptr(), permutation.data_ptr()
     for name, tensor, alignment in (
-        ("words", stored.q_weight if is_tiled(stored.q_weight) else tile(stored), 16),
+        ("words", stored.q_weight if stored.tiled else tile(stored), 16),
         ("scale_codes", stored.q_scale, 8),
     ):
         ready = aligned(tensor, alignment)

@@ -4,11 +4,12 @@ Axes: T tokens, K input channels, N output channels, E experts, D hidden, A expe
 The dequantized weight is exact (`runtime/format.py` has the rule); sums are in fp32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from dbrx_quant.runtime.backends.stored import Stored, StoredList
 from dbrx_quant.runtime.format import read_groups
 
 
@@ -37,16 +38,10 @@ def _group_codes(words: Tensor, bits: int, rows: int) -> Tensor:
     return codes.int()
 
 
-def dequantize(
-    q_weight: Tensor,
-    q_scale: Tensor,
-    q_scale_max: Tensor,
-    q_groups: Tensor,
-    q_invperm: Tensor,
-    out_features: int,
-) -> Tensor:
+def dequantize(stored: Stored, out_features: int) -> Tensor:
     """The exact weight [K, out_features] fp16, input channels in their original order."""
-    groups = read_groups(q_groups, q_weight.shape[0], q_invperm.shape[0])
+    q_weight, q_scale, q_scale_max, q_groups, q_invperm = stored
+    groups = read_groups(q_groups, q_weight.shape[0], stored.k)
     shifts = torch.arange(0, 32, 4, device=q_scale.device, dtype=torch.int32)
     nibbles = ((q_scale[:, :, None] >> shifts) & 15).reshape(q_scale.shape[0], -1)  # [G, N]
     unit = (q_scale_max.float() / 256).half().float()
@@ -60,42 +55,26 @@ def dequantize(
     return torch.cat(packed)[q_invperm.long(), :out_features].contiguous()
 
 
-def linear(
-    x: Tensor,
-    q_weight: Tensor,
-    q_scale: Tensor,
-    q_scale_max: Tensor,
-    q_groups: Tensor,
-    q_invperm: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-) -> Tensor:
+def linear(x: Tensor, stored: Stored, bias: Tensor | None, out_features: int) -> Tensor:
     """The product [..., out_features] of x [..., K] and the weight, plus bias, in x's dtype."""
-    weight = dequantize(q_weight, q_scale, q_scale_max, q_groups, q_invperm, out_features).float()
-    y: Tensor = x.float() @ weight
+    y: Tensor = x.float() @ dequantize(stored, out_features).float()
     if bias is not None:
         y = y + bias[:out_features].float()
     return y.to(x.dtype)
-
-
-def _dense(tensors: Sequence[Tensor], out_features: int) -> Tensor:
-    """The weight [K, out_features] fp32 of a linear's five tensors."""
-    q_weight, q_scale, q_scale_max, q_groups, q_invperm = tensors
-    return dequantize(q_weight, q_scale, q_scale_max, q_groups, q_invperm, out_features).float()
 
 
 def experts(
     x: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate: Sequence[Tensor],
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
+    gate: StoredList,
+    up: StoredList,
+    down: StoredList,
     activation: str,
 ) -> Tensor:
-    """The weighted sum over each token's experts, [T, D] in x's dtype; lists hold five tensors an expert."""
+    """The weighted sum over each token's experts, [T, D] in x's dtype."""
     act = ACTIVATIONS[activation]
-    hidden, count = x.shape[1], len(gate) // 5
+    hidden, count = x.shape[1], len(gate)
     if top_k_index.numel() and not 0 <= int(top_k_index.min()) <= int(top_k_index.max()) <= count:
         raise ValueError(f"experts: an expert index is below 0 or above the number of experts, {count}")
     states = x.float()
@@ -103,11 +82,10 @@ def experts(
     for expert in torch.unique(top_k_index).tolist():
         if expert == count:
             continue
-        own = slice(5 * expert, 5 * expert + 5)
         token, position = torch.where(top_k_index == expert)
-        ffn = down[own][4].shape[0]
+        ffn = down[expert].k
         inputs = states[token]
-        gated = act(inputs @ _dense(gate[own], ffn)) * (inputs @ _dense(up[own], ffn))
-        outputs = gated @ _dense(down[own], hidden)
+        gated = act(linear(inputs, gate[expert], None, ffn)) * linear(inputs, up[expert], None, ffn)
+        outputs = linear(gated, down[expert], None, hidden)
         y.index_add_(0, token, outputs * top_k_weights[token, position, None].float())
     return y.to(x.dtype)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _native
+from dbrx_quant.runtime import _abi, _native
+from dbrx_quant.runtime.backends import checks
 from dbrx_quant.runtime.backends.memo import remember, version_sum
-
-_NOT_FINITE = 8
+from dbrx_quant.runtime.backends.stored import Stored, StoredList
+from dbrx_quant.runtime.backends.structs import describe_experts, describe_linear
 
 
 @dataclass(frozen=True)
@@ -38,30 +39,52 @@ class Repacked:
 _cache: dict[tuple[int, ...], Repacked | None] = {}
 
 
-def _pack(struct: _native.Linear) -> Tensor | None:
+def _pack(struct: _abi.Linear) -> Tensor | None:
     """The block of one linear; None where scales are not finite, or so large that weights may not be."""
     library = _native.library()
     size = ctypes.c_int64()
     _native.check(library.dbrxq_packed_bytes(ctypes.byref(struct), ctypes.byref(size)), "repack")
     block = torch.empty(size.value, dtype=torch.uint8)
     status = library.dbrxq_pack(ctypes.byref(struct), block.data_ptr())
-    if status == _NOT_FINITE:
+    if status == _abi.NOT_FINITE:
         return None
     _native.check(status, "repack")
     return block
 
 
-def repacked(
-    tensors: Sequence[Tensor], key: tuple[int, ...], describe: Callable[[], Sequence[_native.Linear]]
+def repacked_linear(stored: Stored, bias: Tensor | None, out_features: int) -> Repacked | None:
+    """The repacked form of a linear, whose tensors are checked when it is made."""
+    tensors = stored if bias is None else (*stored, bias)
+    return _repacked(tensors, out_features, _checked_struct, stored, bias, out_features)
+
+
+def _checked_struct(stored: Stored, bias: Tensor | None, out_features: int) -> list[_abi.Linear]:
+    checks.stored_linear("linear", stored, bias, out_features, torch.device("cpu"))
+    return [describe_linear(stored, bias, out_features)]
+
+
+def repacked_experts(x: Tensor, gate: StoredList, up: StoredList, down: StoredList) -> Repacked | None:
+    """The repacked linears of all experts: every gate, then every up, then every down."""
+    tensors = (*gate.tensors, *up.tensors, *down.tensors)
+    return _repacked(tensors, x.shape[1], _checked_structs, x, gate, up, down)
+
+
+def _checked_structs(x: Tensor, gate: StoredList, up: StoredList, down: StoredList) -> list[_abi.Linear]:
+    return [struct for table in describe_experts(x, gate, up, down) for struct in table]
+
+
+def _repacked(
+    tensors: Sequence[Tensor], number: int, describe: Callable[..., list[_abi.Linear]], *arguments: Any
 ) -> Repacked | None:
     """The repacked form of the linears that `tensors` hold; None where the integer kernels cannot take them.
 
     Args:
         tensors: all stored tensors, whose identity and version say whether a copy is still good.
-        key: the numbers beside them that a copy depends on.
-        describe: the structs of the linears, called when a copy must be made.
+        number: what a copy depends on beside them.
+        describe: gives the structs of the linears from `arguments`; called when a copy must be made.
+        arguments: for `describe`.
     """
-    key = (*key, *map(id, tensors))
+    key = (number, *map(id, tensors))
     versions = version_sum(tensors)
     found = _cache.get(key)
     if found is not None and found.versions == versions:
@@ -69,7 +92,7 @@ def repacked(
     if found is None and key in _cache:
         return None
     blocks = []
-    for struct in describe():
+    for struct in describe(*arguments):
         block = _pack(struct)
         if block is None:
             break
