@@ -22,7 +22,7 @@ from dbrx_quant.runtime.families import family_of
 from dbrx_quant.runtime.families.facts import Architecture
 from dbrx_quant.runtime.files import write_json
 from dbrx_quant.runtime.verify import PRODUCER
-from dbrx_quant.runtime.vocabulary import SpecialIds, read_object, special_ids
+from dbrx_quant.runtime.vocabulary import SpecialIds, read_object, set_ids, special_ids
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,3 @@ def _architecture(config: Mapping[str, Any]) -> str:
             "expected one that ends in ForCausalLM"
         )
     return names[0]
-
-
-def set_ids(config: dict[str, Any], ids: SpecialIds) -> None:
-    """Fill in the ids that are known; a single eos stays a number, as most readers write it."""
-    eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos)
-    for key, value in (("bos_token_id", ids.bos), ("eos_token_id", eos), ("pad_token_id", ids.pad)):
-        if value is not None and value != []:
-            config[key] = value

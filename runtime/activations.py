@@ -21,6 +21,15 @@ BITS = {"int8": 8, "int16": 16}  # of an activation, in the modes that round
 MODES = (*BITS, "float")
 VARIABLE = "DBRXQ_ACTIVATIONS"
 
+_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
 _mode: str | None = None
 
 
@@ -61,3 +70,14 @@ def use_activations(mode: str) -> Iterator[None]:
         yield
     finally:
         set_activations(before)
+
+
+def activation_name(name: str) -> str:
+    """The operators' name of an activation that a model's configuration names.
+
+    Raises:
+        ValueError: the operators have no such activation.
+    """
+    if name not in _NAMES:
+        raise ValueError(f"activation {name!r} is not supported; known are {', '.join(sorted(_NAMES))}")
+    return _NAMES[name]

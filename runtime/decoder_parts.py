@@ -5,12 +5,13 @@ are recognised: a module of any other class, such as an adapter's, makes a layer
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dbrx_quant.runtime.experts import QuantExperts
-from dbrx_quant.runtime.linear import QuantLinear
+if TYPE_CHECKING:
+    from dbrx_quant.runtime.experts import QuantExperts
+    from dbrx_quant.runtime.linear import QuantLinear
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class LayerParts:
 
     norms: tuple[Tensor, Tensor]
     head_norms: tuple[Tensor, Tensor] | None
-    qkv: tuple[QuantLinear, ...]
-    output: QuantLinear
-    mlp: tuple[QuantLinear, ...] | None
-    experts: QuantExperts | None
+    qkv: "tuple[QuantLinear, ...]"
+    output: "QuantLinear"
+    mlp: "tuple[QuantLinear, ...] | None"
+    experts: "QuantExperts | None"
     router: Tensor | None
     active: int
     expert_norm: float
@@ -76,10 +77,29 @@ def of_class(module: Any, *names: str) -> Any:
     return module
 
 
-def quant_linears(*modules: Any) -> tuple[QuantLinear, ...]:
+def quant_linears(*modules: Any) -> "tuple[QuantLinear, ...]":
     """The modules, if they are quantized linears and nothing else.
 
     Raises:
         UnknownPartError: one is something else.
     """
-    return tuple(of_class(module, QuantLinear.__name__) for module in modules)
+    return tuple(of_class(module, "QuantLinear") for module in modules)
+
+
+def fused_linears(module: Any) -> "tuple[QuantLinear, ...]":
+    """The linears of a `FusedLinear`, quantized all of them.
+
+    Raises:
+        UnknownPartError: it is something else.
+    """
+    return quant_linears(*of_class(module, "FusedLinear").children())
+
+
+def quant_experts(module: Any) -> "QuantExperts":
+    """The module, if it is quantized experts.
+
+    Raises:
+        UnknownPartError: it is something else.
+    """
+    experts: QuantExperts = of_class(module, "QuantExperts")
+    return experts

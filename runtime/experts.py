@@ -7,31 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from dbrx_quant.runtime.activations import activation_name
 from dbrx_quant.runtime.backends.stored import StoredList
 from dbrx_quant.runtime.format import SUFFIXES
 from dbrx_quant.runtime.linear import QuantLinear
 from dbrx_quant.runtime.ops import experts_op
 
 # Names in transformers' configurations to the operators' names.
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-
-
-def activation_name(name: str) -> str:
-    """The operators' name of an activation that a model's configuration names.
-
-    Raises:
-        ValueError: the operators have no such activation.
-    """
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is not supported; known are {', '.join(sorted(_ACTIVATIONS))}")
-    return _ACTIVATIONS[name]
 
 
 class _Expert(nn.Module):

@@ -1,22 +1,18 @@
 """The front door: a folder or repository of EXL2 tensors in, a transformers model ready to generate out."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dbrx_quant.runtime.config import load_config, read_config
+from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.families import describe, family_of
-from dbrx_quant.runtime.families.facts import check_dense_source
+from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.find_folder import find_folder
 from dbrx_quant.runtime.hf import METHOD, given_layout
 from dbrx_quant.runtime.layout import DERIVED, read_layout
 from dbrx_quant.runtime.vocabulary import special_ids
-
-_FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.md"]
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_model(
@@ -73,68 +69,6 @@ def load_model(
         )
     model.config.name_or_path = str(source)
     return model
-
-
-def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """The original, unquantized model of a folder, its configuration mended as by `load_config`.
-
-    Takes every naming that the converter takes, also those that transformers does not.
-
-    Args:
-        folder: a model folder as from the Hub.
-        dtype: to load it in.
-        **options: passed on to `from_pretrained`.
-
-    Raises:
-        CheckpointError: it is quantized, or a tensor of the model is missing, superfluous or misshapen.
-    """
-    import transformers
-
-    folder = find_folder(folder, None)
-    if "quantization_config" in read_config(folder):
-        raise CheckpointError(f"{folder}: is quantized; load_model loads it, this loads the original")
-    config = load_config(folder)
-    architecture = describe(config)
-    checkpoint = architecture.open(folder)
-    check_dense_source(architecture, checkpoint)
-    options |= {"config": config, "dtype": dtype, "output_loading_info": True}
-    state = family_of(architecture.family).dense_state(architecture, checkpoint)
-    if state is None:
-        where = str(folder)
-        options |= {"local_files_only": True, "use_safetensors": True}  # else it may be pickled weights
-    else:
-        where, options["state_dict"] = None, state
-    try:
-        model, info = getattr(transformers, config.architectures[0]).from_pretrained(where, **options)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if info.get(problem):
-            found = sorted(map(str, info[problem]))
-            raise CheckpointError(f"{folder}: {len(found)} {problem.replace('_', ' ')}, {found[0]} first")
-    return model
-
-
-def find_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
-    """The folder of a model: itself, or where a repository of the Hub was fetched to.
-
-    Raises:
-        CheckpointError: there is no such folder, and no such repository or no way to it.
-        ValueError: a revision of a folder.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(f"{folder} is a folder; revision={revision!r} is for repositories")
-        return folder
-    if not isinstance(source, str) or not _REPOSITORY.fullmatch(source):
-        raise CheckpointError(f"{folder}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=_FETCHED))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: no such folder, and not to be had from the Hub: {error}") from error
 
 
 def _quantization(config: Any, folder: Path) -> dict[str, Any]:

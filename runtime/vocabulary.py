@@ -245,3 +245,11 @@ def special_ids(folder: Path, configs: Path | None = None) -> SpecialIds:
         pad=next(iter((*said["pad_token_id"], ids.get("pad"))), None),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def set_ids(config: dict[str, Any], ids: SpecialIds) -> None:
+    """Fill in the ids that are known; a single eos stays a number, as most readers write it."""
+    eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos)
+    for key, value in (("bos_token_id", ids.bos), ("eos_token_id", eos), ("pad_token_id", ids.pad)):
+        if value is not None and value != []:
+            config[key] = value

@@ -43,7 +43,8 @@ from dbrx_quant.runtime import _native
 from dbrx_quant.runtime.evaluate import evaluate, windows
 from dbrx_quant.runtime.files import fingerprint, write_json
 from dbrx_quant.runtime.inspect import inspect_folder
-from dbrx_quant.runtime.loader import load_dense, load_model
+from dbrx_quant.runtime.load_dense import load_dense
+from dbrx_quant.runtime.loader import load_model
 from dbrx_quant.runtime.products import fast_products
 from dbrx_quant.runtime.progress import Progress
 from dbrx_quant.scripts.bench_record import add_record_argument, record

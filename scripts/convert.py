@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
     from dbrx_quant.quantize.plan import plan
     from dbrx_quant.quantize.sizes import bpw_for_size, bpw_for_vram
-    from dbrx_quant.runtime.loader import find_folder
+    from dbrx_quant.runtime.find_folder import find_folder
 
     options = options_of(
         arguments, find_folder(arguments.model, None), arguments.out, targets=arguments.bpw or ()

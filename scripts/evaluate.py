@@ -41,8 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("no original to compare with: give --reference MODEL, or a --cache filled before")
     from dbrx_quant.runtime.evaluate import evaluate, windows
     from dbrx_quant.runtime.evaluations import read_evaluations
+    from dbrx_quant.runtime.find_folder import find_folder
     from dbrx_quant.runtime.inspect import inspect_folder
-    from dbrx_quant.runtime.loader import find_folder, load_model
+    from dbrx_quant.runtime.loader import load_model
 
     started = time.monotonic()
     hush_loading(arguments.quiet)
@@ -102,7 +103,7 @@ def _in_hub_cache(folder: Path) -> bool:
 def _reference(arguments: argparse.Namespace, rows: "Tensor") -> Any:
     """The original, or the cache of what it says."""
     from dbrx_quant.runtime.evaluate import ReferenceCache, cache_reference
-    from dbrx_quant.runtime.loader import load_dense
+    from dbrx_quant.runtime.load_dense import load_dense
 
     if not arguments.reference:
         return ReferenceCache(arguments.cache)

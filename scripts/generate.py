@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from dbrx_quant.runtime.conversation import end_ids, sampling
-    from dbrx_quant.runtime.loader import find_folder, load_model
+    from dbrx_quant.runtime.find_folder import find_folder
+    from dbrx_quant.runtime.loader import load_model
     from dbrx_quant.runtime.text import load_tokenizer
     from dbrx_quant.runtime.text_stream import TextStream
 

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the facts."""
+    from dbrx_quant.runtime.find_folder import find_folder
     from dbrx_quant.runtime.inspect import inspect_folder
-    from dbrx_quant.runtime.loader import find_folder
 
     facts = inspect_folder(find_folder(arguments.folder, None))
     if arguments.json:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write the file."""
     from dbrx_quant.quantize.conversion import measure_model
-    from dbrx_quant.runtime.loader import find_folder
+    from dbrx_quant.runtime.find_folder import find_folder
 
     options = options_of(arguments, find_folder(arguments.model, None), arguments.output)
     written = measure_model(options, arguments.output)

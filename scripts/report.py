@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Gather, then write what was asked for."""
     from dbrx_quant.runtime.files import write_text
-    from dbrx_quant.runtime.loader import find_folder
+    from dbrx_quant.runtime.find_folder import find_folder
     from dbrx_quant.scripts.reporting.data import compare, gather, read_folder
     from dbrx_quant.scripts.reporting.page import render
     from dbrx_quant.scripts.reporting.pictures import write_pictures

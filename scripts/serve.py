@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ImportError("serving wants fastapi, uvicorn and openai: pip install 'dbrx-quant[serve]'")
     listening = _bind(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
     with listening:
-        from dbrx_quant.runtime.loader import find_folder
+        from dbrx_quant.runtime.find_folder import find_folder
 
         hush_loading(arguments.quiet)
         folder = find_folder(arguments.folder, None)

@@ -14,7 +14,7 @@ from dbrx_quant.runtime import load_model
 from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.loader import load_dense
+from dbrx_quant.runtime.load_dense import load_dense
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.v1"
 IDS = torch.arange(24).reshape(2, 12) * 5 % 128

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import oracles_ops as oracle
-from dbrx_quant.runtime.activations import use_activations
-from dbrx_quant.runtime.experts import QuantExperts, activation_name
+from dbrx_quant.runtime.activations import activation_name, use_activations
+from dbrx_quant.runtime.experts import QuantExperts
 from dbrx_quant.runtime.linear import FusedLinear, QuantLinear
 
 D, F, E, A = 64, 96, 4, 2

@@ -11,7 +11,7 @@ import torch
 
 from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.loader import load_dense
+from dbrx_quant.runtime.load_dense import load_dense
 from dbrx_quant.runtime.text import load_tokenizer
 
 TINY = Path(__file__).parent / "data" / "tiny-dbrx"

@@ -9,12 +9,21 @@ with base 10000 instead of 500000, without a word. Only a `rope_theta` at the to
 `rope_parameters` there does not, since transformers 5 writes its default into it when it saves a DBRX.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dbrx_quant.runtime.checkpoint import Checkpoint
+from dbrx_quant.runtime.decoder_parts import (
+    DecoderParts,
+    LayerParts,
+    UnknownPartError,
+    fused_linears,
+    of_class,
+    quant_experts,
+    quant_linears,
+)
 from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families.facts import (
     Architecture,
@@ -27,9 +36,6 @@ from dbrx_quant.runtime.families.facts import (
     module_linears,
 )
 from dbrx_quant.runtime.families.family import Family
-
-if TYPE_CHECKING:
-    from dbrx_quant.runtime.decoder_parts import DecoderParts, LayerParts
 
 RENAMES = (
     ("transformer.", "model."),
@@ -227,8 +233,7 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _layer_parts(model: Any) -> "DecoderParts":
-    from dbrx_quant.runtime.decoder_parts import DecoderParts, of_class
+def _layer_parts(model: Any) -> DecoderParts:
 
     of_class(model, "DbrxModel")
     last = _layer_norm(model.norm_f)
@@ -240,17 +245,13 @@ def _layer_parts(model: Any) -> "DecoderParts":
 
 
 def _layer_norm(module: Any) -> Any:
-    from dbrx_quant.runtime.decoder_parts import UnknownPartError, of_class
 
     if of_class(module, "LayerNorm").bias is not None:
         raise UnknownPartError
     return module
 
 
-def _parts_of_block(block: Any) -> "LayerParts":
-    from dbrx_quant.runtime.decoder_parts import LayerParts, UnknownPartError, of_class, quant_linears
-    from dbrx_quant.runtime.experts import QuantExperts
-    from dbrx_quant.runtime.linear import FusedLinear
+def _parts_of_block(block: Any) -> LayerParts:
 
     of_class(block, "DbrxBlock")
     outer, ffn = of_class(block.norm_attn_norm, "DbrxNormAttentionNorm"), of_class(block.ffn, "DbrxFFN")
@@ -258,12 +259,12 @@ def _parts_of_block(block: Any) -> "LayerParts":
     norms = [_layer_norm(norm) for norm in (outer.norm_1, outer.norm_2)]
     if norms[0].eps != norms[1].eps:
         raise UnknownPartError
-    experts = of_class(ffn.experts, QuantExperts.__name__)
+    experts = quant_experts(ffn.experts)
     router = of_class(of_class(ffn.router, "DbrxRouter").layer, "Linear")
     return LayerParts(
         norms=(norms[0].weight, norms[1].weight),
         head_norms=None,
-        qkv=quant_linears(*of_class(attention.Wqkv, FusedLinear.__name__).children()),
+        qkv=fused_linears(attention.Wqkv),
         output=quant_linears(attention.out_proj)[0],
         mlp=None,
         experts=experts,

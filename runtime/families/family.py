@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from dbrx_quant.runtime.checkpoint import Checkpoint
+from dbrx_quant.runtime.decoder_parts import DecoderParts
 from dbrx_quant.runtime.families.facts import Architecture
-
-if TYPE_CHECKING:
-    from dbrx_quant.runtime.decoder_parts import DecoderParts
 
 
 def _as_it_is(config: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +53,7 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     describe: Callable[[Any], Architecture]
-    layer_parts: "Callable[[Any], DecoderParts] | None" = None
+    layer_parts: Callable[[Any], DecoderParts] | None = None
     output: str = "BaseModelOutputWithPast"
     fix_config: Callable[[Any, dict[str, Any], bool], None] | None = None
     patch_config: Callable[[dict[str, Any]], dict[str, Any]] = _as_it_is

@@ -1,7 +1,16 @@
 """What Llama and its relatives share: split attention, a gated MLP or experts in its place, RMS norms."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dbrx_quant.runtime.activations import activation_name
+from dbrx_quant.runtime.decoder_parts import (
+    DecoderParts,
+    LayerParts,
+    UnknownPartError,
+    of_class,
+    quant_experts,
+    quant_linears,
+)
 from dbrx_quant.runtime.families.facts import (
     Architecture,
     BlockSpec,
@@ -10,9 +19,6 @@ from dbrx_quant.runtime.families.facts import (
     LinearSpec,
     Source,
 )
-
-if TYPE_CHECKING:
-    from dbrx_quant.runtime.decoder_parts import DecoderParts, LayerParts
 
 
 def own_source(name: str) -> tuple[Source, ...]:
@@ -129,10 +135,8 @@ def model(config: Any, family: str, blocks: tuple[BlockSpec, ...]) -> Architectu
     )
 
 
-def layer_parts(model: Any) -> "DecoderParts":
+def layer_parts(model: Any) -> DecoderParts:
     """The parts of a decoder whose classes are called as in transformers' Llama, under another first name."""
-    from dbrx_quant.runtime.decoder_parts import DecoderParts, of_class
-
     prefix = type(model).__name__.removesuffix("Model")
     layers = model.layers[: model.config.num_hidden_layers]
     last = of_class(model.norm, f"{prefix}RMSNorm")
@@ -140,9 +144,7 @@ def layer_parts(model: Any) -> "DecoderParts":
     return DecoderParts(parts, last.weight, last.variance_epsilon)
 
 
-def _parts_of_layer(prefix: str, layer: Any, config: Any) -> "LayerParts":
-    from dbrx_quant.runtime.decoder_parts import LayerParts, UnknownPartError, of_class, quant_linears
-    from dbrx_quant.runtime.experts import QuantExperts, activation_name
+def _parts_of_layer(prefix: str, layer: Any, config: Any) -> LayerParts:
 
     of_class(layer, f"{prefix}DecoderLayer")
     attention = of_class(layer.self_attn, f"{prefix}Attention")
@@ -156,7 +158,7 @@ def _parts_of_layer(prefix: str, layer: Any, config: Any) -> "LayerParts":
         if {name for name, _ in block.named_children()} != {"gate", "experts"}:  # such as a shared expert
             raise UnknownPartError
         gate = of_class(layer.mlp.gate, f"{prefix}TopKRouter")
-        experts, router = of_class(layer.mlp.experts, QuantExperts.__name__), gate.weight
+        experts, router = quant_experts(layer.mlp.experts), gate.weight
         active, expert_norm = gate.top_k, float(getattr(gate, "norm_topk_prob", True))
         activation = experts.activation
     else:
