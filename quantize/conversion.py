@@ -9,12 +9,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.calibration.data import UNSEEN_EVERY
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize.allocate import allocate, check_targets
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.text.tokens import UNSEEN_EVERY
+from dbrx_quant.quantize.budget.allocate import allocate, check_targets
+from dbrx_quant.quantize.budget.predict import Predictor
+from dbrx_quant.quantize.budget.strategy import (
+    STRATEGY_NAME,
+    Outcome,
+    Strategy,
+    read_strategy,
+    write_strategy,
+)
 from dbrx_quant.quantize.declared import plain_name
-from dbrx_quant.quantize.job import open_job
-from dbrx_quant.quantize.measure import MeasureJob, measure
+from dbrx_quant.quantize.estimate.memory import check_disk, check_memory
+from dbrx_quant.quantize.estimate.sizes import check_channels, shape_range, total_bytes
+from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.quantize.measurement import (
     MEASUREMENT_NAME,
     Measurement,
@@ -22,29 +31,26 @@ from dbrx_quant.quantize.measurement import (
     source_facts,
     write_measurement,
 )
-from dbrx_quant.quantize.memory import check_disk, check_memory
 from dbrx_quant.quantize.options import ConvertOptions, target_name
-from dbrx_quant.quantize.patch_config import Summary, generation_config, patched_config, write_configs
-from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
-from dbrx_quant.quantize.predict import Predictor
-from dbrx_quant.quantize.record import RECORD_NAME, write_record
-from dbrx_quant.quantize.repair import NO_REPAIR
+from dbrx_quant.quantize.output.config import Summary, generation_config, patched_config, write_configs
+from dbrx_quant.quantize.output.record import RECORD_NAME, write_record
+from dbrx_quant.quantize.output.side_files import copy_side_files
 from dbrx_quant.quantize.rows import Rows, load_rows
-from dbrx_quant.quantize.shards import write_shards
-from dbrx_quant.quantize.side_files import copy_side_files
-from dbrx_quant.quantize.sizes import check_channels, shape_range, total_bytes
-from dbrx_quant.quantize.strategy import STRATEGY_NAME, Outcome, Strategy, read_strategy, write_strategy
-from dbrx_quant.quantize.tokenizer import write_tokenizer
-from dbrx_quant.runtime.config import read_config
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.evaluations import EVALUATION_NAME
-from dbrx_quant.runtime.files import remove_leftovers, write_json
-from dbrx_quant.runtime.json_file import JsonFile
-from dbrx_quant.runtime.products import fast_products
+from dbrx_quant.quantize.second_pass import QuantizeJob, quantize_model
+from dbrx_quant.quantize.solve.repair import NO_REPAIR
+from dbrx_quant.quantize.work_folder import open_job
+from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
+from dbrx_quant.runtime.families.config import read_config
+from dbrx_quant.runtime.files.atomic import remove_leftovers, write_json
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.json_file import JsonFile
+from dbrx_quant.runtime.folder.shards import write_shards
+from dbrx_quant.runtime.folder.verify import verify
+from dbrx_quant.runtime.kernels.float_matmul import fast_products
 from dbrx_quant.runtime.progress import bar
-from dbrx_quant.runtime.tokenizer_check import check_tokenizer
-from dbrx_quant.runtime.verify import verify
-from dbrx_quant.runtime.vocabulary import read_object, special_ids
+from dbrx_quant.runtime.tokenizer.check import check_tokenizer
+from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
+from dbrx_quant.runtime.tokenizer.ids import read_object, special_ids
 
 _PREDICTED = JsonFile("a prediction", version=1, remedy="start anew with --resume never")
 

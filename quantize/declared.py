@@ -69,7 +69,7 @@ def shown(value: Any, declared: Declared) -> Any:
 
 def fact(value: Any, declared: Declared) -> Any:
     """A value, or what is in the file that it names."""
-    from dbrx_quant.runtime.files import fingerprint
+    from dbrx_quant.runtime.files.atomic import fingerprint
 
     named = isinstance(value, Path) or (declared.names_file and value is not None and Path(value).is_file())
     return fingerprint(value) if named else value

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dbrx_quant.quantize.measurement import LinearMeasurement, read_linear
 from dbrx_quant.runtime.families.facts import Architecture
-from dbrx_quant.runtime.json_file import JsonFile
+from dbrx_quant.runtime.files.json_file import JsonFile
 
 POOLED = 0.3  # share of an expert's price that comes from all experts of its block
 

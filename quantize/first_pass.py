@@ -14,15 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.experts import ExpertCoverage, coverage
-from dbrx_quant.calibration.fisher import GradientSum
-from dbrx_quant.calibration.head import head_gradients
-from dbrx_quant.calibration.hessian import SplitMoments
-from dbrx_quant.calibration.shrinkage import Shrinkage, hessian
-from dbrx_quant.calibration.states import new_states, open_states
-from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
-from dbrx_quant.calibration.unseen import UNSEEN_TOKENS, UnseenInputs
-from dbrx_quant.calibration.walk import (
+from dbrx_quant.calibration.blocks.head import head_gradients
+from dbrx_quant.calibration.blocks.hooks import Watch
+from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
+from dbrx_quant.calibration.blocks.routing import ExpertCoverage, coverage
+from dbrx_quant.calibration.blocks.states import new_states, open_states
+from dbrx_quant.calibration.blocks.walk import (
     Span,
     Turn,
     Weights,
@@ -35,15 +32,18 @@ from dbrx_quant.calibration.walk import (
     token_spans,
     turns,
 )
-from dbrx_quant.calibration.watch import Watch
-from dbrx_quant.quantize.curve import draw, feedback_factors, unseen_ratio
+from dbrx_quant.calibration.statistics.fisher import GradientSum
+from dbrx_quant.calibration.statistics.held_out import UNSEEN_TOKENS, UnseenInputs
+from dbrx_quant.calibration.statistics.moments import SplitMoments
+from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, hessian
+from dbrx_quant.quantize.budget.curve import draw, feedback_factors, unseen_ratio
 from dbrx_quant.quantize.entries import REMEDY, Entry, priced
-from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.measurement import LinearMeasurement, Measurement, read_coverage
-from dbrx_quant.quantize.prepare import prepare, sampled_energy, spread_columns
-from dbrx_quant.quantize.shrinkage import choose_shrinkage
+from dbrx_quant.quantize.solve.ldlq import Effort
+from dbrx_quant.quantize.solve.prepare import prepare, sampled_energy, spread_columns
+from dbrx_quant.quantize.solve.shrinkage import choose_shrinkage
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
-from dbrx_quant.runtime.json_file import JsonFile
+from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.progress import Progress
 
 GRADIENT_TOKENS = 2048  # from twice as many on, only a part of the rows goes backward as well

@@ -12,13 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.calibration.experts import ExpertCoverage
-from dbrx_quant.calibration.shrinkage import Shrinkage
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.files import fingerprint
-from dbrx_quant.runtime.format import WIDTHS, GroupMap
-from dbrx_quant.runtime.group_text import parse_groups
-from dbrx_quant.runtime.json_file import VERSION_KEY, Fields, JsonFile, is_number, read_object
+from dbrx_quant.calibration.blocks.routing import ExpertCoverage
+from dbrx_quant.calibration.statistics.shrinkage import Shrinkage
+from dbrx_quant.runtime.exl2.format import WIDTHS, GroupMap
+from dbrx_quant.runtime.exl2.group_text import parse_groups
+from dbrx_quant.runtime.files.atomic import fingerprint
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.json_file import VERSION_KEY, Fields, JsonFile, is_number, read_object
 
 MEASUREMENT_NAME = "measurement.json"
 FILE = JsonFile("a measurement", version=2, remedy="measure again")

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from dbrx_quant.quantize.declared import DECLARED, Declared, check, fact, flag, option, shown
 
 if TYPE_CHECKING:
-    from dbrx_quant.quantize.job import Resume
-    from dbrx_quant.quantize.ldlq import Effort
-    from dbrx_quant.quantize.repair import Repair
+    from dbrx_quant.quantize.solve.ldlq import Effort
+    from dbrx_quant.quantize.solve.repair import Repair
+    from dbrx_quant.quantize.work_folder import Resume
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class ConvertOptions:
     @property
     def repair(self) -> "Repair":
         """How the residual stream is repaired: it costs as much as all the rest of quantizing a target."""
-        from dbrx_quant.quantize.repair import DEFAULT_REPAIR, NO_REPAIR
+        from dbrx_quant.quantize.solve.repair import DEFAULT_REPAIR, NO_REPAIR
 
         return NO_REPAIR if self.effort == "fast" else DEFAULT_REPAIR
 

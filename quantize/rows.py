@@ -5,7 +5,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dbrx_quant.calibration.data import TokenRows, load_tokens, reopen_tokens, save_tokens, split_unseen
+from dbrx_quant.calibration.text.tokens import (
+    TokenRows,
+    load_tokens,
+    reopen_tokens,
+    save_tokens,
+    split_unseen,
+)
 from dbrx_quant.quantize.declared import plain_name
 from dbrx_quant.quantize.options import ConvertOptions
 

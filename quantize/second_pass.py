@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.collect import (
+from dbrx_quant.calibration.blocks.collect import (
     down_moments,
     gate_up_moments,
     head_moments,
     stage_moments,
     stage_residual,
 )
-from dbrx_quant.calibration.head import distance
-from dbrx_quant.calibration.states import new_states, open_states
-from dbrx_quant.calibration.stream import ComparedStream, Stream
-from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
-from dbrx_quant.calibration.walk import (
+from dbrx_quant.calibration.blocks.head import distance
+from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
+from dbrx_quant.calibration.blocks.states import new_states, open_states
+from dbrx_quant.calibration.blocks.stream import ComparedStream, Stream
+from dbrx_quant.calibration.blocks.walk import (
     Turn,
     batches,
     check_states,
@@ -40,13 +40,13 @@ from dbrx_quant.calibration.walk import (
     token_rows,
     turns,
 )
-from dbrx_quant.quantize.ldlq import Effort
 from dbrx_quant.quantize.measurement import Measurement
-from dbrx_quant.quantize.repair import DEFAULT_REPAIR, NO_REPAIR, Repair
-from dbrx_quant.quantize.solve import Solver
+from dbrx_quant.quantize.solve.ldlq import Effort
+from dbrx_quant.quantize.solve.linear import Solver
+from dbrx_quant.quantize.solve.repair import DEFAULT_REPAIR, NO_REPAIR, Repair
 from dbrx_quant.runtime.families.facts import BlockSpec, ExpertsSpec, LinearSpec, load_bias
-from dbrx_quant.runtime.files import write_json
-from dbrx_quant.runtime.linear_files import LinearFiles
+from dbrx_quant.runtime.files.atomic import write_json
+from dbrx_quant.runtime.folder.linear_files import LinearFiles
 from dbrx_quant.runtime.progress import Progress
 
 
@@ -151,7 +151,7 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
     """Solve every linear of the model that has no file yet.
 
     Returns:
-        The distance to the original on the unseen rows (`runtime.evaluate.Scores`), None without any.
+        The distance to the original on the unseen rows (`evaluation.scores`), None without any.
     """
     blocks = job.model.architecture.blocks
     with torch.no_grad():

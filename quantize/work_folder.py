@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from dbrx_quant.runtime.json_file import JsonFile
+from dbrx_quant.runtime.files.json_file import JsonFile
 
 Resume = Literal["auto", "never", "must"]
 

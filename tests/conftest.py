@@ -7,17 +7,15 @@ import signal
 import emulator_build
 import pytest
 import torch
-from places import SHARED
+from places import GOLDEN, SHARED
 
 import oracles_ops
-from dbrx_quant.runtime import _cuda, _native
-from dbrx_quant.runtime.activations import use_activations
+from dbrx_quant.runtime.kernels.activations import use_activations
+from dbrx_quant.runtime.library import _cuda, _native
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, and its child processes with it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-GOLDEN = sorted((SHARED / "golden").glob("*.safetensors"))
 
 
 def pytest_generate_tests(metafunc):

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dbrx_quant.calibration.hessian import Moments, SplitMoments
-from dbrx_quant.calibration.residual import ResidualMoments
-from dbrx_quant.calibration.stream import Stream
-from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
-from dbrx_quant.calibration.walk import Turn, batches, token_rows
+from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
+from dbrx_quant.calibration.blocks.stream import Stream
+from dbrx_quant.calibration.blocks.walk import Turn, batches, token_rows
+from dbrx_quant.calibration.statistics.moments import Moments, SplitMoments
+from dbrx_quant.calibration.statistics.residual import ResidualMoments
 from dbrx_quant.runtime.families.facts import LinearSpec
 
 

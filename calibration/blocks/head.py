@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.fisher import GradientSum
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.runtime.evaluate import Scores, evaluate
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.statistics.fisher import GradientSum
+from dbrx_quant.runtime.evaluation.scores import Scores, evaluate
 
 TOKENS_AT_ONCE = 512  # tokens whose logits are held at a time
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dbrx_quant.calibration.fisher import GradientSum
-from dbrx_quant.calibration.hessian import SplitMoments
-from dbrx_quant.calibration.streamed import LiveBlock
-from dbrx_quant.calibration.unseen import UnseenInputs
+from dbrx_quant.calibration.blocks.model import LiveBlock
+from dbrx_quant.calibration.statistics.fisher import GradientSum
+from dbrx_quant.calibration.statistics.held_out import UnseenInputs
+from dbrx_quant.calibration.statistics.moments import SplitMoments
 from dbrx_quant.runtime.families.facts import LinearSpec
 
 

@@ -2,7 +2,7 @@
 
 The model is built without storage (on torch's meta device); a block gets real weights when it is asked for.
 The experts that tokens are routed to are not part of it: the block's expert module is replaced by one that
-notes its inputs and adds nothing, and the caller runs the experts one after another (`calibration.experts`).
+notes its inputs and adds nothing, and the caller runs the experts one after another (`blocks.walk`).
 """
 
 import copy
@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbrx_quant.runtime.checkpoint import Checkpoint
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
 from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.families.facts import (
     BlockSpec,
     LinearSpec,
@@ -27,6 +26,7 @@ from dbrx_quant.runtime.families.facts import (
     load_linear,
     module_linears,
 )
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.streamed import Routing
+from dbrx_quant.calibration.blocks.model import Routing
 
 PRIOR_TOKENS = 2048  # tokens routed elsewhere that are run through an expert at most
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dbrx_quant.calibration.hessian import SplitMoments
-from dbrx_quant.calibration.residual import ResidualMoments
-from dbrx_quant.calibration.streamed import Routing, StreamedModel
-from dbrx_quant.calibration.walk import DenseShares, Span, Turn
+from dbrx_quant.calibration.blocks.model import Routing, StreamedModel
+from dbrx_quant.calibration.blocks.walk import DenseShares, Span, Turn
+from dbrx_quant.calibration.statistics.moments import SplitMoments
+from dbrx_quant.calibration.statistics.residual import ResidualMoments
 from dbrx_quant.runtime.families.facts import ExpertsSpec
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.experts import ExpertTokens, tokens_of
-from dbrx_quant.calibration.states import new_states, open_states
-from dbrx_quant.calibration.streamed import LiveBlock, Routing, StreamedModel
+from dbrx_quant.calibration.blocks.model import LiveBlock, Routing, StreamedModel
+from dbrx_quant.calibration.blocks.routing import ExpertTokens, tokens_of
+from dbrx_quant.calibration.blocks.states import new_states, open_states
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 
 ROWS_TOKENS = 2048  # tokens that go through a block's attention at a time

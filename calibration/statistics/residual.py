@@ -6,7 +6,7 @@ Axes: T tokens, K input channels, N output channels.
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.hessian import SplitMoments, held_out
+from dbrx_quant.calibration.statistics.moments import SplitMoments, held_out
 
 
 class ResidualMoments:

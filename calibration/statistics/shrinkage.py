@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.hessian import Moments
+from dbrx_quant.calibration.statistics.moments import Moments
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.offline import plain_conversation
-from dbrx_quant.calibration.texts import Document, Part
+from dbrx_quant.calibration.text.offline import plain_conversation
+from dbrx_quant.calibration.text.sources import Document, Part
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.calibration import offline
-from dbrx_quant.calibration.offline import Conversation
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.calibration.text import offline
+from dbrx_quant.calibration.text.offline import Conversation
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 Document = str | Conversation
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.packing import pack_rows
-from dbrx_quant.calibration.texts import NAMED, SourceUnreachable, open_texts
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.files import save_tensors
-from dbrx_quant.runtime.text import load_tokenizer, model_limits, tokenizer_fingerprint
+from dbrx_quant.calibration.text.packing import pack_rows
+from dbrx_quant.calibration.text.sources import NAMED, SourceUnreachable, open_texts
+from dbrx_quant.runtime.files.atomic import save_tensors
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.tokenizer.load import load_tokenizer, model_limits, tokenizer_fingerprint
 
 ROWS = 128
 LENGTH = 2048

@@ -1,5 +1,5 @@
 // IEEE half <-> float in plain integer arithmetic: subnormals kept, round to nearest even, overflow to infinity.
-// Kernels compiled for F16C use the instructions; `tests/test_native.py` takes every finite half through both.
+// Kernels compiled for F16C use the instructions; `tests/runtime/library/test_native.py` takes every finite half through both.
 #pragma once
 #include <stdint.h>
 #include <string.h>

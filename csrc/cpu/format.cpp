@@ -1,4 +1,4 @@
-// Packing, unpacking and exact dequantization (common/layout.h has the pictures; oracle: runtime/format.py).
+// Packing, unpacking and exact dequantization (common/layout.h has the pictures; oracle: runtime/exl2/format.py).
 #include <cstring>
 #include <vector>
 

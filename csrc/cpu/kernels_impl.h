@@ -11,7 +11,7 @@
 // The half rounding of a weight is done in float. p = d * s is exact (8 + 11 significant bits), and half(p) is p
 // rounded to 11 significant bits: below 2^-14 too, because s is a multiple of 2^-24, so that p has none to lose
 // there. Veltkamp's split does that rounding: with c = p * (2^13 + 1), half(p) = c - (c - p). s * (2^13 + 1) is exact
-// in float as well, so c costs one product. tests/test_native.py tries every half s with every d: equal to the bit,
+// in float as well, so c costs one product. tests/runtime/library/test_native.py tries every half s with every d: equal to the bit,
 // ties to even included. Only overflow differs (half gives infinity from 65520 on); units that can overflow take
 // the exact conversion.
 //

@@ -1,4 +1,4 @@
-// How fast this machine reads memory: what every figure of scripts/bench_kernels.py is measured against.
+// How fast this machine reads memory: what every figure of scripts/dev/bench_kernels.py is measured against.
 #include <cstdint>
 #include <cstring>
 #include <vector>

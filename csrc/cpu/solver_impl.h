@@ -7,8 +7,8 @@
 //
 // A column is independent of the others, so one vector lane is one column and lanes never mix. No fused
 // multiply-add (-ffp-contract=off) and no lane-count-dependent sums: every instruction set gives the same bits, and
-// so does the plain torch in quantize/grid.py and quantize/ldlq.py, which spells out the same operations in the same
-// order. Tested by tests/test_grid.py and tests/test_ldlq.py.
+// so does the plain torch in quantize/solve/grid.py and quantize/solve/ldlq.py, which spells out the same operations in the same
+// order. Tested by tests/quantize/solve/test_grid.py and tests/quantize/solve/test_ldlq.py.
 #pragma once
 #include "solver_paths.h"
 #include "solver_simd.h"

@@ -4,7 +4,7 @@
 //
 // A code in bits o .. o + b - 1 of a half whose upper bits are those of 1024 reads as 1024 + q 2^o, exactly; one fused
 // multiply-add makes it q - 2^(b-1), exactly. The three products above are the only roundings, as the format asks.
-// Oracle: tests/oracles_ops.py through tests/test_cuda_products.py.
+// Oracle: tests/helpers/oracles_ops.py through tests/runtime/kernels/test_cuda_products.py.
 #pragma once
 #include "device.cuh"
 #include "tile_layout.h"

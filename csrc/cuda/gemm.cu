@@ -7,7 +7,7 @@
 // One stage of the pipeline is one unit (32 input channels): the panels' words as they lie in memory, and 64 bytes of
 // each row of x, whose fragments a quarter warp reads from 128 consecutive bytes, so without bank conflicts. kStages
 // units are under way. Grid: pairs of column tiles (gated: column tiles), row tiles, splits of the input channels.
-// Oracle: tests/oracles_ops.py through tests/test_cuda_products.py.
+// Oracle: tests/helpers/oracles_ops.py through tests/runtime/kernels/test_cuda_products.py.
 #include "kernels.cuh"
 
 namespace dbrxq {

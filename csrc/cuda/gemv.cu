@@ -5,7 +5,7 @@
 // then a tree over the warps, in a fixed order, makes one sum. Grid: column tiles, row tiles, splits. The words of the
 // next units are on their way into registers, depth() units ahead: 2.5 to 4 KiB a warp, 12 warps
 // a multiprocessor.
-// Aligned: words to 16 bytes, x to 16. Oracle: tests/oracles_ops.py through tests/test_cuda_products.py.
+// Aligned: words to 16 bytes, x to 16. Oracle: tests/helpers/oracles_ops.py through tests/runtime/kernels/test_cuda_products.py.
 #include "kernels.cuh"
 
 namespace dbrxq {

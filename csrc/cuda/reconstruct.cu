@@ -1,7 +1,7 @@
 // The exact half weights of a linear, bit for bit, from the device layout, by the decoder of the products (decode.cuh).
 //
 // A warp owns one tile. It decodes into shared memory [32 rows, 128 columns], then writes each row where its input
-// channel belongs, 64 bytes at a time. Oracle: tests/oracles_ops.py, and the golden files.
+// channel belongs, 64 bytes at a time. Oracle: tests/helpers/oracles_ops.py, and the golden files.
 #include "kernels.cuh"
 
 namespace dbrxq {

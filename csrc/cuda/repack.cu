@@ -1,5 +1,5 @@
 // File layout to device layout and back (common/layout.h, tile_layout.h have the pictures), when a linear is loaded or
-// its file's tensors are asked for. Oracle: tests/test_cuda_layout.py, and every product of the other tests.
+// its file's tensors are asked for. Oracle: tests/runtime/kernels/test_cuda_layout.py, and every product of the other tests.
 #include "kernels.cuh"
 
 namespace dbrxq {

@@ -1,4 +1,4 @@
-// Kernels with known faults, which the emulator must show (tests/test_emulator.py), and their sound twins.
+// Kernels with known faults, which the emulator must show (tests/csrc/test_emulator.py), and their sound twins.
 #include "device.cuh"
 
 namespace dbrxq {

@@ -17,7 +17,7 @@ DBRXQ_API void dbrxq_set_threads(int count);
 DBRXQ_API int dbrxq_threads(void);
 
 // ---------------------------------------------------------------------------------------------------------------
-// Linears and experts (format.cpp, linear.cpp, experts.cpp; oracles: tests/oracles_ops.py).
+// Linears and experts (format.cpp, linear.cpp, experts.cpp; oracles: tests/helpers/oracles_ops.py).
 // Axes: T tokens, K input channels, N output channels as stored, G groups, R word rows, E experts, D hidden, F ffn,
 // A experts per token. Matrices are dense and row-major. Pointers into files need no alignment; float, int64 and
 // output pointers have that of their type. Nothing is kept after a call returns.
@@ -167,7 +167,7 @@ DBRXQ_API int dbrxq_decode(const dbrxq_decoder* decoder, const dbrxq_decoder_cac
                            float* y);
 
 // ---------------------------------------------------------------------------------------------------------------
-// Solver (solver.cpp; oracles: backend="torch" of quantize/grid.py and quantize/ldlq.py, which give the same bits).
+// Solver (solver.cpp; oracles: backend="torch" of quantize/solve/grid.py and quantize/solve/ldlq.py, which give the same bits).
 // Axes: K input channels in packed order, N output channels (any number), G groups. Row-major float matrices.
 // Inputs must be finite. Results depend neither on the instruction set nor on the number of threads.
 
@@ -201,7 +201,7 @@ DBRXQ_API int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, co
                                 double* loss);
 
 // ---------------------------------------------------------------------------------------------------------------
-// CUDA (libdbrxq_cuda.so, csrc/cuda; oracles: tests/oracles_ops.py). Pointers are to device memory unless a host
+// CUDA (libdbrxq_cuda.so, csrc/cuda; oracles: tests/helpers/oracles_ops.py). Pointers are to device memory unless a host
 // pointer is said; activations and workspaces are aligned to 16 bytes, the rest to its type. Calls only enqueue on
 // `stream` (a cudaStream_t): no allocation, no synchronization, grids from sizes alone, so they can be captured in a
 // graph. Weights are exact halves, products are summed in fp32, results depend on the numbers and sizes alone.

@@ -9,8 +9,8 @@ one step.
 import math
 from collections.abc import Mapping, Sequence
 
+from dbrx_quant.quantize.budget.strategy import Strategy
 from dbrx_quant.quantize.measurement import HEAD, LinearMeasurement, Measurement, Option
-from dbrx_quant.quantize.strategy import Strategy
 
 HEAD_OVERHEAD_BITS = 0.35  # what scales and permutation may add to --head-bits
 

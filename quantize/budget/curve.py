@@ -1,7 +1,7 @@
 """The error-versus-bits curve of one linear, from one factorisation of its Hessian.
 
 Errors are of tr(E^T H E) with H the mean of x x^T and columns weighted by their share of the gradient; what
-turns them into nats is the linear's own sum of squared gradients (`calibration.fisher`).
+turns them into nats is the linear's own sum of squared gradients (`calibration.statistics.fisher`).
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from dbrx_quant.calibration.unseen import UnseenInputs
-from dbrx_quant.quantize.grid import error_table
-from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
+from dbrx_quant.calibration.statistics.held_out import UnseenInputs
+from dbrx_quant.quantize.budget.groups import GROUP_ROWS, lower_hull, predicted_error, price_range, water_fill
 from dbrx_quant.quantize.measurement import Option
-from dbrx_quant.quantize.prepare import SAMPLE_COLUMNS, Prepared, spread_columns
-from dbrx_quant.quantize.recipe import GROUP_ROWS, lower_hull, predicted_error, price_range, water_fill
-from dbrx_quant.quantize.shrinkage import trial_error
-from dbrx_quant.runtime.format import WIDTHS, padded_columns, storage_bits, uniform_groups
-from dbrx_quant.runtime.group_text import render_groups
+from dbrx_quant.quantize.solve.grid import error_table
+from dbrx_quant.quantize.solve.ldlq import Effort, quantize_matrix
+from dbrx_quant.quantize.solve.prepare import SAMPLE_COLUMNS, Prepared, spread_columns
+from dbrx_quant.quantize.solve.shrinkage import trial_error
+from dbrx_quant.runtime.exl2.format import WIDTHS, padded_columns, storage_bits, uniform_groups
+from dbrx_quant.runtime.exl2.group_text import render_groups
 
 PRICES = 48  # prices of a bit that the curve is drawn at
 FEEDBACK_ROWS = 64  # rows of the groups of the real solutions that calibrate the table

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dbrx_quant.quantize.allocate import head_option, steps_by_gain
+from dbrx_quant.quantize.budget.allocate import head_option, steps_by_gain
 from dbrx_quant.quantize.measurement import Measurement
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dbrx_quant.runtime.format import WIDTHS, Group, GroupMap, group_bits, group_overhead
+from dbrx_quant.runtime.exl2.format import WIDTHS, Group, GroupMap, group_bits, group_overhead
 
 UNIT = 32
 GROUP_ROWS = (32, 64, 128)

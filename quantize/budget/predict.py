@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.head import distance
-from dbrx_quant.calibration.states import new_states, open_states
-from dbrx_quant.calibration.streamed import LiveBlock, StreamedModel
-from dbrx_quant.calibration.walk import Through, batches, route, turns, unchanged
+from dbrx_quant.calibration.blocks.head import distance
+from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
+from dbrx_quant.calibration.blocks.states import new_states, open_states
+from dbrx_quant.calibration.blocks.walk import Through, batches, route, turns, unchanged
+from dbrx_quant.quantize.budget.strategy import Strategy
 from dbrx_quant.quantize.measurement import Measurement
-from dbrx_quant.quantize.strategy import Strategy
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 
 # KL of finished models over that of noise, mean of two models on text that was not calibrated on. Errors of

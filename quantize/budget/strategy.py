@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.quantize.measurement import Option
-from dbrx_quant.runtime.json_file import JsonFile
+from dbrx_quant.runtime.files.json_file import JsonFile
 
 STRATEGY_NAME = "strategy.json"
 FILE = JsonFile("a strategy", version=1, remedy="convert again", unmarked=1)
@@ -48,7 +48,7 @@ class Outcome:
 
     Attributes:
         held_out: the text that `measured` is of; None: rows of the calibration.
-        measured: scores of the finished model on it, `runtime.evaluate.Scores`; None: it was not measured.
+        measured: scores of the finished model on it (`evaluation.scores`); None: it was not measured.
         notes: what people should know about the result.
     """
 

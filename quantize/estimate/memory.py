@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from dbrx_quant.calibration.unseen import UNSEEN_TOKENS
-from dbrx_quant.quantize.repair import REPAIRED
+from dbrx_quant.calibration.statistics.held_out import UNSEEN_TOKENS
+from dbrx_quant.quantize.solve.repair import REPAIRED
 from dbrx_quant.runtime.families.facts import Architecture, LinearSpec
 
 BASE_BYTES = 900_000_000  # Python, torch and transformers

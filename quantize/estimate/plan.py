@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.quantize.memory import peak_bytes, states_bytes
-from dbrx_quant.quantize.operations import machine_speed, measuring_operations, quantizing_operations
+from dbrx_quant.quantize.estimate.memory import peak_bytes, states_bytes
+from dbrx_quant.quantize.estimate.sizes import decoder_weights, shape_range, source_architecture, total_bytes
+from dbrx_quant.quantize.estimate.time import machine_speed, measuring_operations, quantizing_operations
 from dbrx_quant.quantize.options import ConvertOptions
-from dbrx_quant.quantize.repair import NO_REPAIR
-from dbrx_quant.quantize.sizes import decoder_weights, shape_range, source_architecture, total_bytes
+from dbrx_quant.quantize.solve.repair import NO_REPAIR
 
 DEFAULT_TOKENS = (128, 2048)
 
@@ -82,7 +82,7 @@ def plan(options: ConvertOptions) -> Plan:
 
 def _token_shape(options: ConvertOptions) -> tuple[int, int]:
     if Path(options.calibration).suffix == ".safetensors":
-        from dbrx_quant.calibration.data import load_saved
+        from dbrx_quant.calibration.text.tokens import load_saved
 
         shape = load_saved(Path(options.calibration), options.rows, options.length).input_ids.shape
         return shape[0], shape[1]

@@ -3,15 +3,15 @@
 import math
 from pathlib import Path
 
-from dbrx_quant.quantize.allocate import HEAD_OVERHEAD_BITS
+from dbrx_quant.quantize.budget.allocate import HEAD_OVERHEAD_BITS
+from dbrx_quant.quantize.budget.groups import UNIT, coarsest_groups
 from dbrx_quant.quantize.measurement import HEAD
 from dbrx_quant.quantize.options import ConvertOptions
-from dbrx_quant.quantize.recipe import UNIT, coarsest_groups
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.exl2.format import SUFFIXES, WIDTHS, padded_columns, storage_bits, uniform_groups
 from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.families.facts import Architecture, LinearSpec, check_dense_source
-from dbrx_quant.runtime.format import SUFFIXES, WIDTHS, padded_columns, storage_bits, uniform_groups
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 HEADER_BYTES = 68  # of a tensor in a shard's header, its name aside
 

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 
 import torch
 
-from dbrx_quant.calibration.experts import PRIOR_TOKENS
-from dbrx_quant.quantize.curve import FEEDBACK_WIDTHS
-from dbrx_quant.quantize.ldlq import Effort
-from dbrx_quant.quantize.measure import backward_stride
-from dbrx_quant.quantize.prepare import SAMPLE_COLUMNS
-from dbrx_quant.quantize.recipe import GROUP_ROWS
-from dbrx_quant.quantize.repair import REPAIRED
-from dbrx_quant.quantize.shrinkage import DAMPINGS, PRIORS
+from dbrx_quant.calibration.blocks.routing import PRIOR_TOKENS
+from dbrx_quant.quantize.budget.curve import FEEDBACK_WIDTHS
+from dbrx_quant.quantize.budget.groups import GROUP_ROWS
+from dbrx_quant.quantize.first_pass import backward_stride
+from dbrx_quant.quantize.solve.ldlq import Effort
+from dbrx_quant.quantize.solve.prepare import SAMPLE_COLUMNS
+from dbrx_quant.quantize.solve.repair import REPAIRED
+from dbrx_quant.quantize.solve.shrinkage import DAMPINGS, PRIORS
+from dbrx_quant.runtime.exl2.format import WIDTHS
 from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, LinearSpec
-from dbrx_quant.runtime.format import WIDTHS
-from dbrx_quant.runtime.products import fast_products
+from dbrx_quant.runtime.kernels.float_matmul import fast_products
 
 LOADED = 0.6  # of the speed of one big product, what a whole pass reaches
 SEARCHED = 600  # what the error table takes for a weight at one width

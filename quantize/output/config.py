@@ -15,14 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.bits import stored_bits
-from dbrx_quant.runtime.config import read_config
-from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import family_of
+from dbrx_quant.runtime.families.config import read_config
 from dbrx_quant.runtime.families.facts import Architecture
-from dbrx_quant.runtime.files import write_json
-from dbrx_quant.runtime.verify import PRODUCER
-from dbrx_quant.runtime.vocabulary import SpecialIds, read_object, set_ids, special_ids
+from dbrx_quant.runtime.files.atomic import write_json
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.sizes import stored_bits
+from dbrx_quant.runtime.folder.verify import PRODUCER
+from dbrx_quant.runtime.tokenizer.ids import SpecialIds, read_object, set_ids, special_ids
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dbrx_quant.quantize.options import ConvertOptions
-from dbrx_quant.runtime.json_file import JsonFile
+from dbrx_quant.runtime.files.json_file import JsonFile
 
 RECORD_NAME = "conversion.json"
 _FILE = JsonFile("a record of a conversion", version=1, remedy="delete it")

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbrx_quant.quantize.record import RECORD_NAME
-from dbrx_quant.quantize.tokenizer import TOKENIZER_FILES
-from dbrx_quant.runtime.checksums import CHECKSUMS_NAME
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.evaluations import EVALUATION_NAME
-from dbrx_quant.runtime.files import write_parts
+from dbrx_quant.quantize.output.record import RECORD_NAME
+from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
+from dbrx_quant.runtime.files.atomic import write_parts
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME
+from dbrx_quant.runtime.tokenizer.fix import TOKENIZER_FILES
 
 LARGEST_BYTES = 64 << 20
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
-from dbrx_quant.quantize.release import KEPT_OUT, MAIN, Branch, Evaluation, Model
-from dbrx_quant.quantize.source_card import dump_front_matter
+from dbrx_quant.quantize.publish.release import KEPT_OUT, MAIN, Branch, Evaluation, Model
+from dbrx_quant.quantize.publish.source_card import dump_front_matter
 from dbrx_quant.runtime.families import family_of
-from dbrx_quant.runtime.verify import PRODUCER
+from dbrx_quant.runtime.folder.verify import PRODUCER
 
 PICTURE_NAME = "error-vs-size.png"
 KEPT_BELOW = "<!-- written by dbrx-quant upload; what you write below this line stays when it runs again -->"

@@ -5,23 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dbrx_quant.quantize.budget.strategy import STRATEGY_NAME, Outcome, find_strategy
 from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
 from dbrx_quant.quantize.options import target_name
-from dbrx_quant.quantize.record import read_record
-from dbrx_quant.quantize.source_card import (
+from dbrx_quant.quantize.output.record import read_record
+from dbrx_quant.quantize.publish.source_card import (
     CARD_NAME,
     SourceCard,
     read_source_card,
     term_faults,
     term_files,
 )
-from dbrx_quant.quantize.strategy import STRATEGY_NAME, Outcome, find_strategy
-from dbrx_quant.runtime.config import load_config, read_config
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.evaluations import EVALUATION_NAME, read_evaluations
+from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME, read_evaluations
 from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.json_file import read_object
-from dbrx_quant.runtime.verify import PRODUCER
+from dbrx_quant.runtime.families.config import load_config, read_config
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.json_file import read_object
+from dbrx_quant.runtime.folder.verify import PRODUCER
 
 KEPT_OUT = "calibration text kept out of the calibration"  # the text of what the conversion itself measured
 MAIN = "main"

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbrx_quant.quantize.hub import Hub, HubError
-from dbrx_quant.quantize.model_card import kept_text
-from dbrx_quant.quantize.release import (
+from dbrx_quant.quantize.budget.strategy import STRATEGY_NAME
+from dbrx_quant.quantize.publish.card import kept_text
+from dbrx_quant.quantize.publish.client import Hub, HubError
+from dbrx_quant.quantize.publish.release import (
     MAIN,
     Branch,
     Release,
     quantized_config,
     read_branch,
 )
-from dbrx_quant.quantize.source_card import CARD_NAME, front_matter, read_source_card
-from dbrx_quant.quantize.strategy import STRATEGY_NAME
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.evaluations import EVALUATION_NAME
+from dbrx_quant.quantize.publish.source_card import CARD_NAME, front_matter, read_source_card
+from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile

@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import FAMILIES
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 CARD_NAME = "README.md"
 

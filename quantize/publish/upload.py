@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbrx_quant.quantize.frontier import anchored, frontier
-from dbrx_quant.quantize.hub import Hub, HubError
+from dbrx_quant.quantize.budget.frontier import anchored, frontier
 from dbrx_quant.quantize.measurement import MEASUREMENT_NAME, read_measurement
-from dbrx_quant.quantize.model_card import (
+from dbrx_quant.quantize.publish.card import (
     PICTURE_NAME,
     branch_card,
     common_evaluation,
     evaluation_of,
     main_card,
 )
-from dbrx_quant.quantize.pictures import SizePoint, error_curve_png
-from dbrx_quant.quantize.release import MAIN, Branch, Release, branch_files
-from dbrx_quant.quantize.remote import Remote, remote_files
-from dbrx_quant.quantize.source_card import CARD_NAME
-from dbrx_quant.runtime.checksums import read_checksums
+from dbrx_quant.quantize.publish.client import Hub, HubError
+from dbrx_quant.quantize.publish.pictures import SizePoint, error_curve_png
+from dbrx_quant.quantize.publish.release import MAIN, Branch, Release, branch_files
+from dbrx_quant.quantize.publish.repository import Remote, remote_files
+from dbrx_quant.quantize.publish.source_card import CARD_NAME
+from dbrx_quant.runtime.folder.checksums import read_checksums
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile

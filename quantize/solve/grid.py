@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbrx_quant.quantize import _solver_native as native
-from dbrx_quant.runtime.format import WIDTHS
+from dbrx_quant.quantize.solve import native
+from dbrx_quant.runtime.exl2.format import WIDTHS
 
 Backend = Literal["native", "torch"]
 

@@ -18,8 +18,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dbrx_quant.quantize import _solver_native as native
-from dbrx_quant.quantize.grid import (
+from dbrx_quant.quantize.solve import native
+from dbrx_quant.quantize.solve.grid import (
     HALF_MAX,
     SCALES,
     Backend,
@@ -30,7 +30,7 @@ from dbrx_quant.quantize.grid import (
     scale_table,
     search_group_torch,
 )
-from dbrx_quant.runtime.format import GroupMap, check_groups
+from dbrx_quant.runtime.exl2.format import GroupMap, check_groups
 
 _PANEL_COLUMNS = 128  # of the factorization
 _BLOCK_ROWS = 256  # rows between two matrix products of the feedback, more where groups ask for it

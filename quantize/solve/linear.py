@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.hessian import Moments
-from dbrx_quant.calibration.shrinkage import Shrinkage, hessian
-from dbrx_quant.quantize.ldlq import Effort, quantize_matrix
-from dbrx_quant.quantize.prepare import Prepared, prepare, sampled_energy
-from dbrx_quant.quantize.refit import ResidualTarget, cross_moments, loss_of, refitted
-from dbrx_quant.runtime import _native
-from dbrx_quant.runtime.families.facts import LinearSpec
-from dbrx_quant.runtime.format import (
+from dbrx_quant.calibration.statistics.moments import Moments
+from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, hessian
+from dbrx_quant.quantize.solve.ldlq import Effort, quantize_matrix
+from dbrx_quant.quantize.solve.prepare import Prepared, prepare, sampled_energy
+from dbrx_quant.quantize.solve.refit import ResidualTarget, cross_moments, loss_of, refitted
+from dbrx_quant.runtime.exl2.format import (
     Group,
     GroupMap,
     UnpackedLinear,
@@ -24,8 +22,10 @@ from dbrx_quant.runtime.format import (
     padded_columns,
     write_groups,
 )
-from dbrx_quant.runtime.group_text import parse_groups
-from dbrx_quant.runtime.linear_files import LinearFiles
+from dbrx_quant.runtime.exl2.group_text import parse_groups
+from dbrx_quant.runtime.families.facts import LinearSpec
+from dbrx_quant.runtime.folder.linear_files import LinearFiles
+from dbrx_quant.runtime.library import _native
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _native
+from dbrx_quant.runtime.library import _native
 
 
 def _call(name: str, *arguments: int | None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_quant.quantize.ldlq import Factor, factorize
+from dbrx_quant.quantize.solve.ldlq import Factor, factorize
 
 SAMPLE_COLUMNS = 128  # columns that stand for all where an estimate is enough
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.hessian import Moments
-from dbrx_quant.calibration.shrinkage import Shrinkage, own_share
-from dbrx_quant.quantize.prepare import energy
-from dbrx_quant.runtime.format import read_groups
-from dbrx_quant.runtime.ops import dequantize
+from dbrx_quant.calibration.statistics.moments import Moments
+from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, own_share
+from dbrx_quant.quantize.solve.prepare import energy
+from dbrx_quant.runtime.exl2.format import read_groups
+from dbrx_quant.runtime.kernels.ops import dequantize
 
 RIDGE = 1e-4  # towards factors of 1, in units of the groups' average energy
 MOST = 2.0  # a maximum is at most doubled or halved

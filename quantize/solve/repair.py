@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.residual import ResidualMoments
-from dbrx_quant.quantize.ldlq import Factor, factorize
-from dbrx_quant.quantize.refit import ResidualTarget
+from dbrx_quant.calibration.statistics.residual import ResidualMoments
+from dbrx_quant.quantize.solve.ldlq import Factor, factorize
+from dbrx_quant.quantize.solve.refit import ResidualTarget
 
 REPAIRED = ("o", "down", "shared_down")  # roles of the linears that write into the residual stream
 

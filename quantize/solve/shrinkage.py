@@ -6,11 +6,11 @@ Axes: K input channels, N output channels, C sampled columns.
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.hessian import SplitMoments
-from dbrx_quant.calibration.shrinkage import Shrinkage, hessian
-from dbrx_quant.quantize.ldlq import quantize_matrix
-from dbrx_quant.quantize.prepare import SAMPLE_COLUMNS, Prepared, energy, prepare, spread_columns
-from dbrx_quant.runtime.format import uniform_groups
+from dbrx_quant.calibration.statistics.moments import SplitMoments
+from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, hessian
+from dbrx_quant.quantize.solve.ldlq import quantize_matrix
+from dbrx_quant.quantize.solve.prepare import SAMPLE_COLUMNS, Prepared, energy, prepare, spread_columns
+from dbrx_quant.runtime.exl2.format import uniform_groups
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.2, 0.4)
 PRIORS = (0.0, 0.1, 0.5)  # tokens of prior per input channel

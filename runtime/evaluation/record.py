@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.json_file import JsonFile, is_number
+from dbrx_quant.runtime.files.json_file import JsonFile, is_number
 
 EVALUATION_NAME = "evaluation.json"
 _FILE = JsonFile("a list of evaluations", version=1, remedy="delete the file and evaluate again")

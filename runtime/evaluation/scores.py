@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbrx_quant.runtime.activations import use_activations
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.files import save_tensors
-from dbrx_quant.runtime.products import fast_products
-from dbrx_quant.runtime.text import load_tokenizer
+from dbrx_quant.runtime.files.atomic import save_tensors
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.kernels.activations import use_activations
+from dbrx_quant.runtime.kernels.float_matmul import fast_products
+from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
 LogitsFunction = Callable[[Tensor], Tensor]  # ids [L] int64 → logits [L, V]
 Progress = Callable[[int, int], None]  # windows done, windows in all

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.format import SUFFIXES
+from dbrx_quant.runtime.exl2.format import SUFFIXES
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 COLUMN_MULTIPLE = 32

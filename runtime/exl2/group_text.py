@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from dbrx_quant.runtime.format import Group, GroupMap
+from dbrx_quant.runtime.exl2.format import Group, GroupMap
 
 
 def render_groups(groups: Sequence[Group]) -> str:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import dbrx, llama, mixtral, qwen2_moe, qwen3_moe
 from dbrx_quant.runtime.families.facts import Architecture
 from dbrx_quant.runtime.families.family import Family
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 FAMILIES: tuple[Family, ...] = (
     dbrx.FAMILY,

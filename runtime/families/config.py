@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import family_of
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -14,17 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime.checkpoint import Checkpoint
-from dbrx_quant.runtime.decoder_parts import (
-    DecoderParts,
-    LayerParts,
-    UnknownPartError,
-    fused_linears,
-    of_class,
-    quant_experts,
-    quant_linears,
-)
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
 from dbrx_quant.runtime.families.facts import (
     Architecture,
     BlockSpec,
@@ -36,6 +26,16 @@ from dbrx_quant.runtime.families.facts import (
     module_linears,
 )
 from dbrx_quant.runtime.families.family import Family
+from dbrx_quant.runtime.families.parts import (
+    DecoderParts,
+    LayerParts,
+    UnknownPartError,
+    fused_linears,
+    of_class,
+    quant_experts,
+    quant_linears,
+)
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 RENAMES = (
     ("transformer.", "model."),

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime.checkpoint import Checkpoint
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 ATTENTION_ROLES = ("q", "k", "v", "o")
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dbrx_quant.runtime.checkpoint import Checkpoint
-from dbrx_quant.runtime.decoder_parts import DecoderParts
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
 from dbrx_quant.runtime.families.facts import Architecture
+from dbrx_quant.runtime.families.parts import DecoderParts
 
 
 def _as_it_is(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,6 @@
 
 from typing import Any
 
-from dbrx_quant.runtime.activations import activation_name
-from dbrx_quant.runtime.decoder_parts import (
-    DecoderParts,
-    LayerParts,
-    UnknownPartError,
-    of_class,
-    quant_experts,
-    quant_linears,
-)
 from dbrx_quant.runtime.families.facts import (
     Architecture,
     BlockSpec,
@@ -19,6 +10,15 @@ from dbrx_quant.runtime.families.facts import (
     LinearSpec,
     Source,
 )
+from dbrx_quant.runtime.families.parts import (
+    DecoderParts,
+    LayerParts,
+    UnknownPartError,
+    of_class,
+    quant_experts,
+    quant_linears,
+)
+from dbrx_quant.runtime.kernels.activations import activation_name
 
 
 def own_source(name: str) -> tuple[Source, ...]:

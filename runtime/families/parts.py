@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dbrx_quant.runtime.experts import QuantExperts
-    from dbrx_quant.runtime.linear import QuantLinear
+    from dbrx_quant.runtime.model.experts import QuantExperts
+    from dbrx_quant.runtime.model.linear import QuantLinear
 
 
 @dataclass(frozen=True)

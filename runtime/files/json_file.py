@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.files import write_json
+from dbrx_quant.runtime.files.atomic import write_json
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 VERSION_KEY = "format_version"
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbrx_quant.runtime.json_file import JsonFile
+from dbrx_quant.runtime.files.json_file import JsonFile
 
 CHECKSUMS_NAME = "checksums.json"
 _FILE = JsonFile("a list of checksums", version=1, remedy="fetch it again, or convert again")

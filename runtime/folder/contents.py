@@ -7,10 +7,10 @@ rest is an error here, because transformers would only warn and go on with rando
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dbrx_quant.runtime.checkpoint import Checkpoint
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
+from dbrx_quant.runtime.exl2.format import SUFFIXES, GroupMap, padded_columns, validate_linear
 from dbrx_quant.runtime.families.facts import ATTENTION_ROLES, Architecture, LinearSpec, find_source
-from dbrx_quant.runtime.format import SUFFIXES, GroupMap, padded_columns, validate_linear
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 DERIVED = (".q_perm", ".q_group_map", "rotary_emb.inv_freq")  # what old writers added; computed, never read
 _FLOATS = ("F16", "BF16", "F32")

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 _FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.md"]
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -6,12 +6,12 @@ writes no index, or leaves a copy of the original's, which names shards that are
 
 from pathlib import Path
 
-from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, read_index, read_shards
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME, Checkpoint, read_index, read_shards
 from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.files import write_json
-from dbrx_quant.runtime.layout import read_layout
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.files.atomic import write_json
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.contents import read_layout
 
 
 def unnamed_shard(folder: Path) -> str | None:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dbrx_quant.runtime.bits import linear_bits
-from dbrx_quant.runtime.checkpoint import Checkpoint
-from dbrx_quant.runtime.config import load_config
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
+from dbrx_quant.runtime.exl2.format import GroupMap
 from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.families.facts import LinearSpec, find_source
-from dbrx_quant.runtime.format import GroupMap
-from dbrx_quant.runtime.layout import Layout, read_layout
+from dbrx_quant.runtime.folder.contents import Layout, read_layout
+from dbrx_quant.runtime.folder.sizes import linear_bits
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dbrx_quant.runtime.exl2.format import padded_columns
 from dbrx_quant.runtime.families.facts import LinearSpec, to_half
-from dbrx_quant.runtime.files import save_tensors
-from dbrx_quant.runtime.format import padded_columns
-from dbrx_quant.runtime.ops import dequantize
+from dbrx_quant.runtime.files.atomic import save_tensors
+from dbrx_quant.runtime.kernels.ops import dequantize
 
 
 class LinearFiles:

@@ -24,9 +24,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header
-from dbrx_quant.runtime.checksums import CHECKSUMS_NAME, Checksum, write_checksums
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header
+from dbrx_quant.runtime.exl2.format import padded_columns, validate_linear
 from dbrx_quant.runtime.families.facts import (
     ATTENTION_ROLES,
     Architecture,
@@ -35,8 +34,9 @@ from dbrx_quant.runtime.families.facts import (
     LinearSpec,
     to_half,
 )
-from dbrx_quant.runtime.files import DTYPE_NAMES, remove_leftovers, write_json, write_parts
-from dbrx_quant.runtime.format import padded_columns, validate_linear
+from dbrx_quant.runtime.files.atomic import DTYPE_NAMES, remove_leftovers, write_json, write_parts
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, Checksum, write_checksums
 
 MAX_SHARD_BYTES = 8_000_000_000
 

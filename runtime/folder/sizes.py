@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from dbrx_quant.runtime.checkpoint import Checkpoint
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
+from dbrx_quant.runtime.exl2.format import SUFFIXES
 from dbrx_quant.runtime.families.facts import Architecture, LinearSpec, find_source
-from dbrx_quant.runtime.format import SUFFIXES
 
 
 @dataclass(frozen=True)

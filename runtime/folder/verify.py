@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from dbrx_quant.runtime.bits import stored_bits
-from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header, read_index
-from dbrx_quant.runtime.checksums import CHECKSUMS_NAME, read_checksums
-from dbrx_quant.runtime.config import load_config, read_config
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header, read_index
+from dbrx_quant.runtime.exl2.format import SUFFIXES, padded_columns, validate_linear
 from dbrx_quant.runtime.families import describe, family_of
+from dbrx_quant.runtime.families.config import load_config, read_config
 from dbrx_quant.runtime.families.facts import ATTENTION_ROLES, Architecture, FloatSpec, LinearSpec
-from dbrx_quant.runtime.format import SUFFIXES, padded_columns, validate_linear
-from dbrx_quant.runtime.tokenizer_check import check_tokenizer
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, read_checksums
+from dbrx_quant.runtime.folder.sizes import stored_bits
+from dbrx_quant.runtime.tokenizer.check import check_tokenizer
 
 PRODUCER = "dbrx-quant"
 

@@ -1,1 +1,1 @@
-"""Implementations of the operators, one file a device."""
+"""The operators on packed linears, and who computes them on which device."""

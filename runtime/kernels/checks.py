@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime._abi import ACTIVATIONS
-from dbrx_quant.runtime.backends.stored import Stored, StoredList
-from dbrx_quant.runtime.format import TENSORS
+from dbrx_quant.runtime.exl2.format import TENSORS
+from dbrx_quant.runtime.kernels.stored import Stored, StoredList
+from dbrx_quant.runtime.library._abi import ACTIVATIONS
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TILED_ON = ("cuda", "meta")  # types of devices where a q_weight may be tiled, cuda_layout.py

@@ -2,7 +2,7 @@
 
 `ops.py` has checked shapes and dtypes (`linear` checks for itself); here pointers are collected and numbers
 converted to fp32 and back.
-`runtime/activations.py` chooses between the kernels: integers over repacked linears, or floats over the
+`activations.py` chooses between the kernels: integers over repacked linears, or floats over the
 stored ones.
 """
 
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _abi, _native
-from dbrx_quant.runtime.activations import BITS, activations
-from dbrx_quant.runtime.backends import checks, reference
-from dbrx_quant.runtime.backends.repacked import repacked_experts, repacked_linear
-from dbrx_quant.runtime.backends.stored import Stored, StoredList
-from dbrx_quant.runtime.backends.structs import describe_experts, describe_linear
+from dbrx_quant.runtime.kernels import checks, reference
+from dbrx_quant.runtime.kernels.activations import BITS, activations
+from dbrx_quant.runtime.kernels.repacked import repacked_experts, repacked_linear
+from dbrx_quant.runtime.kernels.stored import Stored, StoredList
+from dbrx_quant.runtime.kernels.structs import describe_experts, describe_linear
+from dbrx_quant.runtime.library import _abi, _native
 
 _logger = logging.getLogger(__name__)
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _abi, _cuda
-from dbrx_quant.runtime.backends import checks, reference
-from dbrx_quant.runtime.backends.cuda_layout import (
+from dbrx_quant.runtime.kernels import checks, reference
+from dbrx_quant.runtime.kernels.cuda_tiles import (
     DeviceLinear,
     aligned,
     current,
@@ -25,8 +24,9 @@ from dbrx_quant.runtime.backends.cuda_layout import (
     require_no_capture,
     stream,
 )
-from dbrx_quant.runtime.backends.memo import remember, version_sum
-from dbrx_quant.runtime.backends.stored import Stored, StoredList
+from dbrx_quant.runtime.kernels.memo import remember, version_sum
+from dbrx_quant.runtime.kernels.stored import Stored, StoredList
+from dbrx_quant.runtime.library import _abi, _cuda
 
 _logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _abi, _cuda
-from dbrx_quant.runtime.backends.memo import remember, version_sum
-from dbrx_quant.runtime.backends.stored import Stored
-from dbrx_quant.runtime.format import WIDTHS, GroupMap, read_groups
+from dbrx_quant.runtime.exl2.format import WIDTHS, GroupMap, read_groups
+from dbrx_quant.runtime.kernels.memo import remember, version_sum
+from dbrx_quant.runtime.kernels.stored import Stored
+from dbrx_quant.runtime.library import _abi, _cuda
 
 _UNIT = 32
 _MAX_CHANNELS = 65536

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime.backends import checks
-from dbrx_quant.runtime.backends.stored import Stored, StoredList
+from dbrx_quant.runtime.kernels import checks
+from dbrx_quant.runtime.kernels.stored import Stored, StoredList
 
 
 def dequantize(stored: Stored, out_features: int) -> Tensor:

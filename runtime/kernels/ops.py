@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _abi
-from dbrx_quant.runtime.backends import checks, cpu, cuda, fake, reference
-from dbrx_quant.runtime.backends.stored import Stored, StoredList
+from dbrx_quant.runtime.kernels import checks, cpu, cuda, fake, reference
+from dbrx_quant.runtime.kernels.stored import Stored, StoredList
+from dbrx_quant.runtime.library import _abi
 
 ACTIVATIONS = tuple(_abi.ACTIVATIONS)
 

@@ -1,7 +1,7 @@
 """Every op in plain torch, for any device: slow, and the yardstick of the fast kernels.
 
 Axes: T tokens, K input channels, N output channels, E experts, D hidden, A experts per token.
-The dequantized weight is exact (`runtime/format.py` has the rule); sums are in fp32.
+The dequantized weight is exact (`runtime/exl2/format.py` has the rule); sums are in fp32.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime.backends.stored import Stored, StoredList
-from dbrx_quant.runtime.format import read_groups
+from dbrx_quant.runtime.exl2.format import read_groups
+from dbrx_quant.runtime.kernels.stored import Stored, StoredList
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _abi, _native
-from dbrx_quant.runtime.backends import checks
-from dbrx_quant.runtime.backends.memo import remember, version_sum
-from dbrx_quant.runtime.backends.stored import Stored, StoredList
-from dbrx_quant.runtime.backends.structs import describe_experts, describe_linear
+from dbrx_quant.runtime.kernels import checks
+from dbrx_quant.runtime.kernels.memo import remember, version_sum
+from dbrx_quant.runtime.kernels.stored import Stored, StoredList
+from dbrx_quant.runtime.kernels.structs import describe_experts, describe_linear
+from dbrx_quant.runtime.library import _abi, _native
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dbrx_quant.runtime import _abi
-from dbrx_quant.runtime.backends import checks
-from dbrx_quant.runtime.backends.stored import Stored, StoredList
+from dbrx_quant.runtime.kernels import checks
+from dbrx_quant.runtime.kernels.stored import Stored, StoredList
+from dbrx_quant.runtime.library import _abi
 
 _CACHE_LIMIT = 512  # blocks whose tables are kept
 _tables: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}

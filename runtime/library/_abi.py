@@ -1,6 +1,6 @@
 """The C interface `csrc/include/dbrxq.h` in ctypes: structs, numbers and the functions of both libraries.
 
-All stands in the order of that header, which describes it; `tests/test_abi.py` holds this file against it.
+All stands in the order of that header, which describes it; `test_abi.py` holds this file against it.
 """
 
 from collections.abc import Mapping

@@ -3,8 +3,8 @@
 It is built where a CUDA compiler is found. It loads on machines without a GPU: only its calls fail there.
 """
 
-from dbrx_quant.runtime import _abi
-from dbrx_quant.runtime._shared_library import SharedLibrary
+from dbrx_quant.runtime.library import _abi
+from dbrx_quant.runtime.library._shared_library import SharedLibrary
 
 LIBRARY = SharedLibrary(
     "libdbrxq_cuda.so",

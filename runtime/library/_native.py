@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from dbrx_quant.runtime import _abi
-from dbrx_quant.runtime._shared_library import SharedLibrary
+from dbrx_quant.runtime.library import _abi
+from dbrx_quant.runtime.library._shared_library import SharedLibrary
 
 LIBRARY = SharedLibrary(
     "libdbrxq_cpu.so",

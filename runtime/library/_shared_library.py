@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dbrx_quant.runtime._abi import ABI_VERSION, Signatures
+from dbrx_quant.runtime.library._abi import ABI_VERSION, Signatures
 
 
 @dataclass

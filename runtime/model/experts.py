@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dbrx_quant.runtime.activations import activation_name
-from dbrx_quant.runtime.backends.stored import StoredList
-from dbrx_quant.runtime.format import SUFFIXES
-from dbrx_quant.runtime.linear import QuantLinear
-from dbrx_quant.runtime.ops import experts_op
+from dbrx_quant.runtime.exl2.format import SUFFIXES
+from dbrx_quant.runtime.kernels.activations import activation_name
+from dbrx_quant.runtime.kernels.ops import experts_op
+from dbrx_quant.runtime.kernels.stored import StoredList
+from dbrx_quant.runtime.model.linear import QuantLinear
 
 # Names in transformers' configurations to the operators' names.
 

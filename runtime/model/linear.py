@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbrx_quant.runtime import _cuda
-from dbrx_quant.runtime.backends import cuda_layout
-from dbrx_quant.runtime.backends.stored import Stored
-from dbrx_quant.runtime.format import SUFFIXES, TENSORS, padded_columns
-from dbrx_quant.runtime.ops import linear_op, linears_op
+from dbrx_quant.runtime.exl2.format import SUFFIXES, TENSORS, padded_columns
+from dbrx_quant.runtime.kernels import cuda_tiles
+from dbrx_quant.runtime.kernels.ops import linear_op, linears_op
+from dbrx_quant.runtime.kernels.stored import Stored
+from dbrx_quant.runtime.library import _cuda
 
 _HALVES = tuple(name for name, (dtype, _) in TENSORS.items() if dtype == torch.float16)
 
@@ -22,7 +22,7 @@ _HALVES = tuple(name for name, (dtype, _) in TENSORS.items() if dtype == torch.f
 class QuantLinear(nn.Module):
     """y = x W + bias with W kept packed; sums are in fp32, y has x's dtype.
 
-    On the CPU `runtime/activations.py` says how exactly: by default a repacked copy of W, made at the first
+    On the CPU `kernels/activations.py` says how exactly: by default a repacked copy of W, made at the first
     call, meets activations rounded to integers.
 
     Built from sizes alone, so that it can live on the meta device until a loader assigns its buffers:
@@ -126,14 +126,14 @@ class QuantLinear(nn.Module):
         The file's words are let go; while the new ones are made, both are there.
         """
         stored = self.stored()
-        if cuda_layout.on_gpu(stored.q_weight) and not stored.tiled and _cuda.why_unavailable() is None:
-            self._buffers["q_weight"] = cuda_layout.tile(stored)
+        if cuda_tiles.on_gpu(stored.q_weight) and not stored.tiled and _cuda.why_unavailable() is None:
+            self._buffers["q_weight"] = cuda_tiles.tile(stored)
 
     def untile(self) -> None:
         """Keep q_weight as the file has it again."""
         stored = self.stored()
         if stored.tiled:
-            self._buffers["q_weight"] = cuda_layout.untile(stored)
+            self._buffers["q_weight"] = cuda_tiles.untile(stored)
 
     @contextmanager
     def _as_stored(self) -> Iterator[None]:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.find_folder import find_folder
-from dbrx_quant.runtime.hf import METHOD, given_layout
-from dbrx_quant.runtime.layout import DERIVED, read_layout
-from dbrx_quant.runtime.vocabulary import special_ids
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.contents import DERIVED, read_layout
+from dbrx_quant.runtime.folder.find import find_folder
+from dbrx_quant.runtime.model.quantizer import METHOD, given_layout
+from dbrx_quant.runtime.tokenizer.ids import special_ids
 
 
 def load_model(

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from dbrx_quant.runtime.config import load_config, read_config
-from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe, family_of
+from dbrx_quant.runtime.families.config import load_config, read_config
 from dbrx_quant.runtime.families.facts import check_dense_source
-from dbrx_quant.runtime.find_folder import find_folder
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.find import find_folder
 
 
 def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **options: Any) -> Any:

@@ -32,12 +32,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbrx_quant.runtime import _abi, _native
-from dbrx_quant.runtime.activations import BITS, activations
-from dbrx_quant.runtime.backends.repacked import repacked_experts, repacked_linear
-from dbrx_quant.runtime.decoder_parts import LayerParts, UnknownPartError
 from dbrx_quant.runtime.families import family_of
-from dbrx_quant.runtime.snapshot import Snapshot
+from dbrx_quant.runtime.families.parts import LayerParts, UnknownPartError
+from dbrx_quant.runtime.kernels.activations import BITS, activations
+from dbrx_quant.runtime.kernels.repacked import repacked_experts, repacked_linear
+from dbrx_quant.runtime.library import _abi, _native
+from dbrx_quant.runtime.model.snapshot import Snapshot
 
 VARIABLE = "DBRXQ_NATIVE_STEP"
 MOST_TOKENS = 8
@@ -300,7 +300,7 @@ class NativeForward:
         if built is None or torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None:
             return None
 
-        from dbrx_quant.runtime.key_values import growing_layers, same_length
+        from dbrx_quant.runtime.model.kv_cache import growing_layers, same_length
 
         layers = growing_layers(held, built.layers)
         past = None if layers is None else same_length(layers)

@@ -24,13 +24,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dbrx_quant.runtime.checkpoint import read_header
-from dbrx_quant.runtime.config import read_config
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.exl2.checkpoint import read_header
 from dbrx_quant.runtime.families import describe, family_of
+from dbrx_quant.runtime.families.config import read_config
 from dbrx_quant.runtime.families.facts import to_half
-from dbrx_quant.runtime.index import unnamed_shard
-from dbrx_quant.runtime.layout import Layout, read_layout
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.contents import Layout, read_layout
+from dbrx_quant.runtime.folder.index import unnamed_shard
 
 METHOD = "exl2"
 
@@ -102,8 +102,8 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        from dbrx_quant.runtime.key_table import KeyTable
-        from dbrx_quant.runtime.swap import swap_modules
+        from dbrx_quant.runtime.model.key_table import KeyTable
+        from dbrx_quant.runtime.model.swap import swap_modules
 
         architectures = list(model.config.architectures or [])
         if type(model).__name__ not in architectures:
@@ -127,8 +127,8 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return [self._keys]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from dbrx_quant.runtime.linear import QuantLinear
-        from dbrx_quant.runtime.native_step import install_native_step
+        from dbrx_quant.runtime.model.linear import QuantLinear
+        from dbrx_quant.runtime.model.native_step import install_native_step
 
         missed = sorted(set(self._keys.saving.values()) - self._keys.renamed)
         if missed:

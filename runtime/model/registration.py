@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _WATCHED = "transformers.quantizers.auto"
-_REGISTERING = "dbrx_quant.runtime.hf"
+_REGISTERING = "dbrx_quant.runtime.model.quantizer"
 
 
 def register_when_needed() -> None:

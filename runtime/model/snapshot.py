@@ -5,7 +5,7 @@ from operator import contains, is_
 
 from torch import Tensor, nn
 
-from dbrx_quant.runtime.backends.memo import version_sum
+from dbrx_quant.runtime.kernels.memo import version_sum
 
 
 class Snapshot:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-import dbrx_quant.runtime.ops  # noqa: F401  (defines the operators that the modules call)
-from dbrx_quant.runtime.experts import QuantExperts
+import dbrx_quant.runtime.kernels.ops  # noqa: F401  (defines the operators that the modules call)
+from dbrx_quant.runtime.exl2.format import SUFFIXES
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, find_source, module_linears
-from dbrx_quant.runtime.format import SUFFIXES
-from dbrx_quant.runtime.layout import Layout
-from dbrx_quant.runtime.linear import FusedLinear, QuantLinear
+from dbrx_quant.runtime.folder.contents import Layout
+from dbrx_quant.runtime.model.experts import QuantExperts
+from dbrx_quant.runtime.model.linear import FusedLinear, QuantLinear
 
 
 def swap_modules(model: Any, layout: Layout) -> dict[str, str]:

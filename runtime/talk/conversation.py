@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dbrx_quant.runtime.text_stream import TextStream
+from dbrx_quant.runtime.talk.text_stream import TextStream
 
 Message = dict[str, str]
 

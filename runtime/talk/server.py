@@ -31,8 +31,8 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerationState
 from transformers.utils.logging import get_logger
 
-from dbrx_quant.runtime.loader import load_model
-from dbrx_quant.runtime.text import load_tokenizer
+from dbrx_quant.runtime.model.load import load_model
+from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 _OPEN_PATHS = ("/health",)  # for whoever watches over the server

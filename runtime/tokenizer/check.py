@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.vocabulary import (
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.tokenizer.ids import (
     Vocabulary,
     config_ids,
     read_object,

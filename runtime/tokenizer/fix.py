@@ -17,17 +17,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.quantize.tiktoken_source import convert_tiktoken, is_wrapper, wrapped_template, wraps_tiktoken
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.files import write_json, write_text
-from dbrx_quant.runtime.tokenizer_check import Problem, check_tokenizer
-from dbrx_quant.runtime.vocabulary import (
+from dbrx_quant.runtime.files.atomic import write_json, write_text
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.tokenizer.check import Problem, check_tokenizer
+from dbrx_quant.runtime.tokenizer.ids import (
     Vocabulary,
     added_token,
     chat_template,
     read_object,
     read_vocabulary,
     special_token,
+)
+from dbrx_quant.runtime.tokenizer.tiktoken_source import (
+    convert_tiktoken,
+    is_wrapper,
+    wrapped_template,
+    wraps_tiktoken,
 )
 
 __all__ = ["TOKENIZER_FILES", "Problem", "check_tokenizer", "mend_tokenizer", "write_tokenizer"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 PROBE_ANSWER = "pong"
 PROBE_CHAT = ({"role": "user", "content": "ping"}, {"role": "assistant", "content": PROBE_ANSWER})

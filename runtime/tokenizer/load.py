@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.config import read_config
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.families.config import read_config
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 # What decides how text becomes ids; the first name found stands for all.
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))

@@ -9,11 +9,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbrx_quant.quantize.tokenizer import TOKENIZER_FILES, write_tokenizer
-from dbrx_quant.runtime.config import load_config, read_config
-from dbrx_quant.runtime.files import write_json, write_parts
-from dbrx_quant.runtime.tokenizer_check import Problem, check_tokenizer
-from dbrx_quant.runtime.vocabulary import read_object, set_ids, special_ids
+from dbrx_quant.runtime.families.config import load_config, read_config
+from dbrx_quant.runtime.files.atomic import write_json, write_parts
+from dbrx_quant.runtime.tokenizer.check import Problem, check_tokenizer
+from dbrx_quant.runtime.tokenizer.fix import TOKENIZER_FILES, write_tokenizer
+from dbrx_quant.runtime.tokenizer.ids import read_object, set_ids, special_ids
 
 KEPT_FOLDER = "tokenizer-before-repair"
 CONFIGS = ("config.json", "generation_config.json")

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import FAMILIES
-from dbrx_quant.runtime.vocabulary import added_token, read_object, special_token
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.tokenizer.ids import added_token, read_object, special_token
 
 ENCODING = "cl100k_base"
 SPECIAL = {

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from dbrx_quant.scripts.arguments import add_quiet_argument, natural, positive, temperature
-from dbrx_quant.scripts.chat_screen import PlainScreen, TerminalScreen
-from dbrx_quant.scripts.chat_session import Screen, Session
-from dbrx_quant.scripts.output import hush_loading, model_title, print_json
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, natural, positive, temperature
+from dbrx_quant.scripts.terminal.chat_screen import PlainScreen, TerminalScreen
+from dbrx_quant.scripts.terminal.chat_session import Screen, Session
+from dbrx_quant.scripts.terminal.output import hush_loading, model_title, print_json
+from dbrx_quant.scripts.terminal.verb import Verb
 
 _PROMPT = "\001\033[1;36m\002> \001\033[0m\002"  # \001 … \002: no columns, for readline
 
@@ -37,10 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Chat until the input ends."""
     import torch
 
-    from dbrx_quant.runtime.conversation import Conversation
-    from dbrx_quant.runtime.find_folder import find_folder
-    from dbrx_quant.runtime.loader import load_model
-    from dbrx_quant.runtime.text import load_tokenizer
+    from dbrx_quant.runtime.folder.find import find_folder
+    from dbrx_quant.runtime.model.load import load_model
+    from dbrx_quant.runtime.talk.conversation import Conversation
+    from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
     folder = find_folder(arguments.folder, None)
     tokenizer = load_tokenizer(folder)

@@ -5,8 +5,8 @@ The script is made from the parser by shtab, once: nothing of ours runs while so
 
 import argparse
 
-from dbrx_quant.scripts.output import print_json
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.output import print_json
+from dbrx_quant.scripts.terminal.verb import Verb
 
 SHELLS = ("bash", "zsh", "fish")
 FOLDERS = ("DIR", "FOLDER", "MODEL", "OUT")  # metavars: what the argument is
@@ -28,7 +28,7 @@ def completion_script(shell: str) -> str:
     """The script for one of SHELLS; bash and fish source it, zsh wants it as `_dbrx-quant` in its fpath."""
     import shtab
 
-    from dbrx_quant.scripts.main import make_parser
+    from dbrx_quant.scripts.cli.main import make_parser
 
     parser = make_parser()
     for part in _with_verbs(parser):

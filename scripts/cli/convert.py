@@ -5,15 +5,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbrx_quant.scripts.arguments import add_options, bpw_list, options_of, positive, size
-from dbrx_quant.scripts.coverage import print_coverage
-from dbrx_quant.scripts.output import bytes_text, print_json, print_table, say, seconds_text
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.arguments import add_options, bpw_list, options_of, positive, size
+from dbrx_quant.scripts.terminal.coverage import print_coverage
+from dbrx_quant.scripts.terminal.output import bytes_text, print_json, print_table, say, seconds_text
+from dbrx_quant.scripts.terminal.verb import Verb
 
 if TYPE_CHECKING:
     from dbrx_quant.quantize.conversion import Converted
+    from dbrx_quant.quantize.estimate.plan import Plan
     from dbrx_quant.quantize.options import ConvertOptions
-    from dbrx_quant.quantize.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Convert, or tell what converting would take."""
     from dbrx_quant.quantize.conversion import convert
+    from dbrx_quant.quantize.estimate.plan import plan
+    from dbrx_quant.quantize.estimate.sizes import bpw_for_size, bpw_for_vram
     from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
-    from dbrx_quant.quantize.plan import plan
-    from dbrx_quant.quantize.sizes import bpw_for_size, bpw_for_vram
-    from dbrx_quant.runtime.find_folder import find_folder
+    from dbrx_quant.runtime.folder.find import find_folder
 
     options = options_of(
         arguments, find_folder(arguments.model, None), arguments.out, targets=arguments.bpw or ()

@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.scripts.output import bytes_text, print_json, print_table
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.output import bytes_text, print_json, print_table
+from dbrx_quant.scripts.terminal.verb import Verb
 
 CHECK_FAILED = 3
 PACKAGES = ("dbrx-quant", "torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
@@ -55,8 +55,8 @@ def _version(name: str) -> str | None:
 
 
 def _native() -> dict[str, Any]:
-    from dbrx_quant.runtime import _native
-    from dbrx_quant.runtime.activations import activations
+    from dbrx_quant.runtime.kernels.activations import activations
+    from dbrx_quant.runtime.library import _native
 
     reason = _native.why_unavailable()
     isa = _native.isa() if reason is None else None
@@ -88,7 +88,7 @@ def _nvcc() -> str | None:
 
 def _cuda_library() -> str:
     """Whether the CUDA kernels were built and can be loaded, or why not."""
-    from dbrx_quant.runtime import _cuda
+    from dbrx_quant.runtime.library import _cuda
 
     return _cuda.why_unavailable() or "usable"
 

@@ -8,9 +8,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbrx_quant.scripts.arguments import add_quiet_argument, positive
-from dbrx_quant.scripts.output import counter, hush_loading, print_json, print_table, say, seconds_text
-from dbrx_quant.scripts.verb import UsageError, Verb
+from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, positive
+from dbrx_quant.scripts.terminal.output import (
+    counter,
+    hush_loading,
+    print_json,
+    print_table,
+    say,
+    seconds_text,
+)
+from dbrx_quant.scripts.terminal.verb import UsageError, Verb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the scores and keep them in the folder."""
     if not arguments.reference and not arguments.cache:
         raise UsageError("no original to compare with: give --reference MODEL, or a --cache filled before")
-    from dbrx_quant.runtime.evaluate import evaluate, windows
-    from dbrx_quant.runtime.evaluations import read_evaluations
-    from dbrx_quant.runtime.find_folder import find_folder
-    from dbrx_quant.runtime.inspect import inspect_folder
-    from dbrx_quant.runtime.loader import load_model
+    from dbrx_quant.runtime.evaluation.record import read_evaluations
+    from dbrx_quant.runtime.evaluation.scores import evaluate, windows
+    from dbrx_quant.runtime.folder.find import find_folder
+    from dbrx_quant.runtime.folder.inspect import inspect_folder
+    from dbrx_quant.runtime.model.load import load_model
 
     started = time.monotonic()
     hush_loading(arguments.quiet)
@@ -75,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _save(arguments: argparse.Namespace, folder: Path, result: dict[str, Any]) -> None:
     """Keep the scores in the folder, or say on stderr why not: they are printed, so nothing is lost."""
-    from dbrx_quant.runtime.evaluations import EVALUATION_NAME, save_evaluation
+    from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME, save_evaluation
 
     if not Path(arguments.folder).is_dir() or _in_hub_cache(folder):
         say(f"not saved: {arguments.folder} lies in the Hub's cache, which is no place for other files")
@@ -102,8 +109,8 @@ def _in_hub_cache(folder: Path) -> bool:
 
 def _reference(arguments: argparse.Namespace, rows: "Tensor") -> Any:
     """The original, or the cache of what it says."""
-    from dbrx_quant.runtime.evaluate import ReferenceCache, cache_reference
-    from dbrx_quant.runtime.load_dense import load_dense
+    from dbrx_quant.runtime.evaluation.scores import ReferenceCache, cache_reference
+    from dbrx_quant.runtime.model.load_dense import load_dense
 
     if not arguments.reference:
         return ReferenceCache(arguments.cache)

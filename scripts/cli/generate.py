@@ -5,9 +5,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dbrx_quant.scripts.arguments import add_quiet_argument, natural, positive, temperature
-from dbrx_quant.scripts.output import hush_loading, print_json
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, natural, positive, temperature
+from dbrx_quant.scripts.terminal.output import hush_loading, print_json
+from dbrx_quant.scripts.terminal.verb import Verb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +31,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate; the text appears as it is made, and stays when Ctrl-C ends it."""
     import torch
 
-    from dbrx_quant.runtime.conversation import end_ids, sampling
-    from dbrx_quant.runtime.find_folder import find_folder
-    from dbrx_quant.runtime.loader import load_model
-    from dbrx_quant.runtime.text import load_tokenizer
-    from dbrx_quant.runtime.text_stream import TextStream
+    from dbrx_quant.runtime.folder.find import find_folder
+    from dbrx_quant.runtime.model.load import load_model
+    from dbrx_quant.runtime.talk.conversation import end_ids, sampling
+    from dbrx_quant.runtime.talk.text_stream import TextStream
+    from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
     hush_loading(arguments.quiet)
     folder = find_folder(arguments.folder, None)

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from dbrx_quant.scripts.output import print_json
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.output import print_json
+from dbrx_quant.scripts.terminal.verb import Verb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write it."""
-    from dbrx_quant.runtime.checkpoint import INDEX_NAME
-    from dbrx_quant.runtime.index import write_index
+    from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME
+    from dbrx_quant.runtime.folder.index import write_index
 
     weight_map = write_index(arguments.folder)
     shards = len(set(weight_map.values()))

@@ -7,11 +7,11 @@ Not named after its verb: a script run from this folder would find it in place o
 import argparse
 from typing import TYPE_CHECKING
 
-from dbrx_quant.scripts.output import bytes_text, print_json, print_table
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.output import bytes_text, print_json, print_table
+from dbrx_quant.scripts.terminal.verb import Verb
 
 if TYPE_CHECKING:
-    from dbrx_quant.runtime.inspect import FolderFacts
+    from dbrx_quant.runtime.folder.inspect import FolderFacts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the facts."""
-    from dbrx_quant.runtime.find_folder import find_folder
-    from dbrx_quant.runtime.inspect import inspect_folder
+    from dbrx_quant.runtime.folder.find import find_folder
+    from dbrx_quant.runtime.folder.inspect import inspect_folder
 
     facts = inspect_folder(find_folder(arguments.folder, None))
     if arguments.json:

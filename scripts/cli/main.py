@@ -19,15 +19,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from dbrx_quant.scripts import (
+from dbrx_quant.scripts.cli import (
     chat,
     completion,
     convert,
     doctor,
-    evaluate,
     generate,
     index,
-    inspect_folder,
     measure,
     report,
     serve,
@@ -35,14 +33,16 @@ from dbrx_quant.scripts import (
     upload,
     verify,
 )
-from dbrx_quant.scripts.arguments import add_output_arguments
-from dbrx_quant.scripts.output import ends_with_its_reader, say
-from dbrx_quant.scripts.verb import UsageError, Verb
+from dbrx_quant.scripts.cli import eval as evaluate
+from dbrx_quant.scripts.cli import inspect as inspection
+from dbrx_quant.scripts.terminal.arguments import add_output_arguments
+from dbrx_quant.scripts.terminal.output import ends_with_its_reader, say
+from dbrx_quant.scripts.terminal.verb import UsageError, Verb
 
 VERBS: tuple[Verb, ...] = (
     convert.VERB,
     measure.VERB,
-    inspect_folder.VERB,
+    inspection.VERB,
     verify.VERB,
     index.VERB,
     tokenizer.VERB,

@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from dbrx_quant.scripts.arguments import add_options, options_of
-from dbrx_quant.scripts.coverage import print_coverage
-from dbrx_quant.scripts.output import print_json
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.arguments import add_options, options_of
+from dbrx_quant.scripts.terminal.coverage import print_coverage
+from dbrx_quant.scripts.terminal.output import print_json
+from dbrx_quant.scripts.terminal.verb import Verb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write the file."""
     from dbrx_quant.quantize.conversion import measure_model
-    from dbrx_quant.runtime.find_folder import find_folder
+    from dbrx_quant.runtime.folder.find import find_folder
 
     options = options_of(arguments, find_folder(arguments.model, None), arguments.output)
     written = measure_model(options, arguments.output)

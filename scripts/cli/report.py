@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from dbrx_quant.scripts.output import bytes_text, print_json, say
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.output import bytes_text, print_json, say
+from dbrx_quant.scripts.terminal.verb import Verb
 
 PAGE_NAME = "report.html"
 
@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Gather, then write what was asked for."""
-    from dbrx_quant.runtime.files import write_text
-    from dbrx_quant.runtime.find_folder import find_folder
-    from dbrx_quant.scripts.reporting.data import compare, gather, read_folder
-    from dbrx_quant.scripts.reporting.page import render
-    from dbrx_quant.scripts.reporting.pictures import write_pictures
+    from dbrx_quant.runtime.files.atomic import write_text
+    from dbrx_quant.runtime.folder.find import find_folder
+    from dbrx_quant.scripts.report.data import compare, gather, read_folder
+    from dbrx_quant.scripts.report.page import render
+    from dbrx_quant.scripts.report.pictures import write_pictures
 
     reports = []
     for name in arguments.folders:

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dbrx_quant.scripts.arguments import add_quiet_argument
-from dbrx_quant.scripts.output import hush_loading, model_title, print_json, say
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.arguments import add_quiet_argument
+from dbrx_quant.scripts.terminal.output import hush_loading, model_title, print_json, say
+from dbrx_quant.scripts.terminal.verb import Verb
 
 API_KEY = "DBRXQ_API_KEY"
 _STOP_SECONDS = 3
@@ -49,13 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ImportError("serving wants fastapi, uvicorn and openai: pip install 'dbrx-quant[serve]'")
     listening = _bind(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
     with listening:
-        from dbrx_quant.runtime.find_folder import find_folder
+        from dbrx_quant.runtime.folder.find import find_folder
 
         hush_loading(arguments.quiet)
         folder = find_folder(arguments.folder, None)
         name = arguments.name or model_title(arguments.folder)
         try:
-            from dbrx_quant.runtime.server import build_app
+            from dbrx_quant.runtime.talk.server import build_app
         except ImportError as error:
             import transformers
 

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from dbrx_quant.scripts.output import print_json, say
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.output import print_json, say
+from dbrx_quant.scripts.terminal.verb import Verb
 
 CHECK_FAILED = 3
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check or repair; 3 where something is wrong (that is, or stays)."""
-    from dbrx_quant.quantize.tokenizer_repair import apply_repair, check_folder, plan_repair
+    from dbrx_quant.runtime.tokenizer.repair import apply_repair, check_folder, plan_repair
 
     folder: Path = arguments.folder
     if not folder.is_dir():

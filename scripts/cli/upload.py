@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbrx_quant.scripts.arguments import add_quiet_argument
-from dbrx_quant.scripts.output import bytes_text, counter, print_json, print_table, say
-from dbrx_quant.scripts.verb import UsageError, Verb
+from dbrx_quant.scripts.terminal.arguments import add_quiet_argument
+from dbrx_quant.scripts.terminal.output import bytes_text, counter, print_json, print_table, say
+from dbrx_quant.scripts.terminal.verb import UsageError, Verb
 
 if TYPE_CHECKING:
-    from dbrx_quant.quantize.publish import Contents, Sent
-    from dbrx_quant.quantize.release import Release
+    from dbrx_quant.quantize.publish.release import Release
+    from dbrx_quant.quantize.publish.upload import Contents, Sent
 
 CHECK_FAILED = 3
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Upload, or tell what uploading would do; 3 where a folder is not sound."""
     if not _REPOSITORY.fullmatch(arguments.repository) or Path(arguments.repository).is_dir():
         raise UsageError(f"the last argument is a repository, NAMESPACE/NAME: {arguments.repository}")
-    from dbrx_quant.quantize.release import find_checkpoints, gather
+    from dbrx_quant.quantize.publish.release import find_checkpoints, gather
 
     folders = find_checkpoints(arguments.folders)
     if arguments.revision and len(folders) > 1:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _tell_surprises(release: "Release") -> None:
     """What stays behind, and what others learn about this machine."""
     from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
-    from dbrx_quant.quantize.release import files_that_mention
+    from dbrx_quant.quantize.publish.release import files_that_mention
 
     folders = list(release.folders.values())
     for folder in folders:
@@ -80,7 +80,7 @@ def _tell_surprises(release: "Release") -> None:
 
 def _all_sound(folders: list[Path], quiet: bool) -> bool:
     """Verify the folders; False, with the faults on stdout, if one is not to be published."""
-    from dbrx_quant.runtime.verify import verify
+    from dbrx_quant.runtime.folder.verify import verify
 
     sound = True
     for folder in folders:
@@ -98,9 +98,9 @@ def _all_sound(folders: list[Path], quiet: bool) -> bool:
 
 def _dry_run(arguments: argparse.Namespace, release: "Release") -> int:
     """Show everything that would go up, the repository taken to be new."""
-    from dbrx_quant.quantize.publish import branch_contents, main_contents
-    from dbrx_quant.quantize.remote import NOTHING
-    from dbrx_quant.quantize.source_card import CARD_NAME
+    from dbrx_quant.quantize.publish.repository import NOTHING
+    from dbrx_quant.quantize.publish.source_card import CARD_NAME
+    from dbrx_quant.quantize.publish.upload import branch_contents, main_contents
 
     with tempfile.TemporaryDirectory() as name:
         contents = [branch_contents(release, branch) for branch in release.branches if branch.name != "main"]
@@ -131,8 +131,8 @@ def _dry_run(arguments: argparse.Namespace, release: "Release") -> int:
 
 
 def _listing(contents: "Contents") -> dict[str, Any]:
-    from dbrx_quant.quantize.model_card import PICTURE_NAME
-    from dbrx_quant.quantize.source_card import CARD_NAME
+    from dbrx_quant.quantize.publish.card import PICTURE_NAME
+    from dbrx_quant.quantize.publish.source_card import CARD_NAME
 
     made = {PICTURE_NAME: "drawn"}
     files = [
@@ -150,10 +150,10 @@ def _listing(contents: "Contents") -> dict[str, Any]:
 def _upload(arguments: argparse.Namespace, release: "Release") -> int:
     import traceback
 
-    from dbrx_quant.quantize.hub import Hub, HubError
-    from dbrx_quant.quantize.publish import publish
-    from dbrx_quant.quantize.release import files_that_mention
-    from dbrx_quant.quantize.remote import look
+    from dbrx_quant.quantize.publish.client import Hub, HubError
+    from dbrx_quant.quantize.publish.release import files_that_mention
+    from dbrx_quant.quantize.publish.repository import look
+    from dbrx_quant.quantize.publish.upload import publish
 
     hub = Hub(release.repository, say)
     for folder in release.folders.values():

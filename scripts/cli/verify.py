@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from dbrx_quant.scripts.arguments import add_quiet_argument
-from dbrx_quant.scripts.output import bytes_text, counter, print_json, say
-from dbrx_quant.scripts.verb import Verb
+from dbrx_quant.scripts.terminal.arguments import add_quiet_argument
+from dbrx_quant.scripts.terminal.output import bytes_text, counter, print_json, say
+from dbrx_quant.scripts.terminal.verb import Verb
 
 CHECK_FAILED = 3
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify; 3 where something is wrong."""
-    from dbrx_quant.runtime.verify import verify
+    from dbrx_quant.runtime.folder.verify import verify
 
     with counter("checksums", "B", arguments.quiet or arguments.no_checksums) as progress:
         report = verify(arguments.folder, checksums=not arguments.no_checksums, progress=progress)

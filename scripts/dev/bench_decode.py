@@ -1,6 +1,6 @@
 """How fast a small model decodes on the CPU, and where the time of a token goes.
 
-    python -m dbrx_quant.scripts.bench_decode DIR [--threads N] [--tokens N] [--dtype NAME] [--json]
+    python -m dbrx_quant.scripts.dev.bench_decode DIR [--threads N] [--tokens N] [--dtype NAME] [--json]
         [--record DIR]
 
 Runs transformers' `generate` (greedy, no end of text) on a quantized folder in turns with and without
@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from dbrx_quant.runtime import _native, load_model
-from dbrx_quant.runtime.linear import QuantLinear
-from dbrx_quant.runtime.native_step import layer_parts, use_native_step
-from dbrx_quant.scripts.bench_record import add_record_argument, record
-from dbrx_quant.scripts.output import ends_with_its_reader, print_json, print_table
+from dbrx_quant.runtime import load_model
+from dbrx_quant.runtime.library import _native
+from dbrx_quant.runtime.model.linear import QuantLinear
+from dbrx_quant.runtime.model.native_step import layer_parts, use_native_step
+from dbrx_quant.scripts.dev.bench_record import add_record_argument, record
+from dbrx_quant.scripts.terminal.output import ends_with_its_reader, print_json, print_table
 
 PROMPT = torch.arange(1, 17)[None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,7 +130,9 @@ def measure(model: Any, threads: int, tokens: int, runs: int) -> dict[str, Any]:
                 "python": seconds_of["_step"] - seconds_of["dbrxq_decode"],
             }
     if not parts["layers"]:
-        raise ValueError("no native step was taken; see dbrx_quant.runtime.native_step for what it needs")
+        raise ValueError(
+            "no native step was taken; see dbrx_quant.runtime.model.native_step for what it needs"
+        )
     milliseconds = {name: 1e3 * seconds / tokens for name, seconds in parts.items()}
     milliseconds["transformers"] = 2 * milliseconds["total"] - sum(milliseconds.values())
     return {

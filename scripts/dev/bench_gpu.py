@@ -1,4 +1,4 @@
-"""Builds, checks and times every CUDA kernel on a real GPU: `python -m dbrx_quant.scripts.bench_gpu`.
+"""Builds, checks and times every CUDA kernel on a real GPU: `python -m dbrx_quant.scripts.dev.bench_gpu`.
 
 One command for the day there is a GPU. It compiles csrc/cuda for that GPU, holds every kernel to the
 plain-torch reference, then times them at DBRX's shapes with weights rotating through more memory than the L2
@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.scripts.output import ends_with_its_reader
+from dbrx_quant.scripts.terminal.output import ends_with_its_reader
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 HIDDEN, FFN, EXPERTS, ACTIVE = 6144, 10752, 16, 4
 ROTATED_BYTES = 512 << 20
 WRONG, MISSING = 3, 2
@@ -137,7 +137,7 @@ def copy_bandwidth() -> float:
 
 def _backends() -> tuple[Any, Any]:
     """The modules with the operators on CUDA and in plain torch."""
-    from dbrx_quant.runtime.backends import cuda, reference
+    from dbrx_quant.runtime.kernels import cuda, reference
 
     return cuda, reference
 
@@ -146,7 +146,7 @@ def check() -> list[str]:
     """Differences from the reference beyond rounding, one line each."""
     import torch
 
-    from dbrx_quant.runtime.backends.stored import Stored
+    from dbrx_quant.runtime.kernels.stored import Stored
 
     cuda, reference = _backends()
     faults = []
@@ -178,7 +178,7 @@ def check() -> list[str]:
 
 def _experts(count: int, hidden: int, ffn: int, groups: Callable[[int], list[tuple[int, int]]]) -> Any:
     """Three lists, gate, up and down of `count` experts, as the backends take them."""
-    from dbrx_quant.runtime.backends.stored import StoredList
+    from dbrx_quant.runtime.kernels.stored import StoredList
 
     shapes = ((hidden, ffn), (hidden, ffn), (ffn, hidden))
     return [
@@ -191,7 +191,7 @@ def time_linears() -> list[dict[str, Any]]:
     """A linear at every width and number of tokens, in a CUDA graph and from Python."""
     import torch
 
-    from dbrx_quant.runtime.backends.stored import Stored
+    from dbrx_quant.runtime.kernels.stored import Stored
 
     cuda, _ = _backends()
     rows = []
@@ -277,11 +277,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(
             "no GPU: torch finds no CUDA device here (a torch built for CUDA and a driver are needed); "
-            "the kernels still run without one in tests/test_cuda_products.py and its neighbours",
+            "the kernels still run without one in tests/runtime/kernels",
             file=sys.stderr,
         )
         return MISSING
-    from dbrx_quant.runtime import _cuda
+    from dbrx_quant.runtime.library import _cuda
 
     properties = torch.cuda.get_device_properties(0)
     with tempfile.TemporaryDirectory() as folder:

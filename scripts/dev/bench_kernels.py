@@ -1,6 +1,6 @@
 """How fast the CPU kernels run at DBRX's shapes, beside what this machine's memory gives. Random weights.
 
-    python -m dbrx_quant.scripts.bench_kernels [--threads N] [--json] [--record DIR] [--plot FILE]
+    python -m dbrx_quant.scripts.dev.bench_kernels [--threads N] [--json] [--record DIR] [--plot FILE]
         [--llama FOLDER]
 
 One run measures, with 1 and 2 threads unless told otherwise:
@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbrx_quant.runtime import _abi, _native
-from dbrx_quant.runtime.activations import BITS
-from dbrx_quant.runtime.backends.stored import Stored
-from dbrx_quant.runtime.backends.structs import describe_linear
-from dbrx_quant.scripts.bench_record import add_record_argument, record
-from dbrx_quant.scripts.output import ends_with_its_reader, print_json, print_table
+from dbrx_quant.runtime.kernels.activations import BITS
+from dbrx_quant.runtime.kernels.stored import Stored
+from dbrx_quant.runtime.kernels.structs import describe_linear
+from dbrx_quant.runtime.library import _abi, _native
+from dbrx_quant.scripts.dev.bench_record import add_record_argument, record
+from dbrx_quant.scripts.terminal.output import ends_with_its_reader, print_json, print_table
 
 HIDDEN, FFN, EXPERTS, ACTIVE = 6144, 10752, 16, 4  # DBRX
 SHAPES = ((HIDDEN, FFN), (FFN, HIDDEN))  # K, N
@@ -282,7 +282,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for bits in WIDTHS
     }
     if arguments.llama:
-        from dbrx_quant.scripts.bench_llama import measure_llama
+        from dbrx_quant.scripts.dev.bench_llama import measure_llama
 
         report["llama"] = [row for count in threads for row in measure_llama(arguments.llama, count, seconds)]
         report["times_llama"] = compare(report["gemv"], report["llama"])

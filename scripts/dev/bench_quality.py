@@ -1,6 +1,6 @@
 """How close quantized models stay to their original: sizes beside other tools, and one change at a time.
 
-    python -m dbrx_quant.scripts.bench_quality MODEL --calibration FILE --held-out FILE --text FILE
+    python -m dbrx_quant.scripts.dev.bench_quality MODEL --calibration FILE --held-out FILE --text FILE
         --work DIR [--study sizes,scales,…] [--targets 2.5,3.0,4.25] [--peers FILE] [--plot DIR]
         [--record DIR]
 
@@ -24,33 +24,33 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.data import UNSEEN_EVERY, load_tokens
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize.measure import MeasureJob, measure
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.text.tokens import UNSEEN_EVERY, load_tokens
+from dbrx_quant.quantize.budget.predict import Predictor
+from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.quantize.measurement import (
     Measurement,
     read_measurement,
     source_facts,
     write_measurement,
 )
-from dbrx_quant.quantize.patch_config import write_configs
-from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
-from dbrx_quant.quantize.predict import Predictor
-from dbrx_quant.quantize.repair import NO_REPAIR
-from dbrx_quant.quantize.shards import write_shards
-from dbrx_quant.quantize.tokenizer import write_tokenizer
-from dbrx_quant.runtime import _native
-from dbrx_quant.runtime.evaluate import evaluate, windows
-from dbrx_quant.runtime.files import fingerprint, write_json
-from dbrx_quant.runtime.inspect import inspect_folder
-from dbrx_quant.runtime.load_dense import load_dense
-from dbrx_quant.runtime.loader import load_model
-from dbrx_quant.runtime.products import fast_products
+from dbrx_quant.quantize.output.config import write_configs
+from dbrx_quant.quantize.second_pass import QuantizeJob, quantize_model
+from dbrx_quant.quantize.solve.repair import NO_REPAIR
+from dbrx_quant.runtime.evaluation.scores import evaluate, windows
+from dbrx_quant.runtime.files.atomic import fingerprint, write_json
+from dbrx_quant.runtime.folder.inspect import inspect_folder
+from dbrx_quant.runtime.folder.shards import write_shards
+from dbrx_quant.runtime.kernels.float_matmul import fast_products
+from dbrx_quant.runtime.library import _native
+from dbrx_quant.runtime.model.load import load_model
+from dbrx_quant.runtime.model.load_dense import load_dense
 from dbrx_quant.runtime.progress import Progress
-from dbrx_quant.scripts.bench_record import add_record_argument, record
-from dbrx_quant.scripts.output import ends_with_its_reader, hush_loading, print_json, say
-from dbrx_quant.scripts.quality_report import compare, plot, show
-from dbrx_quant.scripts.quality_variants import LENGTH, STUDIES, Setting, Variant
+from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
+from dbrx_quant.scripts.dev.bench_record import add_record_argument, record
+from dbrx_quant.scripts.dev.quality_report import compare, plot, show
+from dbrx_quant.scripts.dev.quality_variants import LENGTH, STUDIES, Setting, Variant
+from dbrx_quant.scripts.terminal.output import ends_with_its_reader, hush_loading, print_json, say
 
 T = TypeVar("T")
 

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.files import write_json
-from dbrx_quant.scripts.doctor import examine
-from dbrx_quant.scripts.output import model_title
+from dbrx_quant.runtime.files.atomic import write_json
+from dbrx_quant.scripts.cli.doctor import examine
+from dbrx_quant.scripts.terminal.output import model_title
 
 RECORD_VERSION = 1
 _NOISE = re.compile(r"\(.*?\)|\b(cpu|processor|\d+-core|\w+ virtual)\b|@.*", re.IGNORECASE)

@@ -1,6 +1,6 @@
 """Holds the compiled CUDA kernels against written budgets: what can be proved about speed without a GPU.
 
-`python -m dbrx_quant.scripts.cuda_budgets [--arch 80 90 …]` compiles csrc/cuda/*.cu with nvcc, reads
+`python -m dbrx_quant.scripts.dev.cuda_budgets [--arch 80 90 …]` compiles csrc/cuda/*.cu with nvcc, reads
 registers, spills and shared memory from ptxas, and from the machine code (cuobjdump or nvdisasm, if found;
 `pip install -e '.[cuda-tools]'` brings them) the instructions per weight of each main loop and the width of
 its loads. It exits with 3 when a budget is broken, 2 when nvcc is missing.
@@ -25,9 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dbrx_quant.scripts.output import ends_with_its_reader
+from dbrx_quant.scripts.terminal.output import ends_with_its_reader
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BROKEN, MISSING = 3, 2
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 

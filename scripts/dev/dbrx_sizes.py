@@ -1,18 +1,24 @@
 """What DBRX takes at each number of bits per weight, and the bits that a memory allows (docs/dbrx.md).
 
-`python -m dbrx_quant.scripts.dbrx_sizes` prints them as Markdown. The sums are those of `convert --dry-run`,
-for the shapes of dbrx-base and dbrx-instruct, so that the 264 GB of weights need not be there.
+`python -m dbrx_quant.scripts.dev.dbrx_sizes` prints Markdown. The sums are those of
+`convert --dry-run`, for the shapes of dbrx-base and dbrx-instruct; the 264 GB of weights need not be there.
 """
 
 import argparse
 import math
 from collections.abc import Sequence
 
-from dbrx_quant.quantize.memory import peak_bytes, states_bytes
-from dbrx_quant.quantize.sizes import cache_bytes, decoder_weights, fixed_bytes, shape_range, total_bytes
+from dbrx_quant.quantize.estimate.memory import peak_bytes, states_bytes
+from dbrx_quant.quantize.estimate.sizes import (
+    cache_bytes,
+    decoder_weights,
+    fixed_bytes,
+    shape_range,
+    total_bytes,
+)
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.facts import Architecture
-from dbrx_quant.scripts.output import ends_with_its_reader, print_json
+from dbrx_quant.scripts.terminal.output import ends_with_its_reader, print_json
 
 BPWS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.25, 5.0, 6.0)
 CONTEXTS = (4096, 8192)

@@ -1,6 +1,6 @@
 """Train a small DBRX that is a real language model, from text that every CPython installation carries.
 
-`python scripts/make_tiny_dbrx.py OUT [--minutes N | --steps N] [--seed S]`
+`python scripts/dev/make_tiny_dbrx.py OUT [--minutes N | --steps N] [--seed S]`
 
 The folder looks like a DBRX checkpoint on the Hub, with its traps: fused expert tensors, the RoPE base only
 inside `attn_config`, no eos in config.json, no generation_config.json, more embeddings than tokens.
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dbrx_quant.runtime.files import save_tensors, write_json, write_text
-from dbrx_quant.scripts.output import ends_with_its_reader
+from dbrx_quant.runtime.files.atomic import save_tensors, write_json, write_text
+from dbrx_quant.scripts.terminal.output import ends_with_its_reader
 
 BASE_VOCABULARY = 672  # byte-level BPE entries, the counterpart of DBRX's 100256
 SPECIAL_TOKENS = (  # ids BASE_VOCABULARY + 0, 1, ...: the order of DBRX's ids 100256 ... 100279
@@ -434,7 +434,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     write_folder(chosen.out, model, tokenizer, held)
     figures = measure(chosen.out, held_streams, torch.cat(streams))
-    command = "python scripts/make_tiny_dbrx.py"
+    command = "python scripts/dev/make_tiny_dbrx.py"
     recipe = {
         "command": f"{command} OUT --steps {steps} --seed {chosen.seed} --threads {chosen.threads}",
         "text": "pydoc topics, docstrings and sources of the standard library (PSF License Version 2)",

@@ -1,7 +1,7 @@
 """Draws the pictures of docs/how-it-works.md from a conversion of the small DBRX in tests/data.
 
-`python -m dbrx_quant.scripts.plot_how_it_works [--out docs]`; needs matplotlib (`pip install -e '.[plots]'`)
-and takes about two minutes. Every figure in a picture is measured in that run.
+`python -m dbrx_quant.scripts.dev.plot_how_it_works [--out docs/pictures]`; needs the extra
+`plots` and takes about two minutes. Every figure in a picture is measured in that run.
 """
 
 import argparse
@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.data import load_saved, split_unseen
-from dbrx_quant.calibration.hessian import Moments
-from dbrx_quant.calibration.shrinkage import hessian
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.calibration.walk import add_dense_experts, turns
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.blocks.walk import add_dense_experts, turns
+from dbrx_quant.calibration.statistics.moments import Moments
+from dbrx_quant.calibration.statistics.shrinkage import hessian
+from dbrx_quant.calibration.text.tokens import load_saved, split_unseen
 from dbrx_quant.quantize import ConvertOptions, convert
-from dbrx_quant.quantize.grid import scale_table, search_group
-from dbrx_quant.quantize.ldlq import EFFORTS, Factor, quantize_matrix
+from dbrx_quant.quantize.budget.strategy import STRATEGY_NAME, Outcome, Strategy, read_strategy
 from dbrx_quant.quantize.measurement import (
     HEAD,
     MEASUREMENT_NAME,
@@ -32,11 +31,12 @@ from dbrx_quant.quantize.measurement import (
     read_measurement,
 )
 from dbrx_quant.quantize.options import target_name
-from dbrx_quant.quantize.prepare import Prepared, prepare
-from dbrx_quant.quantize.strategy import STRATEGY_NAME, Outcome, Strategy, read_strategy
+from dbrx_quant.quantize.solve.grid import scale_table, search_group
+from dbrx_quant.quantize.solve.ldlq import EFFORTS, Factor, quantize_matrix
+from dbrx_quant.quantize.solve.prepare import Prepared, prepare
+from dbrx_quant.runtime.exl2.format import uniform_groups
 from dbrx_quant.runtime.families.facts import LinearSpec
-from dbrx_quant.runtime.format import uniform_groups
-from dbrx_quant.scripts.output import ends_with_its_reader
+from dbrx_quant.scripts.terminal.output import ends_with_its_reader
 
 TARGETS = (2.35, 2.5, 2.75, 3.0, 3.5, 4.25)
 SHOWN = 3.0  # the target that pictures of one checkpoint show
@@ -349,10 +349,10 @@ def _save(figure: Any, axes: Any, title: str, file: Path, grid: bool = True) -> 
 @ends_with_its_reader
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert, measure, draw."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     parser = argparse.ArgumentParser(description="Draw the pictures of docs/how-it-works.md.")
     parser.add_argument("--model", type=Path, default=root / "tests" / "data" / "tiny-dbrx", help="a DBRX")
-    parser.add_argument("--out", type=Path, default=root / "docs", help="where the pictures go")
+    parser.add_argument("--out", type=Path, default=root / "docs" / "pictures", help="where the pictures go")
     parser.add_argument("--work", type=Path, default=root / "build" / "how-it-works", help="for checkpoints")
     options = parser.parse_args(arguments)
     matplotlib = importlib.import_module("matplotlib")  # by name: an optional library, unknown to checkers

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.scripts.output import print_table
+from dbrx_quant.scripts.terminal.output import print_table
 
 Point = tuple[float, float]
 Row = Mapping[str, Any]

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.data import UNSEEN_EVERY
-from dbrx_quant.calibration.hessian import Moments, SplitMoments
-from dbrx_quant.calibration.shrinkage import Shrinkage
-from dbrx_quant.quantize.allocate import allocate, spend, strategy_of
-from dbrx_quant.quantize.grid import SCALES, inverse_scale, round_half, scale_table, search_group
-from dbrx_quant.quantize.ldlq import Factor, SolvedLinear
+from dbrx_quant.calibration.statistics.moments import Moments, SplitMoments
+from dbrx_quant.calibration.statistics.shrinkage import Shrinkage
+from dbrx_quant.calibration.text.tokens import UNSEEN_EVERY
+from dbrx_quant.quantize.budget.allocate import allocate, spend, strategy_of
+from dbrx_quant.quantize.budget.groups import GROUP_ROWS, lower_hull
+from dbrx_quant.quantize.budget.strategy import Strategy
 from dbrx_quant.quantize.measurement import LinearMeasurement, Measurement, Option
-from dbrx_quant.quantize.recipe import GROUP_ROWS, lower_hull
-from dbrx_quant.quantize.repair import NO_REPAIR
-from dbrx_quant.quantize.shrinkage import choose_shrinkage
-from dbrx_quant.quantize.strategy import Strategy
-from dbrx_quant.runtime.format import WIDTHS, GroupMap, uniform_groups
+from dbrx_quant.quantize.solve.grid import SCALES, inverse_scale, round_half, scale_table, search_group
+from dbrx_quant.quantize.solve.ldlq import Factor, SolvedLinear
+from dbrx_quant.quantize.solve.repair import NO_REPAIR
+from dbrx_quant.quantize.solve.shrinkage import choose_shrinkage
+from dbrx_quant.runtime.exl2.format import WIDTHS, GroupMap, uniform_groups
 
 Allocation = Callable[
     [Measurement, float, int], Strategy
@@ -33,7 +33,8 @@ Allocation = Callable[
 
 LENGTH = 256  # tokens of a row made from --calibration-text
 MEASURE, CURVE, SHRINKAGE, SOLVE = (
-    f"dbrx_quant.quantize.{name}" for name in ("measure", "curve", "shrinkage", "solve")
+    f"dbrx_quant.quantize.{name}"
+    for name in ("first_pass", "budget.curve", "solve.shrinkage", "solve.linear")
 )
 
 

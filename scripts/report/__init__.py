@@ -1,1 +1,1 @@
-"""The report on quantized folders: its data, its page, its pictures."""
+"""The HTML report."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dbrx_quant.scripts.reporting.marks import digits, escape
+from dbrx_quant.scripts.report.marks import digits, escape
 
 WIDTH, HEIGHT = 600, 380
 _UNITS = (("nats", 1.0), ("thousandths of a nat", 1e-3), ("millionths of a nat", 1e-6))

@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dbrx_quant.quantize.frontier import anchored
-from dbrx_quant.scripts.output import bytes_text
-from dbrx_quant.scripts.reporting.charts import Mark, log_chart
-from dbrx_quant.scripts.reporting.data import BLOCK, BPW, Report, label, measured_kl
-from dbrx_quant.scripts.reporting.heatmaps import Scale, grids, heat_table, key, stripes
-from dbrx_quant.scripts.reporting.marks import MINUS, MISSING, count_text, digits, escape, percent
-from dbrx_quant.scripts.reporting.sections import bits_scale, data_table, details, section
+from dbrx_quant.quantize.budget.frontier import anchored
+from dbrx_quant.scripts.report.charts import Mark, log_chart
+from dbrx_quant.scripts.report.data import BLOCK, BPW, Report, label, measured_kl
+from dbrx_quant.scripts.report.heatmaps import Scale, grids, heat_table, key, stripes
+from dbrx_quant.scripts.report.marks import MINUS, MISSING, count_text, digits, escape, percent
+from dbrx_quant.scripts.report.sections import bits_scale, data_table, details, section
+from dbrx_quant.scripts.terminal.output import bytes_text
 
 Evaluation = dict[str, Any]
 

@@ -14,16 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.quantize.frontier import FrontierPoint, anchored, frontier
+from dbrx_quant.quantize.budget.frontier import FrontierPoint, anchored, frontier
+from dbrx_quant.quantize.budget.strategy import Outcome, Strategy, find_strategy
 from dbrx_quant.quantize.measurement import Measurement, find_measurement
-from dbrx_quant.quantize.record import Record, read_record
-from dbrx_quant.quantize.strategy import Outcome, Strategy, find_strategy
-from dbrx_quant.runtime.config import read_config
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.evaluations import read_evaluations
+from dbrx_quant.quantize.output.record import Record, read_record
+from dbrx_quant.runtime.evaluation.record import read_evaluations
+from dbrx_quant.runtime.exl2.group_text import render_groups
+from dbrx_quant.runtime.families.config import read_config
 from dbrx_quant.runtime.families.facts import ATTENTION_ROLES
-from dbrx_quant.runtime.group_text import render_groups
-from dbrx_quant.runtime.inspect import FolderFacts, LinearFacts, inspect_folder
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.inspect import FolderFacts, LinearFacts, inspect_folder
 
 REPORT_VERSION = 1
 

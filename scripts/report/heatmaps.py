@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dbrx_quant.scripts.reporting.data import BLOCK, EXPERT, KIND, Report
-from dbrx_quant.scripts.reporting.marks import MISSING, escape
+from dbrx_quant.scripts.report.data import BLOCK, EXPERT, KIND, Report
+from dbrx_quant.scripts.report.marks import MISSING, escape
 
 STEPS = 20
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.scripts.reporting import comparison, sections
-from dbrx_quant.scripts.reporting.data import Report, label
-from dbrx_quant.scripts.reporting.marks import escape
+from dbrx_quant.scripts.report import comparison, sections
+from dbrx_quant.scripts.report.data import Report, label
+from dbrx_quant.scripts.report.marks import escape
 
 _HERE = Path(__file__).parent
 

@@ -1,10 +1,10 @@
-"""The report's pictures as PNG files; see `quantize.pictures` for their common look."""
+"""The report's pictures as PNG files; see `quantize.publish.pictures` for their common look."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.quantize.pictures import (
+from dbrx_quant.quantize.publish.pictures import (
     INK,
     MUTED,
     SizePoint,
@@ -13,9 +13,9 @@ from dbrx_quant.quantize.pictures import (
     new_figure,
     save_figure,
 )
-from dbrx_quant.scripts.reporting.comparison import common_text, curves, evaluation_on
-from dbrx_quant.scripts.reporting.data import BPW, ERROR, HEAD_KIND, Report, kinds, label, measured_kl
-from dbrx_quant.scripts.reporting.heatmaps import Grid, grids
+from dbrx_quant.scripts.report.comparison import common_text, curves, evaluation_on
+from dbrx_quant.scripts.report.data import BPW, ERROR, HEAD_KIND, Report, kinds, label, measured_kl
+from dbrx_quant.scripts.report.heatmaps import Grid, grids
 
 _KINDS = ("#41557a", "#d48a1c", "#1f8a7d", "#a84a80", "#9a9484")
 Values = Sequence[float | None]

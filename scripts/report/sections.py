@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dbrx_quant.scripts.output import bytes_text
-from dbrx_quant.scripts.reporting.charts import Mark, legend, log_chart, shares, stacked_bars
-from dbrx_quant.scripts.reporting.data import (
+from dbrx_quant.scripts.report.charts import Mark, legend, log_chart, shares, stacked_bars
+from dbrx_quant.scripts.report.data import (
     BLOCK,
     BPW,
     ERROR,
@@ -20,8 +19,9 @@ from dbrx_quant.scripts.reporting.data import (
     label,
     measured_kl,
 )
-from dbrx_quant.scripts.reporting.heatmaps import Grid, Scale, grids, heat_table, key, stripes
-from dbrx_quant.scripts.reporting.marks import MINUS, MISSING, TIMES, count_text, digits, escape, percent
+from dbrx_quant.scripts.report.heatmaps import Grid, Scale, grids, heat_table, key, stripes
+from dbrx_quant.scripts.report.marks import MINUS, MISSING, TIMES, count_text, digits, escape, percent
+from dbrx_quant.scripts.terminal.output import bytes_text
 
 
 def masthead(report: Report) -> str:

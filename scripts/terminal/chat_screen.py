@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dbrx_quant.scripts.output import say
+from dbrx_quant.scripts.terminal.output import say
 
 if TYPE_CHECKING:
     from rich.console import Console

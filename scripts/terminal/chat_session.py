@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from dbrx_quant.scripts.arguments import positive, temperature
-from dbrx_quant.scripts.output import seconds_text
+from dbrx_quant.scripts.terminal.arguments import positive, temperature
+from dbrx_quant.scripts.terminal.output import seconds_text
 
 if TYPE_CHECKING:
-    from dbrx_quant.runtime.conversation import Answer, Conversation
+    from dbrx_quant.runtime.talk.conversation import Answer, Conversation
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ class Session:
         self._screen.note(summary(answer))
 
     def _save(self, path: Path) -> None:
-        from dbrx_quant.runtime.files import write_json
+        from dbrx_quant.runtime.files.atomic import write_json
 
         if not path.parent.is_dir():
             raise ValueError(f"{path.parent}: no such folder")

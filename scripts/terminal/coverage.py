@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dbrx_quant.scripts.output import print_table
+from dbrx_quant.scripts.terminal.output import print_table
 
 
 def print_coverage(file: Path) -> None:

@@ -12,37 +12,12 @@ import pytest
 import safetensors.torch
 import small_hub
 import torch
+from byte_tokenizer import write_tokenizer
 
-from dbrx_quant.calibration import data, offline, packing, texts
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.text import load_tokenizer
-
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-
-
-def write_tokenizer(folder, *, bos=False, eos=True, template=True, vocab_size=300, longest=4096):
-    """A byte-level tokenizer of 256 bytes and three special tokens; id of a byte b is 3 + its rank."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder.mkdir(parents=True, exist_ok=True)
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {text: i for i, text in enumerate(special + alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    if bos:
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
-        )
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>" if eos else None)
-    if template:
-        wrapped.chat_template = TEMPLATE
-    wrapped.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"vocab_size": vocab_size, "max_seq_len": longest}))
-    return folder
+from dbrx_quant.calibration.text import offline, packing, sources
+from dbrx_quant.calibration.text import tokens as text_tokens
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +27,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def offline_description(model):
-    return data.load_tokens("offline", model, 4, 64, 5).description
+    return text_tokens.load_tokens("offline", model, 4, 64, 5).description
 
 
 @pytest.fixture
@@ -77,7 +52,7 @@ def test_rows_use_every_token_once_and_every_second_begins_a_document(tmp_path, 
     source = numbered(tmp_path / "a.jsonl")
     lengths = [58 + 7 * i + 1 for i in range(40)]  # with the separator
     possible = sum(lengths) // 64
-    tokens = data.load_tokens(source, model, possible, 64, seed=3)
+    tokens = text_tokens.load_tokens(source, model, possible, 64, seed=3)
     assert tokens.input_ids.shape == (possible, 64)
     assert tokens.input_ids.dtype == torch.int64
     begins = [decode(row[:1]) == "^" for row in tokens.input_ids]
@@ -92,23 +67,28 @@ def test_rows_use_every_token_once_and_every_second_begins_a_document(tmp_path, 
     with pytest.raises(
         ValueError, match=rf"{possible + 1} rows of 64 .* gives {possible} rows and \d+ tokens"
     ):
-        data.load_tokens(source, model, possible + 1, 64, seed=3)
+        text_tokens.load_tokens(source, model, possible + 1, 64, seed=3)
 
 
 def test_a_row_continues_the_document_that_an_earlier_row_began(tmp_path, model, decode):
     source = jsonl(tmp_path / "a.jsonl", [{"text": "".join(map(chr, range(33, 113)))}])
-    rows = data.load_tokens(source, model, 2, 40).input_ids
+    rows = text_tokens.load_tokens(source, model, 2, 40).input_ids
     assert decode(rows.flatten()) == "".join(map(chr, range(33, 113)))
 
 
 def test_documents_end_with_the_separator(tmp_path, model, decode):
     source = jsonl(tmp_path / "a.jsonl", [{"text": "aaa"}, {"text": "aaa"}])
-    assert decode(data.load_tokens(source, model, 1, 8).input_ids[0]) == "aaa<|endoftext|>aaa<|endoftext|>"
+    assert (
+        decode(text_tokens.load_tokens(source, model, 1, 8).input_ids[0])
+        == "aaa<|endoftext|>aaa<|endoftext|>"
+    )
 
 
 def test_the_seed_decides_the_ids(tmp_path, model):
     source = numbered(tmp_path / "a.jsonl")
-    first, again, other = (data.load_tokens(source, model, 8, 64, seed).input_ids for seed in (1, 1, 2))
+    first, again, other = (
+        text_tokens.load_tokens(source, model, 8, 64, seed).input_ids for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -116,13 +96,13 @@ def test_the_seed_decides_the_ids(tmp_path, model):
 def test_parts_get_their_shares_of_the_tokens(model):
     sizes = random.Random(5)
     parts = [
-        texts.Part(name, share, (letter * sizes.randrange(1, 900) for _ in itertools.count()))
+        sources.Part(name, share, (letter * sizes.randrange(1, 900) for _ in itertools.count()))
         for name, share, letter in (("x", 0.5, "x"), ("y", 0.3, "y"), ("z", 0.2, "z"))
     ]
     packed = packing.pack_rows(parts, load_tokenizer(model), 50, 128)
     for part in parts:
         assert abs(packed.counts[part.name]["tokens"] / (50 * 128) - part.share) < 128 / 6400
-    dry = [texts.Part("dry", 0.9, iter(["a" * 20])), texts.Part("wet", 0.1, iter(["b" * 999]))]
+    dry = [sources.Part("dry", 0.9, iter(["a" * 20])), sources.Part("wet", 0.1, iter(["b" * 999]))]
     packed = packing.pack_rows(dry, load_tokenizer(model), 10, 100)
     assert packed.input_ids.shape == (10, 100)
     assert packed.counts["dry"] == {"documents": 1, "tokens": 21}
@@ -131,7 +111,7 @@ def test_parts_get_their_shares_of_the_tokens(model):
 def test_bos_comes_as_the_tokenizer_says(tmp_path):
     folder = write_tokenizer(tmp_path / "m", bos=True)
     source = jsonl(tmp_path / "a.jsonl", [{"text": "a" * 30}, {"text": "a" * 30}])
-    ids = data.load_tokens(source, folder, 2, 20).input_ids
+    ids = text_tokens.load_tokens(source, folder, 2, 20).input_ids
     assert ids[0, 0] == 1  # BOS begins a document …
     assert ids[1, 0] != 1  # … and not the row that continues it
     assert (ids == 1).sum() == 2
@@ -141,12 +121,12 @@ def test_conversations_go_through_the_chat_template(tmp_path, model, decode):
     turns = [{"role": "user", "content": "Why?", "id": 7}, {"role": "assistant", "content": "So."}]
     source = jsonl(tmp_path / "a.jsonl", [{"messages": turns, "text": None}])
     expected = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n<|endoftext|>"
-    ids = data.load_tokens(source, model, 1, 29).input_ids[0]
+    ids = text_tokens.load_tokens(source, model, 1, 29).input_ids[0]
     assert decode(ids) == expected
     assert ids[0] == 1  # a special token, not its characters
 
     plain = write_tokenizer(tmp_path / "plain", template=False, eos=False)
-    tokens = data.load_tokens(source, plain, 1, 24)
+    tokens = text_tokens.load_tokens(source, plain, 1, 24)
     assert decode(tokens.input_ids[0]) == "User: Why?\n\nAssistant: S"
     assert any("no chat template" in notice for notice in tokens.description["notices"])
     assert any("no end-of-text" in notice for notice in tokens.description["notices"])
@@ -158,12 +138,12 @@ def test_conversations_go_through_the_chat_template(tmp_path, model, decode):
 def test_plain_text_is_cut_at_separators_or_paragraphs(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n<|endoftext|>\ntwo\nlines\n<|endoftext|>\n\n<|endoftext|>\nthree")
-    assert [text.strip() for text in texts.read_file(path)] == ["one", "two\nlines", "three"]
+    assert [text.strip() for text in sources.read_file(path)] == ["one", "two\nlines", "three"]
     path.write_text("one\ftwo")
-    assert list(texts.read_file(path)) == ["one", "two"]
+    assert list(sources.read_file(path)) == ["one", "two"]
     paragraphs = [f"{i}" * 5000 for i in range(10)]
     path.write_text("\n \n".join(paragraphs))
-    passages = list(texts.read_file(path))
+    passages = list(sources.read_file(path))
     assert len(passages) == 3
     assert "".join(passages) == "\n \n".join(paragraphs)
 
@@ -180,7 +160,7 @@ def test_parquet_gives_messages_text_or_all_strings(tmp_path):
         ({"question": ["q", "r"], "n": [1, 2], "answer": ["a", None]}, ["q\na", "r"]),
     ):
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
-        assert list(texts.read_file(path)) == expected
+        assert list(sources.read_file(path)) == expected
 
 
 @pytest.mark.parametrize(
@@ -200,7 +180,7 @@ def test_parquet_gives_messages_text_or_all_strings(tmp_path):
 def test_broken_files_are_refused_with_the_place(tmp_path, model, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:
-        data.load_tokens(tmp_path / name, model, 1, 4)
+        text_tokens.load_tokens(tmp_path / name, model, 1, 4)
     assert name in str(caught.value)
 
 
@@ -210,7 +190,7 @@ def test_parquet_without_text_is_refused(tmp_path, model):
 
     pyarrow.parquet.write_table(pyarrow.table({"n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(CheckpointError, match="no column of text or messages among n"):
-        data.load_tokens(tmp_path / "a.parquet", model, 1, 4)
+        text_tokens.load_tokens(tmp_path / "a.parquet", model, 1, 4)
 
 
 def test_unknown_sources_and_bad_sizes_are_the_callers_mistake(tmp_path, model):
@@ -223,47 +203,47 @@ def test_unknown_sources_and_bad_sizes_are_the_callers_mistake(tmp_path, model):
         "a/b:1:2:3:4",
     ):
         with pytest.raises(ValueError, match=r"no such file|expected org/name"):
-            data.load_tokens(source, model, 1, 4)
+            text_tokens.load_tokens(source, model, 1, 4)
     (tmp_path / "a.pdf").write_bytes(b"")
     with pytest.raises(ValueError, match=r"calibration files are \.txt"):
-        data.load_tokens(tmp_path / "a.pdf", model, 1, 4)
+        text_tokens.load_tokens(tmp_path / "a.pdf", model, 1, 4)
     with pytest.raises(ValueError, match="rows must be at least 1"):
-        data.load_tokens("offline", model, 0, 4)
+        text_tokens.load_tokens("offline", model, 0, 4)
     with pytest.raises(ValueError, match="more than the 4096 tokens"):
-        data.load_tokens("offline", model, 1, 4097)
+        text_tokens.load_tokens("offline", model, 1, 4097)
     with pytest.raises(CheckpointError, match="no such folder"):
-        data.load_tokens("offline", tmp_path / "nowhere", 1, 4)
+        text_tokens.load_tokens("offline", tmp_path / "nowhere", 1, 4)
 
 
 # --- ready tokens
 
 
 def test_saved_tokens_read_back_with_their_description(tmp_path, model, capsys):
-    made = data.load_tokens(numbered(tmp_path / "a.jsonl"), model, 8, 64, seed=9)
+    made = text_tokens.load_tokens(numbered(tmp_path / "a.jsonl"), model, 8, 64, seed=9)
     path = tmp_path / "tokens.safetensors"
-    data.save_tokens(path, made)
-    read = data.load_saved(path)
+    text_tokens.save_tokens(path, made)
+    read = text_tokens.load_saved(path)
     assert torch.equal(read.input_ids, made.input_ids)
     changed = {"source": str(path), "made_from": made.description["source"]}
     assert read.description == {**made.description, **changed}
-    cut = data.load_tokens(path, model, rows=3, length=10, seed=1)
+    cut = text_tokens.load_tokens(path, model, rows=3, length=10, seed=1)
     assert torch.equal(cut.input_ids, made.input_ids[:3, :10])
     assert (cut.description["rows"], cut.description["length"], cut.description["seed"]) == (3, 10, 9)
     assert cut.description["content"] != made.description["content"]
     assert cut.description["notices"] == []
     other = write_tokenizer(tmp_path / "other", bos=True)
-    assert "made with another tokenizer" in data.load_tokens(path, other).description["notices"][0]
+    assert "made with another tokenizer" in text_tokens.load_tokens(path, other).description["notices"][0]
     assert "made with another tokenizer" in capsys.readouterr().err
     for asked in ({"rows": 9}, {"length": 65}):
         with pytest.raises(ValueError, match=r"asked for, but the file has"):
-            data.load_tokens(path, model, **asked)
+            text_tokens.load_tokens(path, model, **asked)
 
 
 def test_ready_tokens_of_other_makers_are_taken_as_they_are(tmp_path, model):
     path = tmp_path / "tokens.safetensors"
     ids = torch.arange(24).view(4, 6)
     safetensors.torch.save_file({"input_ids": ids}, path)
-    tokens = data.load_tokens(path, model)
+    tokens = text_tokens.load_tokens(path, model)
     assert torch.equal(tokens.input_ids, ids)
     assert tokens.description["seed"] is None
 
@@ -286,7 +266,7 @@ def test_ready_tokens_are_checked(tmp_path, model, tensors, message):
     path = tmp_path / "tokens.safetensors"
     safetensors.torch.save_file(tensors, path)
     with pytest.raises(CheckpointError, match=message):
-        data.load_tokens(path, model)
+        text_tokens.load_tokens(path, model)
 
 
 def test_descriptions_of_another_version_are_refused(tmp_path, model):
@@ -297,7 +277,7 @@ def test_descriptions_of_another_version_are_refused(tmp_path, model):
     ):
         safetensors.torch.save_file({"input_ids": torch.zeros(1, 1, dtype=torch.int64)}, path, metadata)
         with pytest.raises(CheckpointError, match=message):
-            data.load_tokens(path, model)
+            text_tokens.load_tokens(path, model)
 
 
 # --- named sets and the Hub
@@ -316,7 +296,7 @@ def test_offline_text_is_plenty_and_the_same_every_time():
 
 def test_offline_does_not_depend_on_hash_seed_or_process(model, offline_description):
     code = (
-        "import sys; from dbrx_quant.calibration.data import load_tokens;"
+        "import sys; from dbrx_quant.calibration.text.tokens import load_tokens;"
         "print(load_tokens('offline', sys.argv[1], 4, 64, 5).description['content'])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
@@ -328,7 +308,7 @@ def test_offline_does_not_depend_on_hash_seed_or_process(model, offline_descript
 def test_offline_gives_fewer_rows_with_a_notice_when_text_runs_out(model, monkeypatch, capsys):
     for name in ("prose", "code", "conversations"):
         monkeypatch.setattr(offline, name, lambda: iter(["a" * 99]))
-    tokens = data.load_tokens("offline", model, 10, 100)
+    tokens = text_tokens.load_tokens("offline", model, 10, 100)
     assert tokens.input_ids.shape == (3, 100)
     assert "10 rows of 100 tokens asked for, but the text gives 3" in tokens.description["notices"][0]
     assert "gives 3 rows" in capsys.readouterr().err
@@ -336,7 +316,7 @@ def test_offline_gives_fewer_rows_with_a_notice_when_text_runs_out(model, monkey
 
 def test_default_falls_back_to_offline_and_says_so_when_the_hub_is_away(model, offline_description):
     code = (
-        "import json, sys; from dbrx_quant.calibration.data import load_tokens\n"
+        "import json, sys; from dbrx_quant.calibration.text.tokens import load_tokens\n"
         "print(json.dumps(load_tokens('default', sys.argv[1], 4, 64, 5).description))\n"
         "try: load_tokens('org/name', sys.argv[1], 4, 64, 5)\n"
         "except RuntimeError as error: print(error)"
@@ -358,7 +338,7 @@ def test_default_falls_back_to_offline_at_once_in_offline_mode(
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what the environment variable sets
-    described = data.load_tokens("default", model, 4, 64, 5).description
+    described = text_tokens.load_tokens("default", model, 4, 64, 5).description
     assert_fell_back(described, offline_description, capsys.readouterr().err)
     assert "offline mode" in described["notices"][0]
 
@@ -398,7 +378,7 @@ def test_datasets_are_streamed_from_the_hub_by_config_split_and_column(tmp_path,
         "org/gone": {"data.jsonl": None},
     }
     code = (
-        "import sys; from dbrx_quant.calibration.data import load_tokens, save_tokens\n"
+        "import sys; from dbrx_quant.calibration.text.tokens import load_tokens, save_tokens\n"
         "for i, seed in enumerate((1, 1, 2)):\n"
         "    tokens = load_tokens('default', sys.argv[1], 20, 100, seed)\n"
         "    save_tokens(f'{sys.argv[2]}/{i}.safetensors', tokens)\n"
@@ -412,7 +392,7 @@ def test_datasets_are_streamed_from_the_hub_by_config_split_and_column(tmp_path,
         command = [sys.executable, "-c", code, str(model), str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    first, again, other = (data.load_saved(tmp_path / f"{i}.safetensors") for i in range(3))
+    first, again, other = (text_tokens.load_saved(tmp_path / f"{i}.safetensors") for i in range(3))
     assert torch.equal(first.input_ids, again.input_ids)
     assert not torch.equal(first.input_ids, other.input_ids)
     assert first.description["used"] == "default"
@@ -433,7 +413,7 @@ def test_datasets_are_streamed_from_the_hub_by_config_split_and_column(tmp_path,
 @pytest.mark.parametrize("rows", [1, 8, 15, 16, 32, 128])
 def test_unseen_rows_are_spread_over_starts_of_documents_and_others(rows):
     ids = torch.arange(rows)[:, None].expand(rows, 3)
-    seen, unseen = data.split_unseen(ids)
+    seen, unseen = text_tokens.split_unseen(ids)
     assert sorted(seen[:, 0].tolist() + unseen[:, 0].tolist()) == list(range(rows))
     assert seen[:, 0].tolist() == sorted(seen[:, 0].tolist())
     if rows < 16:

@@ -1,19 +1,19 @@
 """The streamed backward pass gives autograd's gradients, and what they price comes true."""
 
-import json
-
 import pytest
 import torch
 from small_models import EXPERTS, random_tokens, save_model, whole_model
 from torch import nn
 
-from dbrx_quant.calibration import fisher, passes
-from dbrx_quant.calibration.fisher import GradientSum
-from dbrx_quant.calibration.head import TOKENS_AT_ONCE, head_gradients
-from dbrx_quant.calibration.hessian import Moments
-from dbrx_quant.calibration.states import open_states
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize.measure import MeasureJob, measure
+from dbrx_quant.calibration.blocks import head as heads
+from dbrx_quant.calibration.blocks import walk
+from dbrx_quant.calibration.blocks.head import TOKENS_AT_ONCE, head_gradients
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.blocks.states import open_states
+from dbrx_quant.calibration.statistics.fisher import GradientSum
+from dbrx_quant.calibration.statistics.moments import Moments
+from dbrx_quant.quantize.entries import Entry
+from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.runtime.families.facts import module_linears
 from dbrx_quant.runtime.progress import Progress
 
@@ -85,25 +85,25 @@ def autograd_sums(model, modules, ids, labels):
 
 def measured(folder, ids, work, monkeypatch):
     """The measurement's entries, the labels it drew, and its model."""
-    labels, draw = [], fisher.draw_labels
+    labels, draw = [], heads.draw_labels
 
     def recorded(*arguments, **options):
         labels.append(draw(*arguments, **options))
         return labels[-1]
 
-    monkeypatch.setattr(fisher, "draw_labels", recorded)
+    monkeypatch.setattr(heads, "draw_labels", recorded)
     job = MeasureJob(StreamedModel(folder), ids, work, Progress(), seed=6)
     result = measure(job)
     names = [spec.name for spec in job.model.architecture.linears()]
-    return job, result, {n: json.loads(job.entry(n).read_text()) for n in names}, torch.cat(labels)
+    return job, result, {n: Entry.read(job.entry(n)) for n in names}, torch.cat(labels)
 
 
 @pytest.mark.parametrize("family", [*EXPERTS, "llama", "llama tied and biased", "qwen3"])
 def test_the_streamed_gradients_are_those_of_autograd_through_the_whole_model(family, tmp_path, monkeypatch):
     folder = save_model(tmp_path / "model", family, std=0.2)
     ids = random_tokens(4, 12)
-    monkeypatch.setattr(passes, "ROWS_TOKENS", 24)  # two rows at a time
-    monkeypatch.setattr(passes, "EXPERT_TOKENS", 5)
+    monkeypatch.setattr(walk, "ROWS_TOKENS", 24)  # two rows at a time
+    monkeypatch.setattr(walk, "EXPERT_TOKENS", 5)
     job, _, entries, labels = measured(folder, ids, tmp_path / "work", monkeypatch)
     _, model, modules = plain_model(folder)
     sums, first = autograd_sums(model, modules, ids, labels)
@@ -111,8 +111,8 @@ def test_the_streamed_gradients_are_those_of_autograd_through_the_whole_model(fa
     if family in EXPERTS:
         assert sum(".experts." in name for name in sums) >= 12
     for name, expected in sums.items():
-        assert entries[name]["gradient"] == pytest.approx(float(expected.mean()), rel=1e-3), name
-        assert entries[name]["gradient"] > 0 or ".experts." in name
+        assert entries[name].gradient == pytest.approx(float(expected.mean()), rel=1e-3), name
+        assert entries[name].gradient > 0 or ".experts." in name
     torch.testing.assert_close(
         open_states(job.gradients(0)), first, rtol=1e-3, atol=1e-4 * float(first.abs().max())
     )
@@ -202,7 +202,7 @@ def test_a_random_error_costs_its_price_within_a_quarter(family, configure, tmp_
             error = torch.randn(spec.shape[1], spec.shape[0], generator=generator)
             error *= 0.02 * module.weight.std()
             squares = float(((error @ inputs.matrix) * error).sum(dtype=torch.float64))
-            predicted += entries[name]["gradient"] * squares / inputs.tokens / (2 * ids.numel())
+            predicted += entries[name].gradient * squares / inputs.tokens / (2 * ids.numel())
             actual += kl_after(model, module, spec, error, ids, log_p)
         ratios[name] = predicted / actual
     assert {spec.role for spec, _ in modules.values()} == {modules[name][0].role for name in ratios}
@@ -212,7 +212,7 @@ def test_a_random_error_costs_its_price_within_a_quarter(family, configure, tmp_
 
 def test_labels_are_drawn_as_often_as_they_are_likely():
     probabilities = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0]).expand(20_000, 6)
-    labels = fisher.draw_labels(probabilities, torch.Generator().manual_seed(0))
+    labels = heads.draw_labels(probabilities, torch.Generator().manual_seed(0))
     shares = torch.bincount(labels[:, 0], minlength=6) / len(labels)
     torch.testing.assert_close(shares, probabilities[0], rtol=0, atol=0.02)
     assert shares[[0, 2, 5]].tolist() == [0, 0, 0]

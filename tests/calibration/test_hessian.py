@@ -4,17 +4,17 @@ import pytest
 import torch
 from small_models import save_model
 
-from dbrx_quant.calibration.experts import PRIOR_TOKENS, coverage, tokens_of
-from dbrx_quant.calibration.hessian import (
+from dbrx_quant.calibration.blocks.model import Routing, StreamedModel
+from dbrx_quant.calibration.blocks.routing import PRIOR_TOKENS, coverage, tokens_of
+from dbrx_quant.calibration.blocks.walk import Turn
+from dbrx_quant.calibration.statistics.moments import (
     HELD_OUT_EVERY,
     Moments,
     SplitMoments,
     held_out,
 )
-from dbrx_quant.calibration.shrinkage import Shrinkage, hessian
-from dbrx_quant.calibration.streamed import Routing, StreamedModel
-from dbrx_quant.calibration.walk import Turn
-from dbrx_quant.quantize.ldlq import factorize
+from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, hessian
+from dbrx_quant.quantize.solve.ldlq import factorize
 from dbrx_quant.runtime.families.facts import LinearSpec
 
 

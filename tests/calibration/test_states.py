@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dbrx_quant.calibration.states import new_states, open_states
+from dbrx_quant.calibration.blocks.states import new_states, open_states
 
 
 def test_states_written_are_the_states_read(tmp_path):

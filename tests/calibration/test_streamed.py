@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import CONFIGS, alter, random_tokens, run_block, save_model, whole_model
 
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 
 def whole_states(folder, ids):

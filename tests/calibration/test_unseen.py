@@ -8,20 +8,20 @@ import torch
 from places import TINY
 from small_models import random_tokens, save_model, whole_model
 
-from dbrx_quant.calibration.data import load_tokens
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.calibration.unseen import UnseenInputs
-from dbrx_quant.quantize import measure as measuring
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.statistics.held_out import UnseenInputs
+from dbrx_quant.calibration.text.tokens import load_tokens
+from dbrx_quant.quantize import first_pass as measuring
+from dbrx_quant.quantize.budget.curve import unseen_ratio
 from dbrx_quant.quantize.conversion import convert
-from dbrx_quant.quantize.curve import unseen_ratio
-from dbrx_quant.quantize.measure import MeasureJob, measure
+from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.quantize.options import ConvertOptions
-from dbrx_quant.quantize.prepare import prepare
-from dbrx_quant.quantize.record import read_record
-from dbrx_quant.runtime.evaluate import evaluate
-from dbrx_quant.runtime.loader import load_model
+from dbrx_quant.quantize.output.record import read_record
+from dbrx_quant.quantize.solve.prepare import prepare
+from dbrx_quant.runtime.evaluation.scores import evaluate
+from dbrx_quant.runtime.model.load import load_model
 from dbrx_quant.runtime.progress import Progress
-from dbrx_quant.scripts.main import main
+from dbrx_quant.scripts.cli.main import main
 
 
 def inputs(seed, tokens=300, channels=64):

@@ -1,4 +1,4 @@
-"""The compiled kernels keep their budgets (one architecture here, all in scripts/cuda_budgets.py), and the
+"""The compiled kernels keep their budgets (one architecture here, all in dev/cuda_budgets.py), and the
 script's readers of compiler and disassembler texts see what they should.
 """
 
@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from dbrx_quant.scripts import cuda_budgets as budgets
+from dbrx_quant.scripts.dev import cuda_budgets as budgets
 
 SASS = """
 		Function : _ZN5dbrxq1_11gemv_kernelILi1ELi4ELi2EEEvNS_6MatmulE

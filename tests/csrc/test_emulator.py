@@ -4,14 +4,15 @@ import ctypes
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import emulator_build
 import pytest
 import torch
 from emulated import SANITIZED
+from places import TESTS
 
-TESTS = [str(Path(__file__).with_name(f"test_cuda_{name}.py")) for name in ("products", "experts", "layout")]
+KERNELS = TESTS / "runtime" / "kernels"
+CUDA_TESTS = [str(KERNELS / f"test_cuda_{name}.py") for name in ("products", "experts", "layout")]
 
 
 def selftest(library, copies, fault):
@@ -100,5 +101,5 @@ def test_the_kernels_pass_under_the_sanitizers(sanitizers, extent):
         "-k",
         "(linear_is_as_accurate and (tail or ragged)) or (experts_are and (some or one)) or map_is_exact",
     ]
-    done = sanitized("-m", "pytest", "-q", "-x", *TESTS, *(chosen if extent == "a few" else []))
+    done = sanitized("-m", "pytest", "-q", "-x", *CUDA_TESTS, *(chosen if extent == "a few" else []))
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from dbrx_quant.scripts.main import main
+from dbrx_quant.scripts.cli.main import main
 
 
 def run(capsys, *arguments):

@@ -3,7 +3,7 @@
 import re
 import shlex
 
-from dbrx_quant.scripts.main import make_parser
+from dbrx_quant.scripts.cli.main import make_parser
 
 COMMAND = "dbrx-quant"
 ENDS = ("|", "||", "&&", ";", ">", ">>", "<", "&", ")")  # shell words after which the command is over

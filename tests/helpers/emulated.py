@@ -5,8 +5,8 @@ import os
 import torch
 
 import oracles_ops as oracle
-from dbrx_quant.runtime.backends import cuda
-from dbrx_quant.runtime.backends.stored import Stored
+from dbrx_quant.runtime.kernels import cuda
+from dbrx_quant.runtime.kernels.stored import Stored
 
 SANITIZED = (
     os.environ.get("DBRXQ_EMULATOR") == "sanitized"

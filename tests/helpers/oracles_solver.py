@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from dbrx_quant.runtime import _native
+from dbrx_quant.runtime.library import _native
 
 
 def on_every_instruction_set(function):

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from test_families import CONFIGS
+from small_configs import CONFIGS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.files import save_tensors, write_json
-from dbrx_quant.runtime.format import (
+from dbrx_quant.runtime.exl2.format import (
     WIDTHS,
     Group,
     GroupMap,
@@ -25,6 +22,9 @@ from dbrx_quant.runtime.format import (
     pack_linear,
     padded_columns,
 )
+from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.files.atomic import save_tensors, write_json
 
 QUANTIZATION = {"quant_method": "exl2", "version": "0.3.2", "bits": 3.0, "head_bits": 6}
 __all__ = ["CONFIGS", "QuantizedFolder", "build_quantized_folder", "random_linear"]

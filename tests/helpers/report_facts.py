@@ -6,12 +6,12 @@ import random
 from measurements import linear
 from measurements import measurement as made
 
-from dbrx_quant.calibration.experts import ExpertCoverage
-from dbrx_quant.quantize.allocate import allocate
-from dbrx_quant.quantize.record import Record
-from dbrx_quant.quantize.strategy import Outcome
-from dbrx_quant.runtime.inspect import FolderFacts, LinearFacts
-from dbrx_quant.scripts.reporting.data import Folder
+from dbrx_quant.calibration.blocks.routing import ExpertCoverage
+from dbrx_quant.quantize.budget.allocate import allocate
+from dbrx_quant.quantize.budget.strategy import Outcome
+from dbrx_quant.quantize.output.record import Record
+from dbrx_quant.runtime.folder.inspect import FolderFacts, LinearFacts
+from dbrx_quant.scripts.report.data import Folder
 
 ATTENTION = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
 EXPERT = {"w1": "gate", "v1": "up", "w2": "down"}

@@ -7,7 +7,7 @@ from quant_models import build_quantized_folder
 from tiny_output import ADDED, CONFIG, make_tokenizer
 from transformers import AutoConfig
 
-from dbrx_quant.quantize.tokenizer_repair import apply_repair, plan_repair
+from dbrx_quant.runtime.tokenizer.repair import apply_repair, plan_repair
 
 NEWLINE = "\n"  # ends the opening of an answer in the chat template
 END = ADDED["<|im_end|>"]

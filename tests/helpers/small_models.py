@@ -2,14 +2,14 @@
 
 import torch
 from safetensors.torch import load_file, save_file
-from test_families import CONFIGS
+from small_configs import CONFIGS
 from tiny_output import make_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from dbrx_quant.calibration.data import TokenRows, save_tokens
-from dbrx_quant.calibration.experts import tokens_of
-from dbrx_quant.runtime.config import load_config
+from dbrx_quant.calibration.blocks.routing import tokens_of
+from dbrx_quant.calibration.text.tokens import TokenRows, save_tokens
+from dbrx_quant.runtime.families.config import load_config
 
 VOCABULARY = 300  # of the tokenizer that `make_tokenizer` writes, with some room
 EXPERTS = ("dbrx", "mixtral", "qwen2 moe", "qwen3 moe")

@@ -6,13 +6,13 @@ import torch
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-from dbrx_quant.quantize.patch_config import write_configs
-from dbrx_quant.quantize.shards import write_shards
-from dbrx_quant.quantize.tokenizer import write_tokenizer
-from dbrx_quant.runtime.config import load_config
+from dbrx_quant.quantize.output.config import write_configs
+from dbrx_quant.runtime.exl2.format import UnpackedLinear, pack_linear, padded_columns, uniform_groups
 from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.files import save_tensors
-from dbrx_quant.runtime.format import UnpackedLinear, pack_linear, padded_columns, uniform_groups
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.files.atomic import save_tensors
+from dbrx_quant.runtime.folder.shards import write_shards
+from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
 
 HIDDEN, FFN, EXPERTS, BLOCKS, VOCABULARY = 64, 96, 2, 2, 300
 

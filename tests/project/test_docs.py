@@ -7,7 +7,7 @@ import pytest
 from command_lines import command_lines, parse_fault
 from places import ROOT
 
-from dbrx_quant.scripts.main import VERBS
+from dbrx_quant.scripts.cli.main import VERBS
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))

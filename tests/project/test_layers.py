@@ -48,9 +48,9 @@ def test_every_layer_has_modules():
     ("layer", "line"),
     [
         ("runtime", "from dbrx_quant.quantize.conversion import convert"),
-        ("runtime", "import dbrx_quant.calibration.data"),
+        ("runtime", "import dbrx_quant.calibration.text.tokens"),
         ("calibration", "from dbrx_quant import quantize"),
-        ("quantize", "def f():\n    from dbrx_quant.scripts.main import main"),
+        ("quantize", "def f():\n    from dbrx_quant.scripts.cli.main import main"),
         ("quantize", "from .grid import search"),
         ("scripts", "import runtime"),
         ("scripts", "import dbrx_quant"),

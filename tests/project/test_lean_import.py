@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from dbrx_quant.scripts import main
+from dbrx_quant.scripts.cli import main
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "safetensors", "rich", "tqdm")
 VERBS = tuple(verb.name for verb in main.VERBS)
 
 RUN = f"""
 import sys
-from dbrx_quant.scripts.main import main
+from dbrx_quant.scripts.cli.main import main
 try:
     main(sys.argv[1:])
 finally:

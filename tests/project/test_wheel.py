@@ -24,8 +24,8 @@ LIBRARIES = {"dbrx_quant/runtime/libdbrxq_cpu.so", "dbrx_quant/runtime/libdbrxq_
 USE_IT = """
 import sys
 sys.path[:0] = [sys.argv[1]]
-from dbrx_quant.runtime import _native
-from dbrx_quant.scripts.main import main
+from dbrx_quant.runtime.library import _native
+from dbrx_quant.scripts.cli.main import main
 assert _native.__file__.startswith(sys.argv[1]), _native.__file__
 sys.exit(main(["doctor", "--json"]))
 """
@@ -61,7 +61,7 @@ def test_faults_are_seen():
     complete += [f"x.dist-info/{name}" for name in ("licenses/LICENSE", "entry_points.txt", "METADATA")]
     assert wheel_faults(complete) == []
     assert wheel_faults(complete[:-1]) == ["missing: METADATA"]
-    assert wheel_faults([*complete, "tests/test_wheel.py"]) == ["extra: tests/test_wheel.py"]
+    assert wheel_faults([*complete, "tests/project/test_wheel.py"]) == ["extra: tests/project/test_wheel.py"]
     assert wheel_faults([n for n in complete if not n.endswith(".so")]) == ["missing: the native library"]
 
 

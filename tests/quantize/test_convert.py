@@ -9,20 +9,20 @@ from places import TINY
 from safetensors import safe_open
 from small_models import CONFIGS, VOCABULARY, random_tokens, save_model, save_random_tokens, whole_model
 
-from dbrx_quant.calibration.data import load_tokens, split_unseen
+from dbrx_quant.calibration.text.tokens import load_tokens, split_unseen
 from dbrx_quant.quantize.conversion import convert, measure_model
 from dbrx_quant.quantize.options import ConvertOptions
-from dbrx_quant.quantize.patch_config import Summary, patched_config
-from dbrx_quant.runtime.bits import linear_bits, stored_bits
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.evaluate import evaluate, windows
+from dbrx_quant.quantize.output.config import Summary, patched_config
+from dbrx_quant.runtime.evaluation.scores import evaluate, windows
+from dbrx_quant.runtime.exl2.format import dequantize_linear
 from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.families.facts import load_linear
-from dbrx_quant.runtime.format import dequantize_linear
-from dbrx_quant.runtime.loader import load_model
-from dbrx_quant.runtime.verify import verify
-from dbrx_quant.runtime.vocabulary import SpecialIds
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.sizes import linear_bits, stored_bits
+from dbrx_quant.runtime.folder.verify import verify
+from dbrx_quant.runtime.model.load import load_model
+from dbrx_quant.runtime.tokenizer.ids import SpecialIds
 
 TARGETS = (2.5, 3.0, 4.25)
 

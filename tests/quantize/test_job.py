@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from dbrx_quant.quantize.job import JOB_NAME, differences, open_job
 from dbrx_quant.quantize.measurement import source_facts
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.quantize.work_folder import JOB_NAME, differences, open_job
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 FACTS = {
     "model": {"config.json": "2-aa", "model.safetensors": "9-bb"},
@@ -109,7 +109,7 @@ def test_work_of_another_version_is_refused(tmp_path):
 def holder(folder, then):
     """A process that takes hold of a work folder, says so, and then does as told."""
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom dbrx_quant.quantize.job import open_job\n"
+        "import os, sys\nfrom pathlib import Path\nfrom dbrx_quant.quantize.work_folder import open_job\n"
         f"with open_job(Path(sys.argv[1]), {FACTS!r}, 'auto'):\n    print('held', flush=True)\n    {then}\n"
     )
     pipe = subprocess.PIPE

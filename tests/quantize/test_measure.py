@@ -4,14 +4,15 @@ import pytest
 import torch
 from small_models import EXPERTS, random_tokens, run_block, save_model
 
-from dbrx_quant.calibration import hessian, walk
-from dbrx_quant.calibration.hessian import HELD_OUT_EVERY
-from dbrx_quant.calibration.states import open_states
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.calibration.walk import batches, route, spans, token_rows
-from dbrx_quant.quantize import measure as measuring
+from dbrx_quant.calibration.blocks import walk
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.blocks.states import open_states
+from dbrx_quant.calibration.blocks.walk import batches, route, spans, token_rows
+from dbrx_quant.calibration.statistics import moments
+from dbrx_quant.calibration.statistics.moments import HELD_OUT_EVERY
+from dbrx_quant.quantize import first_pass as measuring
 from dbrx_quant.quantize.entries import Entry
-from dbrx_quant.quantize.measure import MeasureJob, measure
+from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.runtime.progress import Progress
 
 
@@ -150,7 +151,7 @@ def test_one_missing_linear_is_measured_again_and_alike(tmp_path):
 
 
 def test_experts_alike_share_one_choice_of_shrinkage(tmp_path, monkeypatch):
-    monkeypatch.setattr(hessian, "MIN_HELD_TOKENS", 8)
+    monkeypatch.setattr(moments, "MIN_HELD_TOKENS", 8)
     chosen = []
     choose = measuring.choose_shrinkage
     monkeypatch.setattr(measuring, "choose_shrinkage", lambda *a: chosen.append(choose(*a)) or chosen[-1])

@@ -7,8 +7,9 @@ import math
 import pytest
 from measurements import linear, measurement
 
-from dbrx_quant.calibration.experts import ExpertCoverage
-from dbrx_quant.quantize.allocate import allocate
+from dbrx_quant.calibration.blocks.routing import ExpertCoverage
+from dbrx_quant.quantize.budget.allocate import allocate
+from dbrx_quant.quantize.budget.strategy import Outcome, find_strategy, read_strategy, write_strategy
 from dbrx_quant.quantize.measurement import (
     HEAD,
     Option,
@@ -16,9 +17,8 @@ from dbrx_quant.quantize.measurement import (
     read_measurement,
     write_measurement,
 )
-from dbrx_quant.quantize.strategy import Outcome, find_strategy, read_strategy, write_strategy
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.format import Group
+from dbrx_quant.runtime.exl2.format import Group
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 OPTIONS = [(4800, 0.5, "3:32x2 2:32"), (9600, 0.25, "4:96")]
 NAME = "model.layers.0.mlp.experts.0.w1"

@@ -10,10 +10,10 @@ import pytest
 
 from dbrx_quant.quantize import options as declaring
 from dbrx_quant.quantize.declared import flag, option
-from dbrx_quant.quantize.job import Resume
-from dbrx_quant.quantize.ldlq import EFFORTS
 from dbrx_quant.quantize.options import ConvertOptions, declarations, defaults
-from dbrx_quant.scripts.arguments import add_options, options_of
+from dbrx_quant.quantize.solve.ldlq import EFFORTS
+from dbrx_quant.quantize.work_folder import Resume
+from dbrx_quant.scripts.terminal.arguments import add_options, options_of
 
 
 def parsed(words, *, measuring=False):

@@ -9,22 +9,22 @@ from safetensors.torch import load_file
 from small_models import expert_output, random_tokens, save_model
 from transformers.activations import ACT2FN
 
-from dbrx_quant.calibration.experts import tokens_of
-from dbrx_quant.calibration.hessian import Moments
-from dbrx_quant.calibration.shrinkage import hessian
-from dbrx_quant.calibration.states import open_states
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize import solve
-from dbrx_quant.quantize.allocate import allocate
-from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
-from dbrx_quant.quantize.prepare import prepare
-from dbrx_quant.quantize.repair import DEFAULT_REPAIR, NO_REPAIR
-from dbrx_quant.quantize.solve import solve_linear
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.blocks.routing import tokens_of
+from dbrx_quant.calibration.blocks.states import open_states
+from dbrx_quant.calibration.statistics.moments import Moments
+from dbrx_quant.calibration.statistics.shrinkage import hessian
+from dbrx_quant.quantize.budget.allocate import allocate
+from dbrx_quant.quantize.first_pass import MeasureJob, measure
+from dbrx_quant.quantize.second_pass import QuantizeJob, quantize_model
+from dbrx_quant.quantize.solve import linear
+from dbrx_quant.quantize.solve.linear import solve_linear
+from dbrx_quant.quantize.solve.prepare import prepare
+from dbrx_quant.quantize.solve.repair import DEFAULT_REPAIR, NO_REPAIR
+from dbrx_quant.runtime.exl2.format import dequantize_linear, uniform_groups, unpack_linear
+from dbrx_quant.runtime.exl2.group_text import parse_groups
 from dbrx_quant.runtime.families.facts import load_bias
-from dbrx_quant.runtime.format import dequantize_linear, uniform_groups, unpack_linear
-from dbrx_quant.runtime.group_text import parse_groups
+from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.progress import Progress
 from oracles_solver import damped, strong_hessian, weights
 
@@ -111,7 +111,7 @@ def test_finished_linears_are_not_solved_again(finished, monkeypatch):
     def unwanted(*_, **__):
         raise AssertionError("done before")
 
-    monkeypatch.setattr(solve, "solve_linear", unwanted)
+    monkeypatch.setattr(linear, "solve_linear", unwanted)
     monkeypatch.setattr(StreamedModel, "block", unwanted)
     seen = []
 

@@ -16,8 +16,8 @@ from small_models import save_model, save_random_tokens
 
 from dbrx_quant.quantize.conversion import convert
 from dbrx_quant.quantize.options import ConvertOptions
-from dbrx_quant.runtime import files
-from dbrx_quant.runtime.verify import verify
+from dbrx_quant.runtime.files import atomic
+from dbrx_quant.runtime.folder.verify import verify
 
 TARGETS = "2.6,3.5"
 
@@ -29,7 +29,16 @@ def tokens(tmp_path_factory):
 
 def start(out, tokens):
     """The conversion as a process of its own."""
-    command = ["-m", "dbrx_quant.scripts.main", "convert", str(TINY), str(out), "--bpw", TARGETS, "--quiet"]
+    command = [
+        "-m",
+        "dbrx_quant.scripts.cli.main",
+        "convert",
+        str(TINY),
+        str(out),
+        "--bpw",
+        TARGETS,
+        "--quiet",
+    ]
     command += ["--calibration", str(tokens), "--max-shard-size", "250kB"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -161,7 +170,7 @@ def test_interruptions_around_renames_end_with_the_same_bytes(small, tmp_path):
 def test_a_full_disk_is_one_clear_error_and_a_later_run_finishes(where, small, tmp_path, monkeypatch):
     tokens = save_random_tokens(tmp_path / "tokens.safetensors", 4, 16)
     (plain,) = convert(options(small, tmp_path / "plain", tokens, 4.0))
-    write_parts = files.write_parts
+    write_parts = atomic.write_parts
 
     def full(path, parts, wanted=None):
         def failing():
@@ -172,7 +181,7 @@ def test_a_full_disk_is_one_clear_error_and_a_later_run_finishes(where, small, t
         write_parts(path, failing() if Path(path).name.endswith(where) else parts, wanted or 1000)
 
     with monkeypatch.context() as patch:
-        for module in ("dbrx_quant.runtime.files", "dbrx_quant.quantize.shards"):
+        for module in ("dbrx_quant.runtime.files.atomic", "dbrx_quant.runtime.folder.shards"):
             if hasattr(sys.modules[module], "write_parts"):
                 patch.setattr(f"{module}.write_parts", full)
         with pytest.raises(OSError, match=r"disk full: \d+ bytes wanted, \d+ free") as caught:

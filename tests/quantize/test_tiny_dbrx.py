@@ -10,7 +10,7 @@ import torch
 from places import TINY as FOLDER
 from safetensors import safe_open
 
-from dbrx_quant.scripts import make_tiny_dbrx as tiny
+from dbrx_quant.scripts.dev import make_tiny_dbrx as tiny
 
 # The ids of cl100k's and DBRX's own tokens as on the Hub.
 HUB_IDS = {

@@ -9,9 +9,9 @@ from hub_server import TOKEN
 from tiny_output import make_output
 from upload_runs import BASE, CARD, MEASURED, REPO, retarget
 
-from dbrx_quant.quantize import publish
 from dbrx_quant.quantize.measurement import write_measurement
-from dbrx_quant.scripts.main import main
+from dbrx_quant.quantize.publish import upload as publishing
+from dbrx_quant.scripts.cli.main import main
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         hub.waits = []
         monkeypatch.setattr(time, "sleep", hub.waits.append)
-        monkeypatch.setattr(publish, "error_curve_png", draw)
+        monkeypatch.setattr(publishing, "error_curve_png", draw)
         yield hub
 
 

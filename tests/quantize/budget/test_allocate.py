@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from measurements import linear
 from measurements import measurement as made
 
-from dbrx_quant.quantize.allocate import HEAD_OVERHEAD_BITS, allocate, head_option, spend
+from dbrx_quant.quantize.budget.allocate import HEAD_OVERHEAD_BITS, allocate, head_option, spend
 from dbrx_quant.quantize.measurement import HEAD, Option
 
 

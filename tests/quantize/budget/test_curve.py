@@ -5,19 +5,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dbrx_quant.calibration.hessian import Shrinkage, SplitMoments
-from dbrx_quant.quantize import curve as drawing
-from dbrx_quant.quantize.curve import (
-    choose_shrinkage,
-    draw,
-    energy,
-    feedback_factors,
-    prepare,
-    spread_columns,
-)
-from dbrx_quant.quantize.ldlq import quantize_matrix
-from dbrx_quant.runtime.format import WIDTHS, Group, check_groups, padded_columns, storage_bits
-from dbrx_quant.runtime.group_text import parse_groups, render_groups
+from dbrx_quant.calibration.statistics.moments import SplitMoments
+from dbrx_quant.calibration.statistics.shrinkage import Shrinkage
+from dbrx_quant.quantize.budget import curve as drawing
+from dbrx_quant.quantize.budget.curve import draw, feedback_factors
+from dbrx_quant.quantize.solve.ldlq import quantize_matrix
+from dbrx_quant.quantize.solve.prepare import energy, prepare, spread_columns
+from dbrx_quant.quantize.solve.shrinkage import DAMPINGS, UNCHOSEN, choose_shrinkage
+from dbrx_quant.runtime.exl2.format import WIDTHS, Group, check_groups, padded_columns, storage_bits
+from dbrx_quant.runtime.exl2.group_text import render_groups
 from oracles_solver import damped, strong_hessian, weights
 
 
@@ -62,16 +58,15 @@ def test_channels_are_ordered_by_falling_variance_and_factorised_in_that_order()
 @pytest.mark.parametrize(("k", "n"), [(32, 32), (96, 40), (256, 96), (160, 64)])
 def test_options_gain_error_for_bits_and_are_legal_maps_of_their_size(k, n):
     *_, curve = drawn(k, n, 1)
-    bits, errors = ([option[i] for option in curve.options] for i in (0, 1))
+    bits, errors = ([getattr(option, part) for option in curve.options] for part in ("bits", "error"))
     assert len(curve.options) >= 6
     assert all(a < b for a, b in pairwise(bits))
     assert all(a > b > 0 for a, b in pairwise(errors))
-    slopes = [(e - f) / (c - b) for (b, e, _), (c, f, _) in pairwise(curve.options)]
+    slopes = [(a.error - b.error) / (b.bits - a.bits) for a, b in pairwise(curve.options)]
     assert slopes == sorted(slopes, reverse=True), "convex"
-    for count, _, text in curve.options:
-        groups = parse_groups(text)
-        check_groups(groups, k)
-        assert count == storage_bits(groups, (k, padded_columns(n)))
+    for option in curve.options:
+        check_groups(option.group_map, k)
+        assert option.bits == storage_bits(option.group_map, (k, padded_columns(n)))
     assert errors[0] < curve.energy, "two bits are better than none"
 
 
@@ -80,8 +75,8 @@ def test_the_predicted_error_is_the_real_one_within_a_quarter(decay, seed):
     weight, matrix, columns, prepared, curve = drawn(256, 160, seed, decay)
     picked = curve.options[:: max(1, len(curve.options) // 6)]
     ratios = {
-        text: error / real_error(weight, matrix, columns, prepared, parse_groups(text))
-        for _, error, text in picked
+        option.groups: option.error / real_error(weight, matrix, columns, prepared, option.group_map)
+        for option in picked
     }
     outside = {text: round(ratio, 3) for text, ratio in ratios.items() if not 0.8 < ratio < 1.25}
     assert not outside, ratios
@@ -93,7 +88,7 @@ def test_sampled_columns_stand_for_all(monkeypatch):
     for count in (640, 160):
         monkeypatch.setattr(drawing, "SAMPLE_COLUMNS", count)
         curves.append(draw(weight, prepare(matrix.clone()), columns, 1.0, [1.0] * len(WIDTHS)))
-    whole, sampled = ([(o[0], o[1]) for o in curve.options] for curve in curves)
+    whole, sampled = ([(o.bits, o.error) for o in curve.options] for curve in curves)
     for bits, error in sampled:
         near = min(whole, key=lambda option: abs(option[0] - bits))
         if abs(near[0] - bits) < 0.005 * bits:
@@ -116,8 +111,8 @@ def test_a_weight_of_zeros_has_a_curve():
     assert feedback == (1.0,) * len(WIDTHS)
     curve = draw(zeros, prepared, columns, 0.0, feedback)
     assert curve.options
-    assert curve.options[0][1] == 0
-    check_groups(parse_groups(curve.options[0][2]), 64)
+    assert curve.options[0].error == 0
+    check_groups(curve.options[0].group_map, 64)
 
 
 def moments(tokens, k, seed, prior=0):
@@ -135,15 +130,15 @@ def moments(tokens, k, seed, prior=0):
 def test_the_chosen_shrinkage_is_the_best_of_its_dimension_on_held_out_tokens():
     weight, _, _ = problem(64, 48, 9)
     few, many = (choose_shrinkage(weight, moments(count, 64, 10)) for count in (768, 65536))
-    assert few.damping in drawing.DAMPINGS
+    assert few.damping in DAMPINGS
     assert few.prior == many.prior == 0
     assert many.damping <= few.damping, "more tokens need less"
 
 
 def test_too_few_held_out_tokens_get_the_cautious_shrinkage():
     weight, _, _ = problem(64, 48, 9)
-    assert choose_shrinkage(weight, moments(100, 64, 11)) == drawing.UNCHOSEN
-    assert isinstance(drawing.UNCHOSEN, Shrinkage)
+    assert choose_shrinkage(weight, moments(100, 64, 11)) == UNCHOSEN
+    assert isinstance(UNCHOSEN, Shrinkage)
 
 
 def test_a_prior_of_the_same_distribution_is_used_by_an_expert_with_few_tokens():
@@ -153,4 +148,4 @@ def test_a_prior_of_the_same_distribution_is_used_by_an_expert_with_few_tokens()
 
 def test_maps_of_the_cheapest_option_have_the_least_overhead():
     *_, curve = drawn(160, 64, 13)
-    assert curve.options[0][2] == render_groups((Group(2, 128), Group(2, 32)))
+    assert curve.options[0].groups == render_groups((Group(2, 128), Group(2, 32)))

@@ -7,8 +7,8 @@ import pytest
 from measurements import linear
 from measurements import measurement as made
 
-from dbrx_quant.quantize.allocate import allocate
-from dbrx_quant.quantize.frontier import anchored, frontier
+from dbrx_quant.quantize.budget.allocate import allocate
+from dbrx_quant.quantize.budget.frontier import anchored, frontier
 
 
 def measurement(linears=30, options=20, seed=0):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from small_models import random_tokens, save_model, whole_model
 
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize.allocate import allocate
-from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.predict import Predictor, over_noise
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.quantize.budget.allocate import allocate
+from dbrx_quant.quantize.budget.predict import Predictor, over_noise
+from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.runtime.progress import Progress
 
 

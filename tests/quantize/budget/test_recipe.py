@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbrx_quant.quantize.recipe import (
+from dbrx_quant.quantize.budget.groups import (
     GROUP_ROWS,
     coarsest_groups,
     lower_hull,
@@ -16,8 +16,8 @@ from dbrx_quant.quantize.recipe import (
     price_range,
     water_fill,
 )
-from dbrx_quant.runtime.format import WIDTHS, Group, check_groups, storage_bits
-from dbrx_quant.runtime.group_text import parse_groups, render_groups
+from dbrx_quant.runtime.exl2.format import WIDTHS, Group, check_groups, storage_bits
+from dbrx_quant.runtime.exl2.group_text import parse_groups, render_groups
 
 N = 96
 groups_strategy = st.lists(

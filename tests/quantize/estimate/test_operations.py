@@ -6,11 +6,11 @@ from places import TINY
 from small_models import save_random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from dbrx_quant.quantize import operations
 from dbrx_quant.quantize.conversion import convert, measure_model
+from dbrx_quant.quantize.estimate import time as estimated
 from dbrx_quant.quantize.options import ConvertOptions
-from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.config import load_config
 
 ROWS, LENGTH = 16, 64
 
@@ -34,22 +34,22 @@ def count(action):
 
 @pytest.mark.parametrize(("effort", "refit"), [("fast", False), ("default", False), ("default", True)])
 def test_products_are_counted_as_torch_counts_them(tmp_path, monkeypatch, effort, refit):
-    monkeypatch.setattr("dbrx_quant.quantize.measure.GRADIENT_TOKENS", 256)
-    monkeypatch.setattr(operations, "SEARCHED", 0)  # the native solver's loops are no products
-    monkeypatch.setattr(operations, "SOLVED", dict.fromkeys(operations.SOLVED, 0))
+    monkeypatch.setattr("dbrx_quant.quantize.first_pass.GRADIENT_TOKENS", 256)
+    monkeypatch.setattr(estimated, "SEARCHED", 0)  # the native solver's loops are no products
+    monkeypatch.setattr(estimated, "SOLVED", dict.fromkeys(estimated.SOLVED, 0))
     tokens = save_random_tokens(tmp_path / "tokens.safetensors", ROWS, LENGTH, vocabulary=256)
     usual = {"calibration": str(tokens), "effort": effort, "refit": refit, "quiet": True}
     options = ConvertOptions(TINY, tmp_path / "out", (3.0,), **usual)
     architecture, all_tokens = describe(load_config(TINY)), ROWS * LENGTH
     measured = count(lambda: measure_model(options, tmp_path / "measurement.json"))
-    expected = operations.measuring_operations(architecture, all_tokens * 7 // 8, effort)
+    expected = estimated.measuring_operations(architecture, all_tokens * 7 // 8, effort)
     assert expected == pytest.approx(measured, rel=0.1)
     quantized = count(lambda: convert(options))
-    expected = operations.quantizing_operations(architecture, all_tokens, effort, effort != "fast", refit)
+    expected = estimated.quantizing_operations(architecture, all_tokens, effort, effort != "fast", refit)
     assert expected == pytest.approx(quantized, rel=0.25)
 
 
 def test_a_machine_has_a_speed_and_keeps_its_threads():
     threads = torch.get_num_threads()
-    assert 1e8 < operations.machine_speed() < 1e14
+    assert 1e8 < estimated.machine_speed() < 1e14
     assert torch.get_num_threads() == threads

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 from places import TINY
+from small_configs import CONFIGS
 from small_models import random_tokens, save_model, save_random_tokens
-from test_families import CONFIGS
 
-from dbrx_quant.quantize import plan as planning
 from dbrx_quant.quantize.conversion import convert, measure_model
+from dbrx_quant.quantize.estimate import plan as planning
+from dbrx_quant.quantize.estimate.memory import check_disk, check_memory, peak_bytes, states_bytes
+from dbrx_quant.quantize.estimate.plan import plan
+from dbrx_quant.quantize.estimate.sizes import bpw_for_size, bpw_for_vram, shape_range, total_bytes
 from dbrx_quant.quantize.measurement import read_measurement
-from dbrx_quant.quantize.memory import check_disk, check_memory, peak_bytes, states_bytes
 from dbrx_quant.quantize.options import ConvertOptions
-from dbrx_quant.quantize.plan import plan
-from dbrx_quant.quantize.sizes import bpw_for_size, bpw_for_vram, shape_range, total_bytes
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,16 @@ def options(model, out, tokens, **changes):
 def tiny_converted(tmp_path_factory, tokens):
     """The tiny DBRX at two targets, converted by a process of its own; its results as JSON."""
     out = tmp_path_factory.mktemp("converted") / "out"
-    command = ["-m", "dbrx_quant.scripts.main", "convert", str(TINY), str(out), "--bpw", "2.5,4.25", "--json"]
+    command = [
+        "-m",
+        "dbrx_quant.scripts.cli.main",
+        "convert",
+        str(TINY),
+        str(out),
+        "--bpw",
+        "2.5,4.25",
+        "--json",
+    ]
     command += ["--calibration", str(tokens), "--quiet"]
     finished = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
     return json.loads(finished.stdout)["results"]

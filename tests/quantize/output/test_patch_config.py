@@ -7,12 +7,12 @@ import torch
 from tiny_output import CONFIG, make_output, make_source, write_json
 from transformers import AutoConfig, GenerationConfig
 
-from dbrx_quant.quantize.patch_config import Summary, generation_config, patched_config, write_configs
-from dbrx_quant.runtime.bits import stored_bits
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.quantize.output.config import Summary, generation_config, patched_config, write_configs
 from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.vocabulary import SpecialIds
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.sizes import stored_bits
+from dbrx_quant.runtime.tokenizer.ids import SpecialIds
 
 IDS = SpecialIds(bos=257, eos=(257, 260), pad=258)
 SUMMARY = Summary(bits=3.0, bpw=2.99951234, head_bits=6, rows=115, length=2048, dataset="default", ids=IDS)

@@ -12,11 +12,11 @@ from small_models import save_model, save_random_tokens
 
 from dbrx_quant.quantize.conversion import convert
 from dbrx_quant.quantize.options import ConvertOptions, source_name
-from dbrx_quant.quantize.record import read_record, write_record
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.evaluations import EVALUATION_NAME
-from dbrx_quant.runtime.files import save_tensors
-from dbrx_quant.scripts.main import make_parser
+from dbrx_quant.quantize.output.record import read_record, write_record
+from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
+from dbrx_quant.runtime.files.atomic import save_tensors
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.scripts.cli.main import make_parser
 
 
 @pytest.fixture(scope="module")

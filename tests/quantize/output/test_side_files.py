@@ -2,9 +2,9 @@
 
 import pytest
 
-from dbrx_quant.quantize import side_files
-from dbrx_quant.quantize.side_files import copy_side_files
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.quantize.output import side_files
+from dbrx_quant.quantize.output.side_files import copy_side_files
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 
 @pytest.fixture

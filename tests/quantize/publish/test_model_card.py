@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from dbrx_quant.quantize.model_card import branch_card, kept_text, main_card, size_text
-from dbrx_quant.quantize.release import KEPT_OUT, MAIN, Branch, Evaluation, Model
-from dbrx_quant.quantize.source_card import (
+from dbrx_quant.quantize.publish.card import branch_card, kept_text, main_card, size_text
+from dbrx_quant.quantize.publish.release import KEPT_OUT, MAIN, Branch, Evaluation, Model
+from dbrx_quant.quantize.publish.source_card import (
     SourceCard,
     dump_front_matter,
     front_matter,

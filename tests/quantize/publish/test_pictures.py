@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dbrx_quant.quantize.pictures import SizePoint, error_curve_png
+from dbrx_quant.quantize.publish.pictures import SizePoint, error_curve_png
 
 POINTS = [SizePoint(4.25, 0.004, "4.25bpw"), SizePoint(2.5, 0.09, "2.5bpw"), SizePoint(3.0, 0.03, "3.0bpw")]
 

@@ -14,9 +14,9 @@ from hub_server import TOKEN
 from places import TINY
 from upload_runs import BASE, CARD, MEASURED, REPO, retarget, sent, write_json
 
-from dbrx_quant.quantize import publish
 from dbrx_quant.quantize.measurement import write_measurement
-from dbrx_quant.scripts.main import main
+from dbrx_quant.quantize.publish import upload as publishing
+from dbrx_quant.scripts.cli.main import main
 
 pytest_plugins = ["upload_fixtures"]
 
@@ -306,7 +306,7 @@ def test_the_card_has_a_picture_where_matplotlib_is_and_says_so_where_it_is_not(
     def missing(*_, **__):
         raise ImportError("pictures need matplotlib")
 
-    monkeypatch.setattr(publish, "error_curve_png", missing)
+    monkeypatch.setattr(publishing, "error_curve_png", missing)
     assert main(command) == 0
     shown = capsys.readouterr()
     assert "no picture in the card: pictures need matplotlib" in shown.err
@@ -328,7 +328,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from dbrx_quant.runtime import load_model
-from dbrx_quant.scripts.main import main
+from dbrx_quant.scripts.cli.main import main
 
 folder = sys.argv[1]
 assert main(["upload", folder, "me/tiny-exl2", "--base-model", "databricks/tiny", "--quiet"]) == 0

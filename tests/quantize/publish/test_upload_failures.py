@@ -8,7 +8,7 @@ import pytest
 from hub_server import TOKEN
 from upload_runs import BASE, REPO, sent
 
-from dbrx_quant.scripts.main import main
+from dbrx_quant.scripts.cli.main import main
 
 pytest_plugins = ["upload_fixtures"]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import oracles_solver as oracle
-from dbrx_quant.quantize.grid import error_table, scale_table, search_group
-from dbrx_quant.runtime import _native
+from dbrx_quant.quantize.solve.grid import error_table, scale_table, search_group
+from dbrx_quant.runtime.library import _native
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 

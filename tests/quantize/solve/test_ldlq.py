@@ -6,10 +6,9 @@ import torch
 from safetensors.torch import load_file
 
 import oracles_solver as oracle
-from dbrx_quant.quantize.grid import search_group
-from dbrx_quant.quantize.ldlq import EFFORTS, Factor, factorize, quantize_matrix
-from dbrx_quant.runtime import _native
-from dbrx_quant.runtime.format import (
+from dbrx_quant.quantize.solve.grid import search_group
+from dbrx_quant.quantize.solve.ldlq import EFFORTS, Factor, factorize, quantize_matrix
+from dbrx_quant.runtime.exl2.format import (
     Group,
     UnpackedLinear,
     dequantize_linear,
@@ -17,6 +16,7 @@ from dbrx_quant.runtime.format import (
     uniform_groups,
     unpack_linear,
 )
+from dbrx_quant.runtime.library import _native
 
 MIXED = (Group(8, 32), Group(6, 32), Group(5, 64), Group(4, 32), Group(3, 96), Group(2, 128), Group(2, 16))
 FIELDS = ("codes", "scale_codes", "scale_max", "dequantized", "loss_per_column")

@@ -8,17 +8,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small_models import random_tokens, save_model
 
-from dbrx_quant.calibration.hessian import Moments
-from dbrx_quant.calibration.shrinkage import Shrinkage, hessian, own_share
-from dbrx_quant.calibration.states import open_states
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize.allocate import allocate
-from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
-from dbrx_quant.quantize.prepare import prepare
-from dbrx_quant.quantize.refit import ResidualTarget, cross_moments, loss_of, refitted
-from dbrx_quant.quantize.solve import solve_linear
-from dbrx_quant.runtime.format import Group, dequantize_linear
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.blocks.states import open_states
+from dbrx_quant.calibration.statistics.moments import Moments
+from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, hessian, own_share
+from dbrx_quant.quantize.budget.allocate import allocate
+from dbrx_quant.quantize.first_pass import MeasureJob, measure
+from dbrx_quant.quantize.second_pass import QuantizeJob, quantize_model
+from dbrx_quant.quantize.solve.linear import solve_linear
+from dbrx_quant.quantize.solve.prepare import prepare
+from dbrx_quant.quantize.solve.refit import ResidualTarget, cross_moments, loss_of, refitted
+from dbrx_quant.runtime.exl2.format import Group, dequantize_linear
 from dbrx_quant.runtime.progress import Progress
 
 K, N, TOKENS = 96, 40, 400

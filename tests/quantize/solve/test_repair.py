@@ -6,16 +6,16 @@ import pytest
 import torch
 from small_models import random_tokens, save_model
 
-from dbrx_quant.calibration.hessian import MIN_HELD_TOKENS, SplitMoments, held_out
-from dbrx_quant.calibration.residual import ResidualMoments
-from dbrx_quant.calibration.states import open_states
-from dbrx_quant.calibration.streamed import StreamedModel
-from dbrx_quant.quantize import pipeline
-from dbrx_quant.quantize.allocate import allocate
-from dbrx_quant.quantize.ldlq import factorize
-from dbrx_quant.quantize.measure import MeasureJob, measure
-from dbrx_quant.quantize.pipeline import QuantizeJob, quantize_model
-from dbrx_quant.quantize.repair import NO_REPAIR, Repair, repaired, solve
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.blocks.states import open_states
+from dbrx_quant.calibration.statistics.moments import MIN_HELD_TOKENS, SplitMoments, held_out
+from dbrx_quant.calibration.statistics.residual import ResidualMoments
+from dbrx_quant.quantize import second_pass
+from dbrx_quant.quantize.budget.allocate import allocate
+from dbrx_quant.quantize.first_pass import MeasureJob, measure
+from dbrx_quant.quantize.second_pass import QuantizeJob, quantize_model
+from dbrx_quant.quantize.solve.ldlq import factorize
+from dbrx_quant.quantize.solve.repair import NO_REPAIR, Repair, repaired, solve
 from dbrx_quant.runtime.progress import Progress
 
 K, N, LENGTH = 24, 10, 64
@@ -102,13 +102,13 @@ def dense_states(job):
 
 def test_the_originals_states_are_those_of_the_measurement(job, monkeypatch):
     seen = []
-    run = pipeline._run_original
+    run = second_pass._run_original
 
     def watched(job, index):
         run(job, index)
         seen.append((open_states(job.original(index)), open_states(job.middle(index))))
 
-    monkeypatch.setattr(pipeline, "_run_original", watched)
+    monkeypatch.setattr(second_pass, "_run_original", watched)
     quantize_model(dataclasses.replace(job, folder=job.folder.with_name("watched")))
     with torch.no_grad():
         for block, (before, middle) in zip(job.model.architecture.blocks, seen, strict=True):

@@ -5,13 +5,13 @@ import math
 import pytest
 import safetensors.torch
 import torch
-from test_data import write_tokenizer
-from test_families import CONFIGS
+from byte_tokenizer import write_tokenizer
+from small_configs import CONFIGS
 from transformers import AutoModelForCausalLM
 
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.evaluate import Scores, cache_reference, evaluate, windows
+from dbrx_quant.runtime.evaluation.scores import Scores, cache_reference, evaluate, windows
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 V = 50
 

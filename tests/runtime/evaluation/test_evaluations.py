@@ -6,12 +6,12 @@ import os
 import pytest
 import tiny_output
 
-from dbrx_quant.quantize.side_files import copy_side_files
-from dbrx_quant.runtime import json_file
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.evaluations import read_evaluations, save_evaluation
-from dbrx_quant.runtime.verify import verify
-from dbrx_quant.scripts.main import main
+from dbrx_quant.quantize.output.side_files import copy_side_files
+from dbrx_quant.runtime.evaluation.record import read_evaluations, save_evaluation
+from dbrx_quant.runtime.files import json_file
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.verify import verify
+from dbrx_quant.scripts.cli.main import main
 
 ENTRY = {
     "text": "wiki.txt",

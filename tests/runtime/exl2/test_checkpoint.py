@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME, Checkpoint
+from dbrx_quant.runtime.files.errors import CheckpointError
 
 
 @pytest.fixture

@@ -8,9 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dbrx_quant.runtime.backends.stored import Stored
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.format import (
+from dbrx_quant.runtime.exl2.format import (
     SUFFIXES,
     WIDTHS,
     Group,
@@ -25,6 +23,8 @@ from dbrx_quant.runtime.format import (
     unpack_linear,
     validate_linear,
 )
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.kernels.stored import Stored
 
 
 def linear_tensors(path):

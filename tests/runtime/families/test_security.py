@@ -4,17 +4,16 @@ import io
 import json
 import shutil
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
+from places import TINY
 
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.load_dense import load_dense
-from dbrx_quant.runtime.text import load_tokenizer
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.model.load_dense import load_dense
+from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
-TINY = Path(__file__).parent / "data" / "tiny-dbrx"
 CLASSES = """
 from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedTokenizerFast

@@ -10,18 +10,18 @@ import pytest
 import safetensors.torch
 import torch
 
-from dbrx_quant.runtime import files
+from dbrx_quant.runtime.files import atomic
 
 
 def test_text_and_json_read_back_as_written(tmp_path):
     value = {"b": [1, 2.5, -0.1], "a": {"ü": None, "empty": {}, "list": []}, "rows": [{"x": True}, [1]]}
-    files.write_json(tmp_path / "v.json", value)
+    atomic.write_json(tmp_path / "v.json", value)
     text = (tmp_path / "v.json").read_text(encoding="utf-8")
     assert json.loads(text) == value
     assert text.endswith("}\n")
     assert list(json.loads(text)) == ["a", "b", "rows"]
     assert ' "b": [1, 2.5, -0.1],' in text.splitlines()
-    files.write_text(tmp_path / "t.txt", "grün\n")
+    atomic.write_text(tmp_path / "t.txt", "grün\n")
     assert (tmp_path / "t.txt").read_bytes() == "grün\n".encode()
     assert sorted(os.listdir(tmp_path)) == ["t.txt", "v.json"]
 
@@ -29,7 +29,7 @@ def test_text_and_json_read_back_as_written(tmp_path):
 def test_json_refuses_what_would_not_read_back(tmp_path):
     for value, error in (({2: 1}, TypeError), ({"a": float("nan")}, ValueError), ({"a": {1, 2}}, TypeError)):
         with pytest.raises(error):
-            files.write_json(tmp_path / "v.json", value)
+            atomic.write_json(tmp_path / "v.json", value)
     assert os.listdir(tmp_path) == []
 
 
@@ -37,12 +37,12 @@ def test_tensors_read_back_through_safetensors(tmp_path):
     generator = torch.Generator().manual_seed(1)
     tensors = {
         f"t.{name}": torch.randint(0, 2, (3, 5), generator=generator).to(dtype)
-        for dtype, name in files.DTYPE_NAMES.items()
+        for dtype, name in atomic.DTYPE_NAMES.items()
     }
     tensors["scalar"] = torch.tensor(2.5)
     tensors["empty"] = torch.zeros(0, 4)
     tensors["view"] = torch.arange(24, dtype=torch.int16).view(4, 6).T[1:3]
-    files.save_tensors(tmp_path / "x.safetensors", tensors, {"b": "1", "a": "ä"})
+    atomic.save_tensors(tmp_path / "x.safetensors", tensors, {"b": "1", "a": "ä"})
     back = safetensors.torch.load_file(tmp_path / "x.safetensors")
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -55,7 +55,7 @@ def test_tensors_read_back_through_safetensors(tmp_path):
 
 def test_equal_contents_give_equal_bytes_in_every_process(tmp_path):
     code = (
-        "import sys, torch; from dbrx_quant.runtime.files import save_tensors\n"
+        "import sys, torch; from dbrx_quant.runtime.files.atomic import save_tensors\n"
         "names = sys.argv[2].split(',')\n"
         "save_tensors(sys.argv[1], {n: torch.full((3,), len(n)) for n in names}, {n: n for n in names})"
     )
@@ -75,21 +75,21 @@ def test_bad_tensors_and_metadata_are_refused(tmp_path):
         ({"a": torch.zeros(2)}, {"rows": 3}, TypeError),
     ):
         with pytest.raises(error):
-            files.save_tensors(tmp_path / "x.safetensors", tensors, metadata)
+            atomic.save_tensors(tmp_path / "x.safetensors", tensors, metadata)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_failed_write_keeps_the_old_file_and_no_leftover(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
-    files.save_tensors(path, {"a": torch.zeros(3)})
+    atomic.save_tensors(path, {"a": torch.zeros(3)})
     before = path.read_bytes()
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(OSError, match=r"disk full: 4\d\d\d bytes wanted.*x\.safetensors") as caught:
-        files.save_tensors(path, {"a": torch.zeros(1000)})
+        atomic.save_tensors(path, {"a": torch.zeros(1000)})
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["x.safetensors"]
@@ -97,9 +97,9 @@ def test_a_failed_write_keeps_the_old_file_and_no_leftover(tmp_path, monkeypatch
     def interrupted(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.os, "fsync", interrupted)
+    monkeypatch.setattr(atomic.os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        files.write_text(path, "new")
+        atomic.write_text(path, "new")
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
@@ -113,18 +113,18 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "new.txt")], check=False)
     assert done.returncode == -9
     assert not (tmp_path / "new.txt").exists()
-    assert len(files.remove_leftovers(tmp_path)) == 1
+    assert len(atomic.remove_leftovers(tmp_path)) == 1
     assert os.listdir(tmp_path) == ["kept.txt"]
 
 
 def test_fingerprint_follows_contents_and_not_name_or_time(tmp_path):
     small, big = tmp_path / "a.json", tmp_path / "a.safetensors"
     small.write_text("{}")
-    first = files.fingerprint(small)
+    first = atomic.fingerprint(small)
     os.utime(small, (1, 1))
-    assert files.fingerprint(small.rename(tmp_path / "b.json")) == first
+    assert atomic.fingerprint(small.rename(tmp_path / "b.json")) == first
     (tmp_path / "b.json").write_text("[]")
-    assert files.fingerprint(tmp_path / "b.json") != first
+    assert atomic.fingerprint(tmp_path / "b.json") != first
 
     # 9 MB of zeros: both tensors look the same in the samples, only header or touched samples differ
     seen = set()
@@ -132,7 +132,7 @@ def test_fingerprint_follows_contents_and_not_name_or_time(tmp_path):
         tensors = {name: torch.zeros(1_200_000) for name in names}
         tensors[names[0]][0] = first_value
         tensors[names[1]][-1] = last_value
-        files.save_tensors(big, tensors)
-        seen.add(files.fingerprint(big))
+        atomic.save_tensors(big, tensors)
+        seen.add(atomic.fingerprint(big))
     assert len(seen) == 4
     assert all(text.startswith(f"{big.stat().st_size}-") for text in seen)

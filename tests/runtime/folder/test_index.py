@@ -9,10 +9,10 @@ from quant_models import CONFIGS, build_quantized_folder
 from transformers import AutoModelForCausalLM
 
 from dbrx_quant.runtime import load_model
-from dbrx_quant.runtime.checkpoint import INDEX_NAME
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.files import save_tensors
-from dbrx_quant.runtime.verify import verify
+from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME
+from dbrx_quant.runtime.files.atomic import save_tensors
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.verify import verify
 
 PROMPT = torch.arange(20)[None] * 7 % 128
 STALE = {"weight_map": {"lm_head.weight": "model-00001-of-00061.safetensors"}}

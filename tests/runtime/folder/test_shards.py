@@ -18,13 +18,13 @@ from tiny_output import (
     source_tensors,
 )
 
-from dbrx_quant.quantize import shards
-from dbrx_quant.quantize.shards import module_order, write_shards
-from dbrx_quant.runtime.checkpoint import INDEX_NAME, Checkpoint
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.errors import CheckpointError
+from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME, Checkpoint
 from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.files import save_tensors
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.files.atomic import save_tensors
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder import shards
+from dbrx_quant.runtime.folder.shards import module_order, write_shards
 
 SMALL = 40_000  # bytes a shard: several linears in one, and a head that needs shards of its own
 

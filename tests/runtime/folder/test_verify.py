@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny_output import CONFIG, TOKENIZER_CONFIG, VOCABULARY, make_output, make_tokenizer, write_json
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from dbrx_quant.runtime.checkpoint import INDEX_NAME
-from dbrx_quant.runtime.files import save_tensors
-from dbrx_quant.runtime.verify import verify
+from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME
+from dbrx_quant.runtime.files.atomic import save_tensors
+from dbrx_quant.runtime.folder.verify import verify
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 EXPERT = "model.layers.1.block_sparse_moe.experts.1.w2"

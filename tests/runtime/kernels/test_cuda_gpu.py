@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import oracles_ops as oracle
-from dbrx_quant.runtime import _cuda, ops
-from dbrx_quant.runtime.linear import QuantLinear
+from dbrx_quant.runtime.kernels import ops
+from dbrx_quant.runtime.library import _cuda
+from dbrx_quant.runtime.model.linear import QuantLinear
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 

@@ -12,12 +12,14 @@ from quant_models import CONFIGS, build_quantized_folder
 from safetensors.torch import load_file
 
 import oracles_ops as oracle
-from dbrx_quant.runtime import _cuda, experts, load_model, ops
-from dbrx_quant.runtime import linear as linear_module
-from dbrx_quant.runtime.backends import checks, cuda, cuda_layout
-from dbrx_quant.runtime.backends.stored import Stored
-from dbrx_quant.runtime.linear import QuantLinear
-from dbrx_quant.runtime.snapshot import Snapshot
+from dbrx_quant.runtime import load_model
+from dbrx_quant.runtime.kernels import checks, cuda, cuda_tiles, ops
+from dbrx_quant.runtime.kernels.stored import Stored
+from dbrx_quant.runtime.library import _cuda
+from dbrx_quant.runtime.model import experts
+from dbrx_quant.runtime.model import linear as linear_module
+from dbrx_quant.runtime.model.linear import QuantLinear
+from dbrx_quant.runtime.model.snapshot import Snapshot
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -35,9 +37,9 @@ def test_the_device_layout_is_made_once_and_follows_modifications():
 def test_the_device_layout_lives_as_long_as_the_words_of_the_file():
     tensors = oracle.random_tensors([(4, 64)], 64)
     dequantize(tensors)
-    before = len(cuda_layout._linears)
+    before = len(cuda_tiles._linears)
     del tensors["q_weight"]
-    assert len(cuda_layout._linears) == before - 1
+    assert len(cuda_tiles._linears) == before - 1
 
 
 def test_broken_tables_are_refused():
@@ -56,11 +58,11 @@ def test_broken_tables_are_refused():
 
 def tiled(tensors):
     """The tensors with a tiled q_weight."""
-    return {**tensors, "q_weight": cuda_layout.tile(Stored.of(tensors))}
+    return {**tensors, "q_weight": cuda_tiles.tile(Stored.of(tensors))}
 
 
 def untiled(tensors):
-    return cuda_layout.untile(Stored.of(tensors))
+    return cuda_tiles.untile(Stored.of(tensors))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -101,7 +103,7 @@ def test_tiled_words_without_the_library_are_an_error(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(cuda_layout, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(cuda_tiles, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(Snapshot, "all_on_cpu", lambda snapshot: False)
     monkeypatch.setattr(checks, "_TILED_ON", ("cpu", "meta"))
     kernels = ops.kernels(cuda)
@@ -127,7 +129,7 @@ def test_a_layer_on_a_gpu_holds_its_words_once_and_shows_the_files(gpu):
     assert layer.stored().tiled
     x = torch.randn(3, 144).half()
     assert torch.allclose(layer(x).double(), oracle.linear(x, tensors, 96)[:, :90], rtol=2e-3, atol=2e-3)
-    held = [t for _, made in cuda_layout._linears.values() for t in made.made]
+    held = [t for _, made in cuda_tiles._linears.values() for t in made.made]
     assert all(t.numel() < layer.q_weight.numel() for t in held), "a second copy of the words"
     assert_equal_tensors(layer.state_dict(), tensors)
     assert_equal_tensors(layer.tensors(), tensors)
@@ -138,7 +140,7 @@ def test_a_layer_that_leaves_the_gpu_has_the_files_words(gpu, monkeypatch):
     tensors, layer = quant_linear()
     layer.to(torch.bfloat16)
     assert layer.stored().tiled
-    monkeypatch.setattr(cuda_layout, "on_gpu", lambda tensor: False)
+    monkeypatch.setattr(cuda_tiles, "on_gpu", lambda tensor: False)
     layer.to("cpu")
     assert_equal_tensors(dict(layer.named_buffers()), tensors)
 

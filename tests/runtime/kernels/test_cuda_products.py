@@ -7,7 +7,6 @@ import ctypes
 
 import pytest
 import torch
-from conftest import GOLDEN
 from emulated import (
     FLOATS,
     SANITIZED,
@@ -20,6 +19,7 @@ from emulated import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import GOLDEN
 from safetensors.torch import load_file
 
 import oracles_ops as oracle

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles_ops as oracle
-from dbrx_quant.runtime import _native, ops
-from dbrx_quant.runtime.activations import activations, set_activations, use_activations
-from dbrx_quant.runtime.backends import repacked as cache
-from dbrx_quant.runtime.backends.stored import Stored
-from dbrx_quant.runtime.backends.structs import describe_linear
+from dbrx_quant.runtime.kernels import ops
+from dbrx_quant.runtime.kernels import repacked as cache
+from dbrx_quant.runtime.kernels.activations import activations, set_activations, use_activations
+from dbrx_quant.runtime.kernels.stored import Stored
+from dbrx_quant.runtime.kernels.structs import describe_linear
+from dbrx_quant.runtime.library import _native
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 SHAPES = {
@@ -314,7 +315,7 @@ def test_the_setting_is_one_of_three_and_comes_back_after_a_block():
 @pytest.mark.parametrize(("value", "printed"), [("", "int8"), ("float", "float"), ("fast", "ValueError")])
 def test_the_environment_names_the_setting(value, printed):
     code = (
-        "from dbrx_quant.runtime.activations import activations\n"
+        "from dbrx_quant.runtime.kernels.activations import activations\n"
         "try: print(activations())\n"
         "except ValueError as error: print(type(error).__name__)\n"
     )

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles_ops as oracle
-from dbrx_quant.runtime import _native, ops
-from dbrx_quant.runtime.backends import cpu, reference
+from dbrx_quant.runtime.kernels import cpu, ops, reference
+from dbrx_quant.runtime.library import _native
 
 SHAPES = {
     **oracle.SHAPES,

@@ -1,14 +1,14 @@
-"""`runtime/_abi.py` against `csrc/include/dbrxq.h`, which it repeats: each function, struct and number."""
+"""`library/_abi.py` against `csrc/include/dbrxq.h`, which it repeats: each function, struct and number."""
 
 import ctypes
 import re
-from pathlib import Path
 
 import pytest
+from places import CSRC
 
-from dbrx_quant.runtime import _abi
+from dbrx_quant.runtime.library import _abi
 
-HEADER = Path(__file__).resolve().parents[1] / "csrc" / "include" / "dbrxq.h"
+HEADER = CSRC / "include" / "dbrxq.h"
 SOURCE = re.sub(r"//[^\n]*", "", HEADER.read_text(encoding="utf-8"))
 
 FUNCTIONS = re.findall(r"DBRXQ_API\s+([^;()]*?)(\w+)\(([^)]*)\);", SOURCE)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import oracles_ops as oracle
-from dbrx_quant.runtime import _native, ops
+from dbrx_quant.runtime.kernels import ops
+from dbrx_quant.runtime.library import _native
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 pytestmark = pytest.mark.usefixtures("seeded")

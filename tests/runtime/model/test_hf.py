@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from dbrx_quant.runtime import load_model
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.hf import Exl2Config, Exl2HfQuantizer
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.model.quantizer import Exl2Config, Exl2HfQuantizer
 
 PROMPT = torch.arange(20)[None] * 7 % 128
 FAMILIES = ("dbrx", "llama tied and biased", "mixtral", "qwen2", "qwen2 moe", "qwen3 moe")
@@ -165,7 +165,7 @@ def test_importing_the_runtime_is_all_that_from_pretrained_needs(dbrx):
     assert "(lm_head): QuantLinear" in run(code)
 
 
-@pytest.mark.parametrize("first", ["transformers.quantizers.auto", "dbrx_quant.runtime.hf"])
+@pytest.mark.parametrize("first", ["transformers.quantizers.auto", "dbrx_quant.runtime.model.quantizer"])
 def test_the_order_of_imports_does_not_matter(first):
     code = f"import {first}, dbrx_quant.runtime; from transformers.quantizers import auto"
     assert run(f"{code}; print('exl2' in auto.AUTO_QUANTIZER_MAPPING)") == "True\n"

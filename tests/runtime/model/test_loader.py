@@ -7,14 +7,14 @@ import pytest
 import torch
 from quant_models import CONFIGS, build_quantized_folder
 from safetensors.torch import load_file, save_file
-from test_families import SMALL
+from small_configs import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dbrx_quant.runtime import load_model
-from dbrx_quant.runtime.config import load_config
-from dbrx_quant.runtime.errors import CheckpointError
 from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.load_dense import load_dense
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.model.load_dense import load_dense
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.v1"
 IDS = torch.arange(24).reshape(2, 12) * 5 % 128

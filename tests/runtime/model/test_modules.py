@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import oracles_ops as oracle
-from dbrx_quant.runtime.activations import activation_name, use_activations
-from dbrx_quant.runtime.experts import QuantExperts
-from dbrx_quant.runtime.linear import FusedLinear, QuantLinear
+from dbrx_quant.runtime.kernels.activations import activation_name, use_activations
+from dbrx_quant.runtime.model.experts import QuantExperts
+from dbrx_quant.runtime.model.linear import FusedLinear, QuantLinear
 
 D, F, E, A = 64, 96, 4, 2
 

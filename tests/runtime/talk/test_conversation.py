@@ -6,10 +6,10 @@ from scripted_model import scripted_folder
 from tiny_output import ADDED, TOKENIZER_CONFIG, make_output, make_tokenizer
 
 from dbrx_quant.runtime import load_model
-from dbrx_quant.runtime.activations import use_activations
-from dbrx_quant.runtime.conversation import Conversation
-from dbrx_quant.runtime.text import load_tokenizer
-from dbrx_quant.runtime.text_stream import TextStream
+from dbrx_quant.runtime.kernels.activations import use_activations
+from dbrx_quant.runtime.talk.conversation import Conversation
+from dbrx_quant.runtime.talk.text_stream import TextStream
+from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
 SCRIPT = "Hi_you!🙂"
 

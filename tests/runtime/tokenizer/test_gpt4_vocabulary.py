@@ -14,12 +14,12 @@ import pytest
 from tiny_output import CONFIG, write_json
 from transformers import AutoTokenizer
 
-from dbrx_quant.quantize.tiktoken_source import convert_tiktoken
-from dbrx_quant.quantize.tokenizer import write_tokenizer
-from dbrx_quant.quantize.tokenizer_repair import plan_repair
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.text import load_tokenizer
-from dbrx_quant.scripts.main import main
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
+from dbrx_quant.runtime.tokenizer.load import load_tokenizer
+from dbrx_quant.runtime.tokenizer.repair import plan_repair
+from dbrx_quant.runtime.tokenizer.tiktoken_source import convert_tiktoken
+from dbrx_quant.scripts.cli.main import main
 
 VOCABULARY = 100352
 URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"

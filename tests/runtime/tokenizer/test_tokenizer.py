@@ -16,9 +16,9 @@ from tiny_output import (
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from dbrx_quant.quantize.tokenizer import check_tokenizer, write_tokenizer
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.vocabulary import read_vocabulary, special_ids, turn_end
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.tokenizer.fix import check_tokenizer, write_tokenizer
+from dbrx_quant.runtime.tokenizer.ids import read_vocabulary, special_ids, turn_end
 
 CHAT = [{"role": "user", "content": "2024 cafés?"}, {"role": "assistant", "content": "No, 1999."}]
 

@@ -19,11 +19,11 @@ from scripted_model import byte_ids, scripted_folder
 from tiny_output import TOKENIZER_CONFIG, make_output, make_tokenizer
 
 from dbrx_quant.runtime import load_model
-from dbrx_quant.runtime.conversation import Answer, Conversation
-from dbrx_quant.runtime.text import load_tokenizer
-from dbrx_quant.scripts.chat_screen import TerminalScreen
-from dbrx_quant.scripts.chat_session import COMMANDS, Session, summary
-from dbrx_quant.scripts.main import main
+from dbrx_quant.runtime.talk.conversation import Answer, Conversation
+from dbrx_quant.runtime.tokenizer.load import load_tokenizer
+from dbrx_quant.scripts.cli.main import main
+from dbrx_quant.scripts.terminal.chat_screen import TerminalScreen
+from dbrx_quant.scripts.terminal.chat_session import COMMANDS, Session, summary
 
 SCRIPT = "Hi_you!🙂"
 
@@ -250,7 +250,7 @@ def test_markdown_appears_whole_whatever_pieces_it_comes_in():
     )
     console = console_module.Console(file=io.StringIO(), force_terminal=True, width=60, height=12)
     screen = TerminalScreen(console, markdown=True)
-    import dbrx_quant.scripts.chat_screen as module
+    import dbrx_quant.scripts.terminal.chat_screen as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_REFRESH_SECONDS", 0)
@@ -287,7 +287,7 @@ class Terminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dbrx_quant.scripts.main", *arguments],
+            [sys.executable, "-m", "dbrx_quant.scripts.cli.main", *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,

@@ -9,19 +9,19 @@ import pytest
 from cli_runs import run, spawn
 from measurements import linear, measurement
 from safetensors import safe_open
-from test_families import CONFIGS
+from small_configs import CONFIGS
 from tiny_output import make_output, make_source
 
-from dbrx_quant.calibration.experts import ExpertCoverage
+from dbrx_quant.calibration.blocks.routing import ExpertCoverage
 from dbrx_quant.quantize import conversion as converting
 from dbrx_quant.quantize.measurement import write_measurement
-from dbrx_quant.runtime.config import load_config
 from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.inspect import inspect_folder
-from dbrx_quant.scripts import doctor
-from dbrx_quant.scripts.arguments import bpw_list, size
-from dbrx_quant.scripts.main import main
-from dbrx_quant.scripts.output import bytes_text, seconds_text
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.folder.inspect import inspect_folder
+from dbrx_quant.scripts.cli import doctor
+from dbrx_quant.scripts.cli.main import main
+from dbrx_quant.scripts.terminal.arguments import bpw_list, size
+from dbrx_quant.scripts.terminal.output import bytes_text, seconds_text
 
 TEXT = "The quick brown fox jumps over 13 lazy dogs, and 27 more. " * 4
 

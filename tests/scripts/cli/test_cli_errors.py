@@ -12,7 +12,7 @@ from tiny_output import make_output
 
 from dbrx_quant import scripts
 from dbrx_quant.quantize import conversion as converting
-from dbrx_quant.scripts import doctor
+from dbrx_quant.scripts.cli import doctor
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from dbrx_quant.scripts.completion import SHELLS, completion_script
-from dbrx_quant.scripts.main import VERBS, main
+from dbrx_quant.scripts.cli.completion import SHELLS, completion_script
+from dbrx_quant.scripts.cli.main import VERBS, main
 
 ASKED = [  # what is typed, with the word to complete last
     (["con"], {"convert"}),

@@ -10,8 +10,8 @@ import sys
 import pytest
 from scripted_model import byte_ids, scripted_folder
 
-import dbrx_quant.runtime.loader as loader
-from dbrx_quant.scripts.main import main
+import dbrx_quant.runtime.model.load as loader
+from dbrx_quant.scripts.cli.main import main
 
 SCRIPT = "Hi_you!🙂"
 
@@ -81,7 +81,7 @@ def test_a_pipe_has_the_text_at_once_and_keeps_it_after_ctrl_c(tmp_path):
     folder = scripted_folder(tmp_path / "endless", "🙂abc", then=byte_ids("a")[0], context=100_000)
     arguments = ["generate", str(folder), "Hello", "--chat", "--max-new-tokens", "90000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dbrx_quant.scripts.main", *arguments],
+        [sys.executable, "-m", "dbrx_quant.scripts.cli.main", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -5,7 +5,7 @@ import shlex
 import pytest
 from command_lines import command_lines, parse_fault
 
-from dbrx_quant.scripts.main import VERBS, make_parser
+from dbrx_quant.scripts.cli.main import VERBS, make_parser
 
 NAMES = [verb.name for verb in VERBS]
 each_verb = pytest.mark.parametrize("verb", VERBS, ids=NAMES)

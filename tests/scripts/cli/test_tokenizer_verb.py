@@ -18,8 +18,8 @@ from tiny_output import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dbrx_quant.runtime
-from dbrx_quant.runtime import files
-from dbrx_quant.scripts.main import main
+from dbrx_quant.runtime.files import atomic
+from dbrx_quant.scripts.cli.main import main
 
 IM_END = ADDED["<|im_end|>"]
 
@@ -126,12 +126,12 @@ def test_an_interrupted_repair_is_finished_by_the_next(source, capsys, monkeypat
 
     def failing(old, new):
         calls.append(new)
-        if len(calls) == 6:  # three copies, two files, and then
+        if len(calls) == 6:  # three copies, two atomic, and then
             raise OSError(28, "No space left on device", str(new))
         replace(old, new)
 
     before = contents(source)
-    monkeypatch.setattr(files.os, "replace", failing)
+    monkeypatch.setattr(atomic.os, "replace", failing)
     code, _, err = run(capsys, source)
     assert code == 1
     assert "disk full" in err

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import DOCS
 from quant_models import CONFIGS, build_quantized_folder
 
 from dbrx_quant.runtime import load_model
-from dbrx_quant.runtime.activations import use_activations
-from dbrx_quant.scripts import bench_decode, bench_kernels
-from dbrx_quant.scripts.bench_kernels import FFN, HIDDEN, compare, mixed_groups, uniform_groups
-from dbrx_quant.scripts.bench_record import RECORD_VERSION, commit, cpu_model, record, slug
+from dbrx_quant.runtime.kernels.activations import use_activations
+from dbrx_quant.scripts.dev import bench_decode, bench_kernels
+from dbrx_quant.scripts.dev.bench_kernels import FFN, HIDDEN, compare, mixed_groups, uniform_groups
+from dbrx_quant.scripts.dev.bench_record import RECORD_VERSION, commit, cpu_model, record, slug
 
-HISTORY = sorted((Path(__file__).resolve().parents[1] / "docs" / "bench").glob("*.json"))
+HISTORY = sorted((DOCS / "bench").glob("*.json"))
 KEYS = {
     "format_version", "bench", "date", "commit", "machine", "versions", "settings", "figures",
 }  # fmt: skip

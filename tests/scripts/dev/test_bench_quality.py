@@ -9,15 +9,15 @@ import torch
 from measurements import linear
 from measurements import measurement as made
 
-from dbrx_quant.calibration.data import UNSEEN_EVERY
-from dbrx_quant.quantize.allocate import allocate
-from dbrx_quant.quantize.ldlq import factorize, quantize_matrix
-from dbrx_quant.quantize.recipe import GROUP_ROWS
-from dbrx_quant.runtime.format import check_groups, uniform_groups
-from dbrx_quant.runtime.group_text import parse_groups
-from dbrx_quant.scripts import quality_variants as variants
-from dbrx_quant.scripts.bench_quality import read_peers, replaced
-from dbrx_quant.scripts.quality_report import (
+from dbrx_quant.calibration.text.tokens import UNSEEN_EVERY
+from dbrx_quant.quantize.budget.allocate import allocate
+from dbrx_quant.quantize.budget.groups import GROUP_ROWS
+from dbrx_quant.quantize.solve.ldlq import factorize, quantize_matrix
+from dbrx_quant.runtime.exl2.format import check_groups, uniform_groups
+from dbrx_quant.runtime.exl2.group_text import parse_groups
+from dbrx_quant.scripts.dev import quality_variants as variants
+from dbrx_quant.scripts.dev.bench_quality import read_peers, replaced
+from dbrx_quant.scripts.dev.quality_report import (
     compare,
     divergence_at,
     equivalent_bits,
@@ -119,7 +119,7 @@ def test_peers_of_an_unknown_model_are_refused(tmp_path):
 
 def test_patches_hold_inside_the_block_alone():
     name = f"{variants.SHRINKAGE}.DAMPINGS"
-    from dbrx_quant.quantize import shrinkage
+    from dbrx_quant.quantize.solve import shrinkage
 
     before = shrinkage.DAMPINGS
     with replaced({name: (0.5,)}):

@@ -6,7 +6,7 @@ import math
 import pytest
 from places import DOCS
 
-from dbrx_quant.scripts import dbrx_sizes
+from dbrx_quant.scripts.dev import dbrx_sizes
 
 GUIDE = DOCS / "dbrx.md"
 D, F, BLOCKS, EXPERTS, KV, VOCABULARY = 6144, 10752, 40, 16, 8 * 128, 100352

@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from measurements import linear, measurement
+from places import DOCS
 
-from dbrx_quant.scripts import plot_how_it_works
+from dbrx_quant.quantize.budget.strategy import Strategy
+from dbrx_quant.scripts.dev import plot_how_it_works
 
-SHOWN = set(
-    re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8"))
-)
+PAGE = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
+SHOWN = set(re.findall(r"!\[[^\]]*\]\(pictures/([^)]+)\)", PAGE))
 
 
 def test_the_page_shows_what_the_script_draws():
@@ -19,10 +20,10 @@ def test_the_page_shows_what_the_script_draws():
 
 
 def test_the_price_lies_between_steps_taken_and_steps_refused():
-    options = [[100, 8.0, "a"], [200, 4.0, "b"], [300, 2.0, "c"], [400, 1.0, "d"]]  # gains 0.04, 0.02, 0.01
-    measurement = {"linears": {"x": {"options": options}, "y": {"options": options}}}
-    strategy = {"linears": {"x": {"bits": 300}, "y": {"bits": 300}}}
-    assert 0.01 < plot_how_it_works._price(measurement, strategy) < 0.02
+    options = [(100, 8.0, "a"), (200, 4.0, "b"), (300, 2.0, "c"), (400, 1.0, "d")]  # gains 0.04, 0.02, 0.01
+    measured = measurement({name: linear((8, 16), options) for name in "xy"})
+    chosen = {name: measured.linears[name].options[2] for name in "xy"}
+    assert 0.01 < plot_how_it_works._price(measured, Strategy(3.0, 3.0, 4.0, chosen)) < 0.02
 
 
 @pytest.mark.slow

@@ -15,18 +15,18 @@ import report_facts
 import tiny_output
 from small_models import save_model, save_random_tokens
 
+from dbrx_quant.quantize.budget.strategy import Outcome
 from dbrx_quant.quantize.conversion import convert
 from dbrx_quant.quantize.options import ConvertOptions
-from dbrx_quant.quantize.strategy import Outcome
-from dbrx_quant.runtime.errors import CheckpointError
-from dbrx_quant.runtime.evaluations import save_evaluation
-from dbrx_quant.scripts.main import main
-from dbrx_quant.scripts.reporting.charts import Mark, linear_ticks, log_chart, log_ticks
-from dbrx_quant.scripts.reporting.data import LINEAR_COLUMNS, compare, gather, label, measured_kl, read_folder
-from dbrx_quant.scripts.reporting.heatmaps import STEPS, Scale
-from dbrx_quant.scripts.reporting.marks import count_text, digits, percent
-from dbrx_quant.scripts.reporting.page import render
-from dbrx_quant.scripts.reporting.sections import bits_scale
+from dbrx_quant.runtime.evaluation.record import save_evaluation
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.scripts.cli.main import main
+from dbrx_quant.scripts.report.charts import Mark, linear_ticks, log_chart, log_ticks
+from dbrx_quant.scripts.report.data import LINEAR_COLUMNS, compare, gather, label, measured_kl, read_folder
+from dbrx_quant.scripts.report.heatmaps import STEPS, Scale
+from dbrx_quant.scripts.report.marks import count_text, digits, percent
+from dbrx_quant.scripts.report.page import render
+from dbrx_quant.scripts.report.sections import bits_scale
 
 VOID = {"meta", "link", "input", "br", "img", "rect", "path", "circle", "polyline"}
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 import report_facts
 
-from dbrx_quant.scripts.reporting.data import compare, gather
-from dbrx_quant.scripts.reporting.page import render
+from dbrx_quant.scripts.report.data import compare, gather
+from dbrx_quant.scripts.report.page import render
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -1,0 +1,1 @@
+"""Curves of error against bits, and the bits for every linear from one budget."""

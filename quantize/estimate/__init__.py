@@ -1,0 +1,1 @@
+"""What a conversion will weigh and take, before it starts."""

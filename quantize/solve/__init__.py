@@ -1,0 +1,1 @@
+"""From moments and a dense weight to codes, scales and a finished linear."""

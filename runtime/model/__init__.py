@@ -1,0 +1,1 @@
+"""A model of transformers with packed linears in it: loading, modules, the native step."""

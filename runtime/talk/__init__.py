@@ -1,0 +1,1 @@
+"""Conversations: templates, streamed text, the server."""

@@ -1,0 +1,1 @@
+"""Tokenizers: loading, ids, checks, and the repair of what is missing."""

@@ -1,0 +1,1 @@
+"""The `dbrx-quant` command, a file a verb."""

@@ -1,0 +1,1 @@
+"""Benches, studies and drawings for developers; not part of the wheel."""

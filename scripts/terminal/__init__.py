@@ -1,0 +1,1 @@
+"""What the verbs share: arguments, tables, progress, the chat's screen."""
