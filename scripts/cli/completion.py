@@ -19,18 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the script."""
-    script = completion_script(arguments.shell)
+    script = completion_script(arguments.parser, arguments.shell)
     print_json({"shell": arguments.shell, "script": script}) if arguments.json else print(script)
     return 0
 
 
-def completion_script(shell: str) -> str:
-    """The script for one of SHELLS; bash and fish source it, zsh wants it as `_dbrx-quant` in its fpath."""
+def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
+    """The script for one of SHELLS; bash and fish source it, zsh wants it as `_dbrx-quant` in its fpath.
+
+    Args:
+        parser: of the whole command.
+        shell: whose.
+    """
     import shtab
 
-    from dbrx_quant.scripts.cli.main import make_parser
-
-    parser = make_parser()
     for part in _with_verbs(parser):
         for action in part._actions:
             if action.metavar in FOLDERS:

@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         verb.add_arguments(sub)
         add_output_arguments(sub)
-        sub.set_defaults(verb=verb)
+        sub.set_defaults(verb=verb, parser=parser)
     return parser
 
 

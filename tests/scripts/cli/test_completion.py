@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from dbrx_quant.scripts.cli.completion import SHELLS, completion_script
-from dbrx_quant.scripts.cli.main import VERBS, main
+from dbrx_quant.scripts.cli.main import VERBS, main, make_parser
 
 ASKED = [  # what is typed, with the word to complete last
     (["con"], {"convert"}),
@@ -52,7 +52,7 @@ def folder(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file.txt").touch()
     for name in SHELLS:
-        (tmp_path / f"script.{name}").write_text(completion_script(name))
+        (tmp_path / f"script.{name}").write_text(completion_script(make_parser(), name))
     return tmp_path
 
 
@@ -83,7 +83,7 @@ def test_zsh_completes(folder):
 
 def test_json_holds_the_script(capsys):
     assert main(["completion", "bash", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"shell": "bash", "script": completion_script("bash")}
+    assert json.loads(capsys.readouterr().out) == {"shell": "bash", "script": completion_script(make_parser(), "bash")}
 
 
 def test_other_shells_are_bad_usage(capsys):
