@@ -33,7 +33,8 @@ constexpr int kSegmentUnits = 4;  // longest run of units that shares one scale 
 static_assert(kColumns == layout::kColumnMultiple, "every matrix is whole bands");
 static_assert(kQuads * 4 == layout::kUnitRows, "a quad is four rows");
 
-// `bits` bits of a quad's codes: bit `position` and up in the bytes of word row `word`, bit `weight` and up in the code.
+// `bits` bits of a quad's codes: bit `position` and up in the bytes of word row `word`, bit `weight` and up in the
+// code.
 struct Part {
   int word, position, bits, weight;
 };

@@ -42,12 +42,12 @@ struct Step {
   const DecoderKernels& kernels;
   int64_t sequences, tokens, past;
   const float *cosines, *sines;
-  float* x;         // [rows, D]
-  float* normed;    // [rows, D]
-  float* qkv;       // [rows, (H + 2 J) head_dim]
-  float* queries;   // [sequences, J, tokens, H / J, head_dim]
-  float* attended;  // [rows, H head_dim]
-  float* added;     // [rows, D]
+  float* x = nullptr;         // [rows, D]
+  float* normed = nullptr;    // [rows, D]
+  float* qkv = nullptr;       // [rows, (H + 2 J) head_dim]
+  float* queries = nullptr;   // [sequences, J, tokens, H / J, head_dim]
+  float* attended = nullptr;  // [rows, H head_dim]
+  float* added = nullptr;     // [rows, D]
 
   int64_t rows() const { return sequences * tokens; }
   int64_t group() const { return decoder.heads / decoder.key_heads; }
@@ -279,9 +279,13 @@ int decode(const dbrxq_decoder& d, const dbrxq_decoder_cache* cache, int64_t seq
     memory += rows * floats;
     return taken;
   };
-  const Step step{d,       decoder_kernels(), sequences,   tokens,          past,
-                  cosines, sines,             take(d.hidden), take(d.hidden), take(width),
-                  take(attention), take(attention), take(d.hidden)};
+  Step step{d, decoder_kernels(), sequences, tokens, past, cosines, sines};
+  step.x = take(d.hidden);
+  step.normed = take(d.hidden);
+  step.qkv = take(width);
+  step.queries = take(attention);
+  step.attended = take(attention);
+  step.added = take(d.hidden);
   std::memcpy(step.x, x, sizeof(float) * static_cast<size_t>(rows * d.hidden));
   for (int64_t i = 0; i < d.layer_count && status == DBRXQ_OK; ++i) status = run_layer(step, d.layers[i], cache[i]);
   if (status == DBRXQ_OK) normalise_rows(step, d.final_norm, y);

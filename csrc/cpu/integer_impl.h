@@ -60,8 +60,8 @@ template <int B, int Quad, int Index>
 inline Vec::I normal_part(const Vec::I* words) {
   constexpr bands::Part part = bands::part(B, Quad, Index);
   if constexpr (part.bits == 8) return words[part.word];
-  return Vec::and_mask(shift_down<part.position - part.weight>(words[part.word]),
-                       bands::part_mask(part) << part.weight);
+  constexpr uint32_t mask = bands::part_mask(part) << part.weight;
+  return Vec::and_mask(shift_down<part.position - part.weight>(words[part.word]), mask);
 }
 
 // The codes of a quad, one a byte.
@@ -197,8 +197,8 @@ inline void multiply_run(Cursor& run, const uint8_t* steps, const float* tables,
 }
 
 // As multiply_run, for tiles of more than four tokens. These are bound by the two dot products a cycle that a core can
-// start, so registers are for sums: one byte's. Where activations have two, the upper bytes go through the whole segment,
-// the sums move up by 7 bits, and the lower bytes follow into the same sums.
+// start, so registers are for sums: one byte's. Where activations have two, the upper bytes go through the whole
+// segment, the sums move up by 7 bits, and the lower bytes follow into the same sums.
 template <int B, int Planes, int M>
 inline void multiply_wide_run(Cursor& run, const uint8_t* steps, const float* tables, Vec::F* sums) {
   static_assert(M * kPair == M * bands::kColumns, "wide tiles are for vectors of 16 columns");

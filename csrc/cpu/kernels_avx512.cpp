@@ -18,10 +18,8 @@ struct Vec {
   static F load(const float* from) { return _mm512_loadu_ps(from); }
   static void store(float* to, F value) { _mm512_storeu_ps(to, value); }
   static I load_words(const char* from) { return _mm512_loadu_si512(from); }
-  template <int S>
-  static I shift_right(I value) { return _mm512_srli_epi32(value, S); }
-  template <int S>
-  static I shift_left(I value) { return _mm512_slli_epi32(value, S); }
+  template <int S> static I shift_right(I value) { return _mm512_srli_epi32(value, S); }
+  template <int S> static I shift_left(I value) { return _mm512_slli_epi32(value, S); }
   static I either(I a, I b) { return _mm512_or_si512(a, b); }
   static I and_or(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0xEA); }  // (a & b) | c
   static F as_float(I bits) { return _mm512_castsi512_ps(bits); }

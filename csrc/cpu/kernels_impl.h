@@ -5,8 +5,8 @@
 // A lane is an output column: one vector load of a word row gives words of `lanes` neighbouring columns, and code i
 // of all of them sits at the same bits, so decoding needs no shuffles and a sum never leaves its lane.
 //
-//   word row 0   | col 0 | col 1 | ... | col lanes-1 |     >> 0, >> b, >> 2b ...  & mask   ->  codes of rows 0, 1, 2 ...
-//   word row 1   | ...                                |
+//   word row 0   | col 0 | col 1 | ... | col lanes-1 |    >> 0, >> b, >> 2b ...  & mask   ->  codes of rows 0, 1, 2 ...
+//   word row 1   | ...                               |
 //
 // The half rounding of a weight is done in float. p = d * s is exact (8 + 11 significant bits), and half(p) is p
 // rounded to 11 significant bits: below 2^-14 too, because s is a multiple of 2^-24, so that p has none to lose

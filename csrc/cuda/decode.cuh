@@ -45,8 +45,8 @@ __device__ __forceinline__ Half2 signed_codes(const uint32_t (&words)[Bits], int
   for (int i = 0; i < tile::piece_count(Bits, pair); ++i) {
     const tile::Piece part = tile::piece(Bits, pair, i);
     const Half2 mask = (((1u << part.count) - 1u) << part.at) * kBoth;
-    value = and_or(part.shift >= part.at ? words[part.word] >> (part.shift - part.at)
-                                         : words[part.word] << (part.at - part.shift), mask, value);
+    const uint32_t word = words[part.word];
+    value = and_or(part.shift >= part.at ? word >> (part.shift - part.at) : word << (part.at - part.shift), mask, value);
   }
   return add2(value, 0x8000u * kBoth | half_integer(1024 + layout::zero_point(Bits)) * kBoth);
 }

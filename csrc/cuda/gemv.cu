@@ -1,10 +1,10 @@
 // y = x W for up to 16 rows of x: the weights stream past once, at the memory's speed.
 //
-// A block owns a column tile (128 columns; gated: of gate and of up), a row tile, and a slice of the input channels. Its
-// warps divide that slice by equal words, each adding up all 128 columns of its part on the tensor cores (decode.cuh);
-// then a tree over the warps, in a fixed order, makes one sum. Grid: column tiles, row tiles, splits. The words of the
-// next units are on their way into registers, depth() units ahead: 2.5 to 4 KiB a warp, 12 warps
-// a multiprocessor.
+// A block owns a column tile (128 columns; gated: of gate and of up), a row tile, and a slice of the input channels.
+// Its warps divide that slice by equal words, each adding up all 128 columns of its part on the tensor cores
+// (decode.cuh); then a tree over the warps, in a fixed order, makes one sum. Grid: column tiles, row tiles, splits. The
+// words of the next units are on their way into registers, depth() units ahead: 2.5 to 4 KiB a warp, 12 warps a
+// multiprocessor.
 // Aligned: words to 16 bytes, x to 16. Oracle: tests/oracles_ops.py through tests/test_cuda_products.py.
 #include "kernels.cuh"
 
@@ -46,8 +46,8 @@ struct Side {
 template <int TokenTiles>
 __device__ __forceinline__ void fetch(Side<TokenTiles>& side, const Source<TokenTiles>& from, int unit) {
   side.scale = static_cast<const uint32_t*>(from.linear->unit_scale)[unit];
-  side.codes = static_cast<const uint2*>(from.linear->scale_codes)[static_cast<int>(side.scale & 0xffffu) *
-                                                                       (from.words_stride / 4) + from.codes];
+  const int group = static_cast<int>(side.scale & 0xffffu);
+  side.codes = static_cast<const uint2*>(from.linear->scale_codes)[group * (from.words_stride / 4) + from.codes];
 #pragma unroll
   for (int n = 0; n < TokenTiles; ++n) side.x[n] = from.x[n][static_cast<int64_t>(unit) * from.x_stride];
 }

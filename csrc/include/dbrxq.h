@@ -116,8 +116,8 @@ DBRXQ_API int dbrxq_packed_experts(const void* const* packed, int64_t experts, i
 // sequences of equal length, in one call, between the embedding and the head. Activations and sums are fp32 throughout.
 // Axes: B sequences, T new tokens of each, D hidden, H query heads, J key heads, E experts.
 
-// One layer:  x += output(attention(qkv(norm(x)))),  x += mlp(norm(x)). Weights that are not repacked linears are of the
-// decoder's dtype.
+// One layer:  x += output(attention(qkv(norm(x)))),  x += mlp(norm(x)). Weights that are not repacked linears are of
+// the decoder's dtype.
 typedef struct dbrxq_decoder_layer {
   const void* attention_norm;  // [D]
   const void* mlp_norm;        // [D]
@@ -217,7 +217,7 @@ DBRXQ_API const char* dbrxq_cuda_status_text(int status);
 typedef struct dbrxq_cuda_linear {
   const void* words;        // uint32 [sum of units * their bits, N], 16-byte aligned, made by dbrxq_cuda_repack
   const void* scale_codes;  // uint32 [G, N/8], the file's q_scale; 8-byte aligned
-  const void* unit_scale;   // uint32 [U]      group of each unit in the low half, that group's scale_max (half) in the high
+  const void* unit_scale;   // uint32 [U]      group of each unit in the low half, its scale_max (half) in the high
   const void* permutation;  // int32  [32 U]   input channel of each packed row, -1 beyond K
   const void* bias;         // half   [N], or null
   int64_t k;                // 1..65536, a multiple of 16 (of 32 unless the last group has 2 bits)
