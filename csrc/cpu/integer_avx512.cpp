@@ -11,7 +11,7 @@ namespace {
 struct Vec {
   static constexpr int lanes = 16, tokens = 8;
   static constexpr bool any_byte = true;  // `dot` takes codes of any size
-  static constexpr int ahead = 8192;  // bytes of codes fetched in advance
+  static constexpr int ahead = 8192;      // bytes of codes fetched in advance
   using F = __m512;
   using I = __m512i;
   static I zero() { return _mm512_setzero_si512(); }

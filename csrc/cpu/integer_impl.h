@@ -161,7 +161,8 @@ inline void multiply_run(Cursor& run, const uint8_t* steps, const float* tables,
         lower += bands::kQuads * M;
       }
       // Before anything is stored: for all that the compiler knows, stores to `sums` may change the tables.
-      const Vec::F column_scales[2] = {Vec::column_scales(of, table, column), Vec::column_scales(of, table, column + kLanes)};
+      const Vec::F column_scales[2] = {Vec::column_scales(of, table, column),
+                                       Vec::column_scales(of, table, column + kLanes)};
       unroll<2 * M>([&](auto index) DBRXQ_INLINE {
         constexpr int v = decltype(index)::value % 2, m = decltype(index)::value / 2;
         Vec::I total[Planes];
@@ -293,8 +294,14 @@ void multiply_band(const PackedView& view, int activation_bits, int64_t band, co
   constexpr int vectors = bands::kColumns / kLanes;
   const uint8_t* steps = view.band_steps(band);
   const float* tables = view.tables;
-  Cursor cursor = {view.segments, view.segments + view.header->segments, view.band_codes(band), tile.high, tile.low,
-                   tile.scales,   tile.offsets, fetch};
+  Cursor cursor = {view.segments,
+                   view.segments + view.header->segments,
+                   view.band_codes(band),
+                   tile.high,
+                   tile.low,
+                   tile.scales,
+                   tile.offsets,
+                   fetch};
   Vec::F sums[M * vectors];
   unroll<M * vectors>([&](auto i) DBRXQ_INLINE { sums[decltype(i)::value] = Vec::splat(0.0f); });
   for_runs(cursor, activation_bits, [&](auto bits, auto number) {
@@ -314,7 +321,8 @@ void multiply_band(const PackedView& view, int activation_bits, int64_t band, co
         sums[i] = Vec::multiply_add(of_run[i], Vec::splat(scales[i / vectors]), sums[i]);
       });
   });
-  unroll<M * vectors>([&](auto i) DBRXQ_INLINE { Vec::store(out + decltype(i)::value * kLanes, sums[decltype(i)::value]); });
+  unroll<M * vectors>([&](auto i)
+                          DBRXQ_INLINE { Vec::store(out + decltype(i)::value * kLanes, sums[decltype(i)::value]); });
 }
 
 template <int Largest>  // tile: a template, so that tiles that the vectors have no room for are not compiled

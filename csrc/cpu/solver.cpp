@@ -28,13 +28,10 @@ namespace {
 const Kernels& kernels() {
   switch (isa()) {
 #if defined(__x86_64__)
-    case Isa::avx512:
-      return avx512_kernels();
-    case Isa::avx2:
-      return avx2_kernels();
+    case Isa::avx512: return avx512_kernels();
+    case Isa::avx2: return avx2_kernels();
 #endif
-    default:
-      return scalar_kernels();
+    default: return scalar_kernels();
   }
 }
 
@@ -116,8 +113,11 @@ int best_maximum(const std::vector<double>& sums, int64_t tiles) {
 // A search over one group in one thread; the tiles of `x` lie one after another.
 struct Search {
   explicit Search(int64_t tiles)
-      : nominal(tiles * kTile), scales(tiles * kTile), errors(tiles * kTile),
-        codes(static_cast<size_t>(tiles * kTile)), sums(static_cast<size_t>(tiles * kMaxima)) {}
+      : nominal(tiles * kTile),
+        scales(tiles * kTile),
+        errors(tiles * kTile),
+        codes(static_cast<size_t>(tiles * kTile)),
+        sums(static_cast<size_t>(tiles * kMaxima)) {}
 
   Buffer nominal, scales, errors;
   std::vector<uint8_t> codes;
@@ -244,9 +244,9 @@ int dbrxq_error_table(const float* weight, int64_t k, int64_t n, const float* pi
 }
 
 int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float* coefficients, const float* pivots,
-                      const float* column_weights, const int64_t* group_bits, const int64_t* group_rows,
-                      int64_t groups, int effort, float* errors, uint8_t* codes, uint8_t* scale_codes,
-                      uint16_t* scale_max, uint16_t* dequantized, double* loss) {
+                      const float* column_weights, const int64_t* group_bits, const int64_t* group_rows, int64_t groups,
+                      int effort, float* errors, uint8_t* codes, uint8_t* scale_codes, uint16_t* scale_max,
+                      uint16_t* dequantized, double* loss) {
   if (rows <= 0 || n <= 0 || groups <= 0 || effort < DBRXQ_FAST || effort > DBRXQ_BEST) return DBRXQ_BAD_SHAPE;
   int64_t covered = 0;
   for (int64_t g = 0; g < groups; ++g) {
@@ -318,8 +318,8 @@ int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float*
         } else {
           k.refine_codes(targets, within, multiplier, scratch, chosen, scales);
           if (effort == DBRXQ_BEST)
-            refine_with_paths(k, targets, within, multiplier, scratch, longest * kTile, rounded + longest * kTile, chosen,
-                              scales);
+            refine_with_paths(k, targets, within, multiplier, scratch, longest * kTile, rounded + longest * kTile,
+                              chosen, scales);
           k.search_paths(targets, within, scales, scratch, group, rounded, values, tile_loss);
         }
         for (int64_t i = 0; i < kTile; ++i) losses[static_cast<size_t>(t * kTile + i)] += tile_loss[i];

@@ -16,12 +16,12 @@ __host__ __device__ constexpr int depth(int bits) { return bits >= 5 ? 1 : 2; }
 // Where a lane reads: its places in a tile column.
 template <int TokenTiles>
 struct Source {
-  const Linear* linear;    // in shared memory
-  const uint4* words;      // of word row 0
-  int words_stride;        // uint4s from word row to word row, and four times the uint2s from group to group
-  int codes;               // of group 0, in uint2s from the linear's scale_codes
+  const Linear* linear;        // in shared memory
+  const uint4* words;          // of word row 0
+  int words_stride;            // uint4s from word row to word row, and four times the uint2s from group to group
+  int codes;                   // of group 0, in uint2s from the linear's scale_codes
   const uint4* x[TokenTiles];  // of unit 0: row g of each 8, or the last in use, whose sum nobody reads
-  int x_stride;            // uint4s from unit to unit
+  int x_stride;                // uint4s from unit to unit
 };
 
 template <int Bits>
@@ -54,7 +54,8 @@ __device__ __forceinline__ void fetch(Side<TokenTiles>& side, const Source<Token
 
 // Units [begin, end), all of width Bits, the first at word row `word`.
 template <int Bits, int TokenTiles>
-__device__ __forceinline__ void stream_units(const Source<TokenTiles>& from, int begin, int end, int word, Sums<TokenTiles>& sums) {
+__device__ __forceinline__ void stream_units(const Source<TokenTiles>& from, int begin, int end, int word,
+                                             Sums<TokenTiles>& sums) {
   constexpr int kDepth = depth(Bits);
   Words<Bits> words[kDepth];
   Side<TokenTiles> side;

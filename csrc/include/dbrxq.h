@@ -31,8 +31,8 @@ enum {
   DBRXQ_BAD_ACTIVATION = 5,   // no such activation
   DBRXQ_BAD_ISA = 6,          // no such instruction set, or this CPU lacks it
   DBRXQ_NO_MEMORY = 7,
-  DBRXQ_NOT_FINITE = 8,       // dbrxq_pack: some scale is not finite, or large enough for infinite weights
-  DBRXQ_BAD_PACKED = 9,       // a block that dbrxq_pack did not make
+  DBRXQ_NOT_FINITE = 8,  // dbrxq_pack: some scale is not finite, or large enough for infinite weights
+  DBRXQ_BAD_PACKED = 9,  // a block that dbrxq_pack did not make
 };
 DBRXQ_API const char* dbrxq_status_text(int status);
 
@@ -130,7 +130,7 @@ typedef struct dbrxq_decoder_layer {
   const void* const* experts;  // as dbrxq_packed_experts takes them; null where there are none
   int64_t expert_count;        // E
   int64_t active;              // experts of a token
-  float expert_norm;           // the weights of a token's experts are divided by their p-norm of this p; 0: they are not
+  float expert_norm;  // the weights of a token's experts are divided by their p-norm of this p; 0: they are not
   int32_t reserved;
 } dbrxq_decoder_layer;
 
@@ -140,14 +140,14 @@ typedef struct dbrxq_decoder {
   int64_t layer_count;
   int64_t hidden;
   int64_t heads;
-  int64_t key_heads;  // a divisor of heads
-  int64_t head_dim;   // a multiple of 16, up to 1024
-  float scale;        // of the attention scores
-  float clip;         // queries, keys and values are cut to -clip..clip first; infinity for none
-  float eps;          // of all norms
-  int32_t layer_norm; // LayerNorm instead of RMSNorm
-  int32_t activation; // DBRXQ_SILU ..
-  int32_t dtype;      // DBRXQ_FLOAT16 ..: of norms, routers, keys and values
+  int64_t key_heads;        // a divisor of heads
+  int64_t head_dim;         // a multiple of 16, up to 1024
+  float scale;              // of the attention scores
+  float clip;               // queries, keys and values are cut to -clip..clip first; infinity for none
+  float eps;                // of all norms
+  int32_t layer_norm;       // LayerNorm instead of RMSNorm
+  int32_t activation;       // DBRXQ_SILU ..
+  int32_t dtype;            // DBRXQ_FLOAT16 ..: of norms, routers, keys and values
   int32_t activation_bits;  // of linears, 8 or 16
   int32_t reserved;
 } dbrxq_decoder;
@@ -175,8 +175,7 @@ DBRXQ_API int dbrxq_decode(const dbrxq_decoder* decoder, const dbrxq_decoder_cac
 // row_weights * (x - nearest grid value)^2. column_weights [N] may be null (all 1).
 // Out: scale_max, one half; scale_codes [N], 0..15; error.
 DBRXQ_API int dbrxq_search_group(const float* x, int64_t rows, int64_t n, int bits, const float* row_weights,
-                                 const float* column_weights, uint16_t* scale_max, uint8_t* scale_codes,
-                                 double* error);
+                                 const float* column_weights, uint16_t* scale_max, uint8_t* scale_codes, double* error);
 
 // errors [width_count, ceil(K / group_rows)]: the error of dbrxq_search_group for each run of group_rows rows of
 // weight [K, N] (the last one shorter) at each of widths [width_count], rows weighted by pivots [K].
@@ -196,9 +195,8 @@ DBRXQ_API int dbrxq_error_table(const float* weight, int64_t k, int64_t n, const
 enum { DBRXQ_FAST = 0, DBRXQ_DEFAULT = 1, DBRXQ_BEST = 2 };
 DBRXQ_API int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float* coefficients,
                                 const float* pivots, const float* column_weights, const int64_t* group_bits,
-                                const int64_t* group_rows, int64_t groups, int effort, float* errors,
-                                uint8_t* codes, uint8_t* scale_codes, uint16_t* scale_max, uint16_t* dequantized,
-                                double* loss);
+                                const int64_t* group_rows, int64_t groups, int effort, float* errors, uint8_t* codes,
+                                uint8_t* scale_codes, uint16_t* scale_max, uint16_t* dequantized, double* loss);
 
 // ---------------------------------------------------------------------------------------------------------------
 // CUDA (libdbrxq_cuda.so, csrc/cuda; oracles: tests/oracles_ops.py). Pointers are to device memory unless a host
@@ -251,7 +249,7 @@ typedef struct dbrxq_cuda_experts {
   int64_t experts;                // 1..1024
   int64_t hidden;
   int64_t ffn;
-  int32_t activation;             // DBRXQ_SILU ..
+  int32_t activation;  // DBRXQ_SILU ..
   int32_t reserved;
 } dbrxq_cuda_experts;
 
@@ -260,8 +258,8 @@ typedef struct dbrxq_cuda_experts {
 DBRXQ_API int dbrxq_cuda_experts_workspace(const dbrxq_cuda_experts* block, int64_t tokens, int64_t active, int dtype,
                                            int64_t* bytes);
 DBRXQ_API int dbrxq_cuda_experts_forward(const dbrxq_cuda_experts* block, const void* x, const int64_t* top_k_index,
-                                         const float* top_k_weights, int64_t tokens, int64_t active, int dtype,
-                                         void* y, void* workspace, void* stream);
+                                         const float* top_k_weights, int64_t tokens, int64_t active, int dtype, void* y,
+                                         void* workspace, void* stream);
 
 #ifdef __cplusplus
 }
