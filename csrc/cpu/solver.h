@@ -1,5 +1,5 @@
-// Inside of the solver: what its driver (solver.cpp) asks of the kernels (solver_impl.h, compiled once per
-// instruction set). The C functions themselves are described in dbrxq.h.
+// Inside of the solver: what its drivers (solver_search.cpp, solver_block.cpp) ask of the kernels (solver_impl.h,
+// compiled once per instruction set). The C functions themselves are described in dbrxq.h.
 //
 // All kernels work on a tile: some rows of kTile columns, row after row without gaps, 64-byte aligned, columns beyond
 // N filled with zeros. A tile is what one thread owns; nothing is added up across its columns except in
