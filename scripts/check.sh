@@ -12,7 +12,18 @@ check() {
     echo "== $name took $((SECONDS - started)) s"
 }
 
+format_cpp() {
+    if ! command -v clang-format > /dev/null; then
+        echo "clang-format is absent; the dev extra brings it: pip install -e '.[dev]'" >&2
+        return 1
+    fi
+    clang-format --version  # majors differ in what they make of a file; pyproject.toml names ours
+    find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 |
+        xargs -0 clang-format --dry-run --Werror
+}
+
 check 'ruff format' ruff format --check .
+check 'clang-format' format_cpp
 check 'ruff check' ruff check .
 check mypy mypy
 check pyright pyright

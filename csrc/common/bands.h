@@ -33,7 +33,8 @@ constexpr int kSegmentUnits = 4;  // longest run of units that shares one scale 
 static_assert(kColumns == layout::kColumnMultiple, "every matrix is whole bands");
 static_assert(kQuads * 4 == layout::kUnitRows, "a quad is four rows");
 
-// `bits` bits of a quad's codes: bit `position` and up in the bytes of word row `word`, bit `weight` and up in the code.
+// `bits` bits of a quad's codes: bit `position` and up in the bytes of word row `word`, bit `weight` and up in the
+// code.
 struct Part {
   int word, position, bits, weight;
 };
@@ -44,8 +45,7 @@ DBRXQ_HD static constexpr int part_count(int width, int quad) {
 
 DBRXQ_HD static constexpr Part part(int width, int quad, int index) {
   switch (width) {
-    case 2:
-      return {quad / 4, quad % 4 * 2, 2, 0};
+    case 2: return {quad / 4, quad % 4 * 2, 2, 0};
     case 3:
       if (quad < 6) return {quad / 2, quad % 2 * 3, 3, 0};
       return index == 0 ? Part{quad - 6, 6, 2, 0} : Part{2, quad, 1, 2};
@@ -55,10 +55,8 @@ DBRXQ_HD static constexpr Part part(int width, int quad, int index) {
     case 6:
       if (index == 1) return {4 + quad / 4, quad % 4 * 2, 2, 4};
       return {quad / 2, quad % 2 * 4, 4, 0};
-    case 4:
-      return {quad / 2, quad % 2 * 4, 4, 0};
-    default:
-      return {quad, 0, 8, 0};
+    case 4: return {quad / 2, quad % 2 * 4, 4, 0};
+    default: return {quad, 0, 8, 0};
   }
 }
 

@@ -62,8 +62,7 @@ DBRXQ_HD static constexpr int unit_words(int bits, int rows) { return rows * bit
 
 // The code of `row` from its word and, where it straddles, the next word (any value where it does not).
 DBRXQ_HD static constexpr uint32_t extract_code(int bits, int row, uint32_t word, uint32_t next) {
-  return ((word >> code_shift(bits, row)) |
-          (code_straddles(bits, row) ? next << (32 - code_shift(bits, row)) : 0u)) &
+  return ((word >> code_shift(bits, row)) | (code_straddles(bits, row) ? next << (32 - code_shift(bits, row)) : 0u)) &
          code_mask(bits);
 }
 

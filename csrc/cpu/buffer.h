@@ -28,6 +28,7 @@ class Buffer {
   }
 
   T* get() { return data_; }
+  const T* get() const { return data_; }
 
  private:
   T* data_ = nullptr;

@@ -32,7 +32,7 @@ const DecoderKernels& decoder_kernels() {
 
 namespace {
 
-constexpr int64_t kStretch = 256;               // positions whose keys and values stay in the second-level cache
+constexpr int64_t kStretch = 256;  // positions whose keys and values stay in the second-level cache
 constexpr int64_t kLargestHead = 1024;
 constexpr int64_t kParallelProducts = 1 << 17;  // attention with fewer is done before a thread has woken
 
@@ -42,12 +42,12 @@ struct Step {
   const DecoderKernels& kernels;
   int64_t sequences, tokens, past;
   const float *cosines, *sines;
-  float* x;         // [rows, D]
-  float* normed;    // [rows, D]
-  float* qkv;       // [rows, (H + 2 J) head_dim]
-  float* queries;   // [sequences, J, tokens, H / J, head_dim]
-  float* attended;  // [rows, H head_dim]
-  float* added;     // [rows, D]
+  float* x = nullptr;         // [rows, D]
+  float* normed = nullptr;    // [rows, D]
+  float* qkv = nullptr;       // [rows, (H + 2 J) head_dim]
+  float* queries = nullptr;   // [sequences, J, tokens, H / J, head_dim]
+  float* attended = nullptr;  // [rows, H head_dim]
+  float* added = nullptr;     // [rows, D]
 
   int64_t rows() const { return sequences * tokens; }
   int64_t group() const { return decoder.heads / decoder.key_heads; }
@@ -70,14 +70,12 @@ int check_linear(const void* packed, int64_t k, int64_t n) {
   return view.header->k == k && (n == 0 || view.header->out_features == n) ? DBRXQ_OK : DBRXQ_BAD_SHAPE;
 }
 
-int64_t ffn(const dbrxq_decoder_layer& layer) {
-  return static_cast<const PackedHeader*>(layer.mlp[2])->k;
-}
+int64_t ffn(const dbrxq_decoder_layer& layer) { return static_cast<const PackedHeader*>(layer.mlp[2])->k; }
 
 int check(const dbrxq_decoder& d, const dbrxq_decoder_cache* cache, int64_t sequences, int64_t tokens, int64_t past) {
   if (d.layer_count < 0 || d.hidden < 1 || d.head_dim < 1 || d.head_dim % 16 || d.head_dim > kLargestHead ||
-      d.key_heads < 1 || d.heads < 1 || d.heads % d.key_heads || d.dtype < DBRXQ_FLOAT16 || d.dtype > DBRXQ_FLOAT32 || sequences < 0 || tokens < 0 ||
-      past < 0 || (d.activation_bits != 8 && d.activation_bits != 16))
+      d.key_heads < 1 || d.heads < 1 || d.heads % d.key_heads || d.dtype < DBRXQ_FLOAT16 || d.dtype > DBRXQ_FLOAT32 ||
+      sequences < 0 || tokens < 0 || past < 0 || (d.activation_bits != 8 && d.activation_bits != 16))
     return DBRXQ_BAD_SHAPE;
   if (d.activation < DBRXQ_SILU || d.activation > DBRXQ_RELU) return DBRXQ_BAD_ACTIVATION;
   for (int64_t i = 0; i < d.layer_count; ++i) {
@@ -89,7 +87,8 @@ int check(const dbrxq_decoder& d, const dbrxq_decoder_cache* cache, int64_t sequ
     if (layer.experts) {
       if (layer.active < 1 || layer.active > layer.expert_count || !layer.router) return DBRXQ_BAD_SHAPE;
     } else {
-      if (status == DBRXQ_OK) status = layer.mlp[2] ? check_linear(layer.mlp[2], ffn(layer), d.hidden) : DBRXQ_BAD_SHAPE;
+      if (status == DBRXQ_OK)
+        status = layer.mlp[2] ? check_linear(layer.mlp[2], ffn(layer), d.hidden) : DBRXQ_BAD_SHAPE;
       for (int part = 0; part < 2 && status == DBRXQ_OK; ++part)
         status = check_linear(layer.mlp[part], d.hidden, ffn(layer));
     }
@@ -279,9 +278,13 @@ int decode(const dbrxq_decoder& d, const dbrxq_decoder_cache* cache, int64_t seq
     memory += rows * floats;
     return taken;
   };
-  const Step step{d,       decoder_kernels(), sequences,   tokens,          past,
-                  cosines, sines,             take(d.hidden), take(d.hidden), take(width),
-                  take(attention), take(attention), take(d.hidden)};
+  Step step{d, decoder_kernels(), sequences, tokens, past, cosines, sines};
+  step.x = take(d.hidden);
+  step.normed = take(d.hidden);
+  step.qkv = take(width);
+  step.queries = take(attention);
+  step.attended = take(attention);
+  step.added = take(d.hidden);
   std::memcpy(step.x, x, sizeof(float) * static_cast<size_t>(rows * d.hidden));
   for (int64_t i = 0; i < d.layer_count && status == DBRXQ_OK; ++i) status = run_layer(step, d.layers[i], cache[i]);
   if (status == DBRXQ_OK) normalise_rows(step, d.final_norm, y);

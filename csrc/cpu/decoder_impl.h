@@ -140,12 +140,12 @@ void weigh_rows(const AttentionTask& task, int64_t row, int64_t stride) {
 }
 
 // Calls body<rows>(row) with up to four rows at a time.
-#define DBRXQ_ROWS(body, stored)                                       \
+#define DBRXQ_ROWS(body, stored)                                              \
   for (int64_t row = 0; row < task.rows; row += 4) switch (task.rows - row) { \
-      case 1: body<1, stored>(task, row, stride); break;               \
-      case 2: body<2, stored>(task, row, stride); break;               \
-      case 3: body<3, stored>(task, row, stride); break;               \
-      default: body<4, stored>(task, row, stride);                     \
+      case 1: body<1, stored>(task, row, stride); break;                      \
+      case 2: body<2, stored>(task, row, stride); break;                      \
+      case 3: body<3, stored>(task, row, stride); break;                      \
+      default: body<4, stored>(task, row, stride);                            \
     }
 
 // Scores of one row to weights; zeros from what it may not see up to the end of the row.

@@ -7,11 +7,11 @@ namespace dbrxq {
 // Attention of some queries over a stretch of one key head's cache, not yet divided by the sum of its weights, so
 // that stretches can be added:  out[r] = sum over p of exp(s[r, p] - maximum[r]) * values[p],  sum[r] likewise.
 struct AttentionTask {
-  const void* keys;    // [length, head_dim] of dtype
+  const void* keys;  // [length, head_dim] of dtype
   const void* values;
-  int dtype;           // DBRXQ_FLOAT16, ..
-  int64_t head_dim;    // a multiple of 16
-  int64_t first, last; // positions
+  int dtype;               // DBRXQ_FLOAT16, ..
+  int64_t head_dim;        // a multiple of 16
+  int64_t first, last;     // positions
   const float* queries;    // [rows, head_dim], scaled
   const int64_t* visible;  // [rows] positions that a row may see, counted from 0
   int64_t rows;

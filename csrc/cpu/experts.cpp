@@ -24,8 +24,8 @@ namespace {
 // An expert that has tokens: its linears and its slots, a run of the rows sorted by expert.
 struct Batch {
   LinearView gate, up, down;
-  bool same_order;         // gate and up permute their inputs alike, so one packed copy serves both
-  int64_t first, count;    // slots
+  bool same_order;             // gate and up permute their inputs alike, so one packed copy serves both
+  int64_t first, count;        // slots
   int64_t x_offset, h_offset;  // floats into the packed inputs and hidden states
 };
 
@@ -157,16 +157,16 @@ int run_pass(const Call& call) {
     same_order = same_order && batch.same_order;
   }
 
-  Buffer<float> for_gate(x_floats), for_up(same_order ? 0 : x_floats), hidden(h_floats), outputs(routing.slots() * call.hidden);
+  Buffer<float> for_gate(x_floats), for_up(same_order ? 0 : x_floats), hidden(h_floats),
+      outputs(routing.slots() * call.hidden);
   pack_inputs(call, batches, routing.token_of.data(), for_gate.get(), for_up.get());
   const auto first = list_tasks(batches, [](const Batch& batch) { return batch.down.k; });
   parallel_tasks(static_cast<int64_t>(first.size()), [&](int64_t i) {
     gate_and_up(call, first[static_cast<size_t>(i)], for_gate.get(), for_up.get(), hidden.get());
   });
   const auto second = list_tasks(batches, [&](const Batch&) { return call.hidden; });
-  parallel_tasks(static_cast<int64_t>(second.size()), [&](int64_t i) {
-    down(call, second[static_cast<size_t>(i)], hidden.get(), outputs.get());
-  });
+  parallel_tasks(static_cast<int64_t>(second.size()),
+                 [&](int64_t i) { down(call, second[static_cast<size_t>(i)], hidden.get(), outputs.get()); });
   parallel_for(call.tokens, [&](int64_t t) {
     combine_token(routing, call.weights, t, call.active, call.hidden, outputs.get(), call.y + t * call.hidden);
   });

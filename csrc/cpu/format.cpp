@@ -68,9 +68,8 @@ int dbrxq_pack_codes(const uint8_t* codes, const int16_t* q_groups, int64_t grou
     const int status = dbrxq::read_groups(q_groups, groups, k, word_rows, spans);
     if (status != DBRXQ_OK) return status;
     const auto units = dbrxq::list_units(spans);
-    dbrxq::parallel_for(static_cast<int64_t>(units.size()), [&](int64_t i) {
-      dbrxq::pack_unit(units[static_cast<size_t>(i)], codes, n, words);
-    });
+    dbrxq::parallel_for(static_cast<int64_t>(units.size()),
+                        [&](int64_t i) { dbrxq::pack_unit(units[static_cast<size_t>(i)], codes, n, words); });
     return static_cast<int>(DBRXQ_OK);
   });
 }

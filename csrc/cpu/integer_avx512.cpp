@@ -11,7 +11,7 @@ namespace {
 struct Vec {
   static constexpr int lanes = 16, tokens = 8;
   static constexpr bool any_byte = true;  // `dot` takes codes of any size
-  static constexpr int ahead = 8192;  // bytes of codes fetched in advance
+  static constexpr int ahead = 8192;      // bytes of codes fetched in advance
   using F = __m512;
   using I = __m512i;
   static I zero() { return _mm512_setzero_si512(); }
@@ -19,12 +19,9 @@ struct Vec {
   static I splat_int(int32_t value) { return _mm512_set1_epi32(value); }
   static I and_mask(I a, uint32_t mask) { return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(mask))); }
   static I either(I a, I b) { return _mm512_or_si512(a, b); }
-  template <int S>
-  static I shift_right(I a) { return _mm512_srli_epi32(a, S); }
-  template <int S>
-  static I shift_signed(I a) { return _mm512_srai_epi32(a, S); }
-  template <int S>
-  static I shift_left(I a) { return _mm512_slli_epi32(a, S); }
+  template <int S> static I shift_right(I a) { return _mm512_srli_epi32(a, S); }
+  template <int S> static I shift_signed(I a) { return _mm512_srai_epi32(a, S); }
+  template <int S> static I shift_left(I a) { return _mm512_slli_epi32(a, S); }
   static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
   template <bool Wide>
   static I dot(I sum, I codes, I values) {

@@ -103,8 +103,8 @@ void gate_and_up(const Call& call, const Task& task, float* hidden) {
   float* gate = thread_scratch(2 * floats);
   float* up = gate + floats;
   multiply_bands(batch.gate, call.activation_bits, batch.for_gate, task.first, task.last, gate);
-  multiply_bands(batch.up, call.activation_bits, batch.same_order ? batch.for_gate : batch.for_up, task.first, task.last,
-                 up);
+  multiply_bands(batch.up, call.activation_bits, batch.same_order ? batch.for_gate : batch.for_up, task.first,
+                 task.last, up);
   const int64_t ffn = batch.down.header->k;
   for (int64_t band = task.first; band < task.last; ++band) {
     const int64_t column = band * bands::kColumns, width = std::min<int64_t>(bands::kColumns, ffn - column);
@@ -215,9 +215,9 @@ int dbrxq_packed_experts(const void* const* packed, int64_t experts, int activat
       if (top_k_index[i] < 0 || top_k_index[i] > experts) return static_cast<int>(DBRXQ_BAD_EXPERT);
     for (int64_t t = 0; t < tokens; t += dbrxq::kPassTokens) {
       const int64_t count = std::min(dbrxq::kPassTokens, tokens - t);
-      const int status = dbrxq::run_pass({packed, experts, activation_bits, x + t * hidden, top_k_index + t * active,
-                                          top_k_weights + t * active, count, hidden, active, activation,
-                                          y + t * hidden});
+      const int status =
+          dbrxq::run_pass({packed, experts, activation_bits, x + t * hidden, top_k_index + t * active,
+                           top_k_weights + t * active, count, hidden, active, activation, y + t * hidden});
       if (status != DBRXQ_OK) return status;
     }
     return static_cast<int>(DBRXQ_OK);

@@ -60,8 +60,8 @@ template <int B, int Quad, int Index>
 inline Vec::I normal_part(const Vec::I* words) {
   constexpr bands::Part part = bands::part(B, Quad, Index);
   if constexpr (part.bits == 8) return words[part.word];
-  return Vec::and_mask(shift_down<part.position - part.weight>(words[part.word]),
-                       bands::part_mask(part) << part.weight);
+  constexpr uint32_t mask = bands::part_mask(part) << part.weight;
+  return Vec::and_mask(shift_down<part.position - part.weight>(words[part.word]), mask);
 }
 
 // The codes of a quad, one a byte.
@@ -161,7 +161,8 @@ inline void multiply_run(Cursor& run, const uint8_t* steps, const float* tables,
         lower += bands::kQuads * M;
       }
       // Before anything is stored: for all that the compiler knows, stores to `sums` may change the tables.
-      const Vec::F column_scales[2] = {Vec::column_scales(of, table, column), Vec::column_scales(of, table, column + kLanes)};
+      const Vec::F column_scales[2] = {Vec::column_scales(of, table, column),
+                                       Vec::column_scales(of, table, column + kLanes)};
       unroll<2 * M>([&](auto index) DBRXQ_INLINE {
         constexpr int v = decltype(index)::value % 2, m = decltype(index)::value / 2;
         Vec::I total[Planes];
@@ -197,8 +198,8 @@ inline void multiply_run(Cursor& run, const uint8_t* steps, const float* tables,
 }
 
 // As multiply_run, for tiles of more than four tokens. These are bound by the two dot products a cycle that a core can
-// start, so registers are for sums: one byte's. Where activations have two, the upper bytes go through the whole segment,
-// the sums move up by 7 bits, and the lower bytes follow into the same sums.
+// start, so registers are for sums: one byte's. Where activations have two, the upper bytes go through the whole
+// segment, the sums move up by 7 bits, and the lower bytes follow into the same sums.
 template <int B, int Planes, int M>
 inline void multiply_wide_run(Cursor& run, const uint8_t* steps, const float* tables, Vec::F* sums) {
   static_assert(M * kPair == M * bands::kColumns, "wide tiles are for vectors of 16 columns");
@@ -293,8 +294,14 @@ void multiply_band(const PackedView& view, int activation_bits, int64_t band, co
   constexpr int vectors = bands::kColumns / kLanes;
   const uint8_t* steps = view.band_steps(band);
   const float* tables = view.tables;
-  Cursor cursor = {view.segments, view.segments + view.header->segments, view.band_codes(band), tile.high, tile.low,
-                   tile.scales,   tile.offsets, fetch};
+  Cursor cursor = {view.segments,
+                   view.segments + view.header->segments,
+                   view.band_codes(band),
+                   tile.high,
+                   tile.low,
+                   tile.scales,
+                   tile.offsets,
+                   fetch};
   Vec::F sums[M * vectors];
   unroll<M * vectors>([&](auto i) DBRXQ_INLINE { sums[decltype(i)::value] = Vec::splat(0.0f); });
   for_runs(cursor, activation_bits, [&](auto bits, auto number) {
@@ -314,7 +321,8 @@ void multiply_band(const PackedView& view, int activation_bits, int64_t band, co
         sums[i] = Vec::multiply_add(of_run[i], Vec::splat(scales[i / vectors]), sums[i]);
       });
   });
-  unroll<M * vectors>([&](auto i) DBRXQ_INLINE { Vec::store(out + decltype(i)::value * kLanes, sums[decltype(i)::value]); });
+  unroll<M * vectors>([&](auto i)
+                          DBRXQ_INLINE { Vec::store(out + decltype(i)::value * kLanes, sums[decltype(i)::value]); });
 }
 
 template <int Largest>  // tile: a template, so that tiles that the vectors have no room for are not compiled

@@ -23,12 +23,9 @@ struct Vec {
   static I splat_int(int32_t value) { return I{value, value, value, value}; }
   static I and_mask(I a, uint32_t mask) { return a & splat_int(static_cast<int32_t>(mask)); }
   static I either(I a, I b) { return a | b; }
-  template <int S>
-  static I shift_right(I a) { return reinterpret_cast<I>(reinterpret_cast<U>(a) >> S); }
-  template <int S>
-  static I shift_signed(I a) { return a >> S; }
-  template <int S>
-  static I shift_left(I a) { return reinterpret_cast<I>(reinterpret_cast<U>(a) << S); }
+  template <int S> static I shift_right(I a) { return reinterpret_cast<I>(reinterpret_cast<U>(a) >> S); }
+  template <int S> static I shift_signed(I a) { return a >> S; }
+  template <int S> static I shift_left(I a) { return reinterpret_cast<I>(reinterpret_cast<U>(a) << S); }
   static I add_int(I a, I b) { return a + b; }
   // Byte by byte. The products fit in 16 bits, and multiplying the low halves of the lanes is what SSE2 can do.
   template <bool Wide>

@@ -15,15 +15,11 @@ struct Vec {
   static I splat_int(int32_t value) { return _mm256_set1_epi32(value); }
   static I and_mask(I a, uint32_t mask) { return _mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(mask))); }
   static I either(I a, I b) { return _mm256_or_si256(a, b); }
-  template <int S>
-  static I shift_right(I a) { return _mm256_srli_epi32(a, S); }
-  template <int S>
-  static I shift_signed(I a) { return _mm256_srai_epi32(a, S); }
-  template <int S>
-  static I shift_left(I a) { return _mm256_slli_epi32(a, S); }
+  template <int S> static I shift_right(I a) { return _mm256_srli_epi32(a, S); }
+  template <int S> static I shift_signed(I a) { return _mm256_srai_epi32(a, S); }
+  template <int S> static I shift_left(I a) { return _mm256_slli_epi32(a, S); }
   static I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
-  template <bool Wide>
-  static I dot(I sum, I codes, I values) { return dot256<Wide>(sum, codes, values); }
+  template <bool Wide> static I dot(I sum, I codes, I values) { return dot256<Wide>(sum, codes, values); }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static F splat(float value) { return _mm256_set1_ps(value); }
   static F load(const float* from) { return _mm256_loadu_ps(from); }

@@ -31,14 +31,12 @@ bool cpu_has(int level) {
   switch (level) {
     case kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    case kAvxVnni:
-      return cpu_has(kAvx2) && has_avxvnni();
+    case kAvxVnni: return cpu_has(kAvx2) && has_avxvnni();
     case kAvx512:
       return cpu_has(kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vnni");
-    default:
-      return true;
+    default: return true;
   }
 #endif
   return level == kScalar;
@@ -66,22 +64,17 @@ std::atomic<int>& current() {
 bool isa_usable() { return current().load() != kUnusable; }
 Isa isa() {
   switch (current().load()) {
-    case kAvx512:
-      return Isa::avx512;
+    case kAvx512: return Isa::avx512;
     case kAvx2:
-    case kAvxVnni:
-      return Isa::avx2;
-    default:
-      return Isa::scalar;
+    case kAvxVnni: return Isa::avx2;
+    default: return Isa::scalar;
   }
 }
 bool isa_has_vnni() { return current().load() >= kAvxVnni; }
 
 }  // namespace dbrxq
 
-const char* dbrxq_isa(void) {
-  return dbrxq::isa_usable() ? dbrxq::kNames[dbrxq::current().load()] : "unusable";
-}
+const char* dbrxq_isa(void) { return dbrxq::isa_usable() ? dbrxq::kNames[dbrxq::current().load()] : "unusable"; }
 
 int dbrxq_set_isa(const char* name) {
   const int found = name ? dbrxq::find(name) : dbrxq::kUnusable;
@@ -92,27 +85,17 @@ int dbrxq_set_isa(const char* name) {
 
 const char* dbrxq_status_text(int status) {
   switch (status) {
-    case DBRXQ_OK:
-      return "ok";
-    case DBRXQ_BAD_SHAPE:
-      return "a size is negative, not the multiple it must be, or two sizes disagree";
-    case DBRXQ_BAD_GROUPS:
-      return "q_groups is not a legal map of K rows in the word rows of q_weight";
-    case DBRXQ_BAD_PERMUTATION:
-      return "q_invperm does not name every row once";
-    case DBRXQ_BAD_EXPERT:
-      return "an expert index is below 0 or above the number of experts";
-    case DBRXQ_BAD_ACTIVATION:
-      return "no such activation";
+    case DBRXQ_OK: return "ok";
+    case DBRXQ_BAD_SHAPE: return "a size is negative, not the multiple it must be, or two sizes disagree";
+    case DBRXQ_BAD_GROUPS: return "q_groups is not a legal map of K rows in the word rows of q_weight";
+    case DBRXQ_BAD_PERMUTATION: return "q_invperm does not name every row once";
+    case DBRXQ_BAD_EXPERT: return "an expert index is below 0 or above the number of experts";
+    case DBRXQ_BAD_ACTIVATION: return "no such activation";
     case DBRXQ_BAD_ISA:
       return "no such instruction set, or this CPU lacks it (scalar, avx2, avxvnni, avx512; see DBRXQ_ISA)";
-    case DBRXQ_NO_MEMORY:
-      return "out of memory";
-    case DBRXQ_NOT_FINITE:
-      return "a scale is infinite, NaN or so large that weights may be infinite";
-    case DBRXQ_BAD_PACKED:
-      return "not a repacked linear";
-    default:
-      return "unknown status";
+    case DBRXQ_NO_MEMORY: return "out of memory";
+    case DBRXQ_NOT_FINITE: return "a scale is infinite, NaN or so large that weights may be infinite";
+    case DBRXQ_BAD_PACKED: return "not a repacked linear";
+    default: return "unknown status";
   }
 }

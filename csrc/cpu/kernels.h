@@ -6,9 +6,9 @@
 
 namespace dbrxq {
 
-constexpr int64_t kStreamTokens = 8;   // up to here the words are decoded straight into the sums
-constexpr int64_t kPanelRows = 256;    // K rows decoded at a time for more tokens ...
-constexpr int64_t kPanelColumns = 128; // ... of so many columns: 128 KiB of floats, at home in L2
+constexpr int64_t kStreamTokens = 8;    // up to here the words are decoded straight into the sums
+constexpr int64_t kPanelRows = 256;     // K rows decoded at a time for more tokens ...
+constexpr int64_t kPanelColumns = 128;  // ... of so many columns: 128 KiB of floats, at home in L2
 
 struct Kernels {
   // sums[t * stride + c - first] = sum over k of x[t, k] * weight[k, c], c in [first, last), t in [0, tokens).
@@ -19,8 +19,7 @@ struct Kernels {
                    float* sums, int64_t stride, float* scratch);
 
   // weight[permutation[i], c] for c in [first, min(last, out_features)), half [K, out_features].
-  void (*dequantize)(const LinearView& view, const int32_t* permutation, int64_t first, int64_t last,
-                     uint16_t* weight);
+  void (*dequantize)(const LinearView& view, const int32_t* permutation, int64_t first, int64_t last, uint16_t* weight);
 };
 
 inline int64_t scratch_floats(int64_t tokens, int64_t columns) {

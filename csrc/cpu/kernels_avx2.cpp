@@ -18,10 +18,8 @@ struct Vec {
   static F load(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, F value) { _mm256_storeu_ps(to, value); }
   static I load_words(const char* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
-  template <int S>
-  static I shift_right(I value) { return _mm256_srli_epi32(value, S); }
-  template <int S>
-  static I shift_left(I value) { return _mm256_slli_epi32(value, S); }
+  template <int S> static I shift_right(I value) { return _mm256_srli_epi32(value, S); }
+  template <int S> static I shift_left(I value) { return _mm256_slli_epi32(value, S); }
   static I either(I a, I b) { return _mm256_or_si256(a, b); }
   static I and_or(I a, I b, I c) { return _mm256_or_si256(_mm256_and_si256(a, b), c); }
   static F as_float(I bits) { return _mm256_castsi256_ps(bits); }

@@ -5,8 +5,8 @@
 // A lane is an output column: one vector load of a word row gives words of `lanes` neighbouring columns, and code i
 // of all of them sits at the same bits, so decoding needs no shuffles and a sum never leaves its lane.
 //
-//   word row 0   | col 0 | col 1 | ... | col lanes-1 |     >> 0, >> b, >> 2b ...  & mask   ->  codes of rows 0, 1, 2 ...
-//   word row 1   | ...                                |
+//   word row 0   | col 0 | col 1 | ... | col lanes-1 |    >> 0, >> b, >> 2b ...  & mask   ->  codes of rows 0, 1, 2 ...
+//   word row 1   | ...                               |
 //
 // The half rounding of a weight is done in float. p = d * s is exact (8 + 11 significant bits), and half(p) is p
 // rounded to 11 significant bits: below 2^-14 too, because s is a multiple of 2^-24, so that p has none to lose
@@ -49,7 +49,8 @@ inline Vec::F signed_code(const Vec::I* words) {
   Vec::I bits = Vec::template shift_right<shift>(words[word]);
   if constexpr (layout::code_straddles(B, I))
     bits = Vec::either(bits, Vec::template shift_left<32 - shift>(words[word + 1]));
-  const Vec::F biased = Vec::as_float(Vec::and_or(bits, Vec::splat_int(layout::code_mask(B)), Vec::splat_int(0x4B000000)));
+  const Vec::F biased =
+      Vec::as_float(Vec::and_or(bits, Vec::splat_int(layout::code_mask(B)), Vec::splat_int(0x4B000000)));
   return Vec::sub(biased, Vec::splat(8388608.0f + static_cast<float>(layout::zero_point(B))));
 }
 
@@ -115,7 +116,8 @@ inline void decode_to_rows(const Group& group, const char* words, int64_t column
 // ---- Few tokens: sums[column vector][M][lane] += x . w, the words streamed once -------------------------------
 
 template <int B, int M, int Count>
-inline void stream_unit(const Group& group, const char* words, int64_t first, int64_t last, const float* x, float* sums) {
+inline void stream_unit(const Group& group, const char* words, int64_t first, int64_t last, const float* x,
+                        float* sums) {
   constexpr int parts = M == 1 ? 4 : M == 2 ? 2 : 1;  // independent sums that hide the latency of the addition
   const int64_t ahead = group.step * layout::unit_words(B, Count);
   for (int64_t column = first; column < last; column += kLanes, sums += M * kLanes) {
@@ -232,8 +234,7 @@ void multiply_band(const float* packed, int64_t tokens, int64_t k, int64_t row, 
           for (int64_t c = 0; c < kPanelWidth; ++c)
             spare[i * kPanelWidth + c] = i < left ? sums[(token + i) * stride + column + c] : 0.0f;
       if (m == 8) {
-        for (int i = 0; i < 8; i += group)
-          multiply_panel<group, 8>(x + i, panel, rows, to + i * to_stride, to_stride);
+        for (int i = 0; i < 8; i += group) multiply_panel<group, 8>(x + i, panel, rows, to + i * to_stride, to_stride);
       } else if (m == 4) {
         multiply_panel<4, 4>(x, panel, rows, to, to_stride);
       } else if (m == 2) {

@@ -26,10 +26,8 @@ struct Vec {
     memcpy(&words, from, sizeof words);
     return words;
   }
-  template <int S>
-  static I shift_right(I value) { return value >> S; }
-  template <int S>
-  static I shift_left(I value) { return value << S; }
+  template <int S> static I shift_right(I value) { return value >> S; }
+  template <int S> static I shift_left(I value) { return value << S; }
   static I either(I a, I b) { return a | b; }
   static I and_or(I a, I b, I c) { return (a & b) | c; }
   static F as_float(I bits) {

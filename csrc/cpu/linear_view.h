@@ -34,9 +34,7 @@ int view_linear(const dbrxq_linear& linear, LinearView& view);
 //
 //   tile 0:  | row 0: x_0 .. x_7 | row 1: x_0 .. x_7 | ...     so that a kernel broadcasts from one running pointer
 constexpr int64_t kTileTokens = 8;
-inline int64_t tile_tokens(int64_t remaining) {
-  return remaining >= 5 ? 8 : remaining >= 3 ? 4 : remaining;
-}
+inline int64_t tile_tokens(int64_t remaining) { return remaining >= 5 ? 8 : remaining >= 3 ? 4 : remaining; }
 inline int64_t packed_floats(int64_t tokens, int64_t k) {
   const int64_t full = tokens / kTileTokens * kTileTokens;
   return (full + tile_tokens(tokens - full)) * k;

@@ -87,7 +87,8 @@ uint64_t hash(uint64_t seed, const void* data, int64_t bytes) {  // FNV-1a
 
 void pack_steps(const LinearView& view, int64_t band, int64_t group, uint8_t* steps) {
   uint32_t words[4];
-  std::memcpy(words, view.scales + (group * (view.n / 8) + layout::scale_word(band * bands::kColumns)) * 4, sizeof words);
+  std::memcpy(words, view.scales + (group * (view.n / 8) + layout::scale_word(band * bands::kColumns)) * 4,
+              sizeof words);
   for (int c = 0; c < 16; ++c) {
     const uint32_t low = words[layout::scale_word(c)] >> layout::scale_shift(c) & 15u;
     const uint32_t high = words[layout::scale_word(c + 16)] >> layout::scale_shift(c + 16) & 15u;
@@ -161,7 +162,8 @@ void advise_cold(const LinearView& view) {
   const GroupSpan& last = view.groups.back();
   const auto start = reinterpret_cast<uintptr_t>(view.words);
   const uintptr_t first = (start + page - 1) / page * page;
-  const uintptr_t end = (start + static_cast<uintptr_t>((last.word + last.rows * last.bits / 32) * view.n * 4)) / page * page;
+  const uintptr_t end = (start + static_cast<uintptr_t>((last.word + last.rows * last.bits / 32) * view.n * 4)) / page *
+                        page;
   if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_COLD);
 #endif
 }

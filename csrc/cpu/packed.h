@@ -4,7 +4,7 @@
 //
 //   segments     a group's rows cut into runs of at most 4 units (128 rows): what shares one activation scale
 //   permutation  int32 [32 units]      input channel of each packed row
-//   tables       float [G][16]         the 16 scales that a column of the group can have, exact: half(s^2 half(max/256))
+//   tables       float [G][16]         the 16 scales a column of the group can have, exact: half(s^2 half(max/256))
 //   bias         float [N]             only with a bias
 //   steps        uint8 [bands][G][16]  scale codes: column c of the band in the low half of byte c, c + 16 in the high
 //   codes        bands as common/bands.h draws them
@@ -27,7 +27,8 @@ struct PackedHeader {
   int64_t k, n, out_features, units, segments, groups;
   int64_t band_bytes;  // of the codes of one band
   uint64_t order;      // hash of permutation and segments: equal orders share quantized activations
-  int64_t segments_at, permutation_at, tables_at, bias_at, steps_at, codes_at;  // bytes from the start; bias_at may be 0
+  // Bytes from the start of the block; bias_at is 0 without a bias.
+  int64_t segments_at, permutation_at, tables_at, bias_at, steps_at, codes_at;
 };
 
 struct Segment {
@@ -55,8 +56,8 @@ int view_packed(const void* packed, PackedView& view);
 
 // Activations of M tokens, quantized. Each value is v * scale with one scale a segment and token, and v either
 //   one byte,    v = high,             |v| <= 127,    scale = max|x| / 127 over the segment, or
-//   two bytes,   v = 128 high + low,   |v| <= 16256,  scale = max|x| / 16256 over all of the token, so that its segments
-//                                                     add up before they are multiplied by it.
+//   two bytes,   v = 128 high + low,   |v| <= 16256,  scale = max|x| / 16256 over all of the token, so that its
+//                                                     segments add up before they are multiplied by it.
 // An infinity or a NaN makes the scale a NaN, and so the token's output.
 //
 //   high, low   four rows a word: [units][8 quads][M]
@@ -86,8 +87,8 @@ constexpr int64_t kLargestTile = 8;
 struct IntegerKernels {
   // Tokens of a full tile: as many as have their sums in registers, up to kLargestTile.
   int64_t tile_tokens;
-  // Fills a tile of m tokens, one or an even number up to tile_tokens; rows[i] are activations [K] of token i, null for none
-  // (zeros).
+  // Fills a tile of m tokens, one or an even number up to tile_tokens; rows[i] are activations [K] of token i, null for
+  // none (zeros).
   void (*quantize)(const PackedView& view, int activation_bits, const float* const* rows, int64_t m,
                    const ActivationTile& tile);
   // sums [m][32] of one band and tile, without bias. The codes are decoded anew for every tile: that costs less than

@@ -13,14 +13,10 @@ constexpr int64_t kPassTokens = 512;
 
 inline float activate(int activation, float v) {
   switch (activation) {
-    case DBRXQ_SILU:
-      return v / (1.0f + std::exp(-v));
-    case DBRXQ_GELU:
-      return 0.5f * v * (1.0f + std::erf(v * 0.70710678118654752f));
-    case DBRXQ_GELU_TANH:
-      return 0.5f * v * (1.0f + std::tanh(0.79788456080286536f * (v + 0.044715f * v * v * v)));
-    default:
-      return v > 0.0f ? v : 0.0f;
+    case DBRXQ_SILU: return v / (1.0f + std::exp(-v));
+    case DBRXQ_GELU: return 0.5f * v * (1.0f + std::erf(v * 0.70710678118654752f));
+    case DBRXQ_GELU_TANH: return 0.5f * v * (1.0f + std::tanh(0.79788456080286536f * (v + 0.044715f * v * v * v)));
+    default: return v > 0.0f ? v : 0.0f;
   }
 }
 

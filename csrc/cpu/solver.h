@@ -1,5 +1,5 @@
-// Inside of the solver: what its driver (solver.cpp) asks of the kernels (solver_impl.h, compiled once per
-// instruction set). The C functions themselves are described in dbrxq.h.
+// Inside of the solver: what its drivers (solver_search.cpp, solver_block.cpp) ask of the kernels (solver_impl.h,
+// compiled once per instruction set). The C functions themselves are described in dbrxq.h.
 //
 // All kernels work on a tile: some rows of kTile columns, row after row without gaps, 64-byte aligned, columns beyond
 // N filled with zeros. A tile is what one thread owns; nothing is added up across its columns except in
@@ -10,14 +10,14 @@
 namespace dbrxq {
 namespace solver {
 
-constexpr int64_t kTile = 64;    // columns of a tile: four AVX-512 vectors
-constexpr int kMaxima = 16;      // group maxima tried per group
-constexpr int kNominals = 12;    // clip factors tried per column to find its scale on an unlimited grid
+constexpr int64_t kTile = 64;  // columns of a tile: four AVX-512 vectors
+constexpr int kMaxima = 16;    // group maxima tried per group
+constexpr int kNominals = 12;  // clip factors tried per column to find its scale on an unlimited grid
 constexpr float kHalfMax = 65504.0f;
 
 // One group of rows within one tile.
 struct Tile {
-  const float* x;            // [rows, kTile] values to be rounded
+  const float* x;  // [rows, kTile] values to be rounded
   int64_t rows;
   int bits;                  // 2 to 8; codes run from -2^(bits-1) to 2^(bits-1) - 1
   const float* row_weights;  // [rows]
@@ -34,9 +34,9 @@ struct Feedback {
 
 struct Kernels {
   // target[r] += sum over j < from of coefficients[r, j] * errors[j], j ascending.
-  void (*feedback)(float* target,              // [rows, kTile]
+  void (*feedback)(float* target,  // [rows, kTile]
                    int64_t rows,
-                   const float* errors,        // [from, kTile]
+                   const float* errors,  // [from, kTile]
                    int64_t from,
                    const float* coefficients,  // [rows, stride]
                    int64_t stride);

@@ -116,8 +116,8 @@ static void maximum_errors(const Tile& tile, const float* nominal, const float* 
       sums[m] += static_cast<double>(least[m][column]) * static_cast<double>(column_weights[column]);
 }
 
-static void choose_codes(const Tile& tile, const float* nominal, float multiplier, uint8_t* scale_codes,
-                         float* scales, float* errors) {
+static void choose_codes(const Tile& tile, const float* nominal, float multiplier, uint8_t* scale_codes, float* scales,
+                         float* errors) {
   constexpr int kNear = 4;
   for (int64_t column = 0; column < kTile; column += kLanes) {
     const Floats wanted = load(nominal + column);
@@ -205,8 +205,8 @@ static void refine_codes(const Tile& targets, const Feedback& within, float mult
   }
 }
 
-static const Kernels kKernels = {feedback, nominal_scales, maximum_errors, choose_codes, refine_codes,
-                                 sweep<true>, search_paths};
+static const Kernels kKernels = {feedback,     nominal_scales, maximum_errors, choose_codes,
+                                 refine_codes, sweep<true>,    search_paths};
 
 }  // namespace DBRXQ_SOLVER_VARIANT
 }  // namespace solver

@@ -55,12 +55,12 @@ static inline Paths load_paths(const float* p) {
 // One column's paths on their way down the rows.
 struct PathSearch {
   float scale, inverse, low, high;
-  Paths total;        // loss of each path
-  Paths error;        // of the row just rounded, for each path
-  PathInts parent;    // path before that row which each path continues
-  float* pending;     // [rows, kPaths] targets with the feedback of the rows so far
-  float* codes;       // [rows, kPaths] for the way back
-  int32_t* parents;   // [rows, kPaths]
+  Paths total;       // loss of each path
+  Paths error;       // of the row just rounded, for each path
+  PathInts parent;   // path before that row which each path continues
+  float* pending;    // [rows, kPaths] targets with the feedback of the rows so far
+  float* codes;      // [rows, kPaths] for the way back
+  int32_t* parents;  // [rows, kPaths]
 };
 
 // Rounds a row: every path is continued in two ways, and the best live on.
@@ -133,8 +133,8 @@ static void search_paths(const Tile& targets, const Feedback& within, const floa
       for (int64_t c = r + 1; c < rows; ++c)
         for (int i = 0; i < kTogether; ++i) {
           float* pending = searches[i].pending + c * kPaths;
-          const Paths next =
-              __builtin_shuffle(load_paths(pending), searches[i].parent) + searches[i].error * outgoing[c];
+          const Paths next = __builtin_shuffle(load_paths(pending), searches[i].parent) +
+                             searches[i].error * outgoing[c];
           std::memcpy(pending, &next, sizeof next);
         }
     }

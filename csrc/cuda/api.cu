@@ -109,8 +109,8 @@ int plan_linear(const Linear& linear, int64_t tokens, int dtype, Arena& arena, L
   prepare.tokens = static_cast<int>(tokens);
   prepare.packed = arena.take<uint16_t>(capacity * units * layout::kUnitRows);
   prepare.row_scale = arena.take<float>(tokens);
-  plan.grid = plan_product(product, arena, linear.n, units, row_tiles, plan.tile_rows, false, processors,
-                           prepare.ticket_count);
+  plan.grid =
+      plan_product(product, arena, linear.n, units, row_tiles, plan.tile_rows, false, processors, prepare.ticket_count);
   prepare.tickets = product.tickets;
   product.x = prepare.packed;
   product.row_scale = prepare.row_scale;

@@ -35,8 +35,7 @@ __device__ __forceinline__ Half2 signed_codes(const uint32_t (&words)[Bits], int
   if (tile::in_one_piece(Bits, pair)) {
     const tile::Piece place = tile::piece(Bits, pair, 0);
     const int shift = pre_shift(Bits, place.shift), offset = place.shift - shift;
-    const Half2 value =
-        and_or(words[place.word] >> shift, (layout::code_mask(Bits) << offset) * kBoth, kThousand);
+    const Half2 value = and_or(words[place.word] >> shift, (layout::code_mask(Bits) << offset) * kBoth, kThousand);
     const Half2 minus = 0x8000u * kBoth | half_integer((1024 >> offset) + layout::zero_point(Bits)) * kBoth;
     return offset ? fma2(value, half_power(-offset) * kBoth, minus) : add2(value, minus);
   }
@@ -45,8 +44,9 @@ __device__ __forceinline__ Half2 signed_codes(const uint32_t (&words)[Bits], int
   for (int i = 0; i < tile::piece_count(Bits, pair); ++i) {
     const tile::Piece part = tile::piece(Bits, pair, i);
     const Half2 mask = (((1u << part.count) - 1u) << part.at) * kBoth;
-    value = and_or(part.shift >= part.at ? words[part.word] >> (part.shift - part.at)
-                                         : words[part.word] << (part.at - part.shift), mask, value);
+    const uint32_t word = words[part.word];
+    value =
+        and_or(part.shift >= part.at ? word >> (part.shift - part.at) : word << (part.at - part.shift), mask, value);
   }
   return add2(value, 0x8000u * kBoth | half_integer(1024 + layout::zero_point(Bits)) * kBoth);
 }

@@ -84,8 +84,7 @@ __device__ __forceinline__ float load_shared_result(const float* from) { return 
 // A 16-byte copy from global to shared memory, done when a `copies_done` covers its group; the block sees it after the
 // barrier that follows.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
                "l"(from)
                : "memory");
 }

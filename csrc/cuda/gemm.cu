@@ -14,10 +14,10 @@ namespace dbrxq {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kTokenTiles = 4;      // 32 rows a warp
+constexpr int kTokenTiles = 4;  // 32 rows a warp
 constexpr int kWarpRows = 8 * kTokenTiles;
 constexpr int kStages = 3;
-constexpr int kUnitVectors = 4;     // 16-byte vectors of a row in a unit
+constexpr int kUnitVectors = 4;  // 16-byte vectors of a row in a unit
 
 template <int Matrices>
 struct Stage {
@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Matmul args) {
 #pragma unroll
     for (int m = 0; m < Matrices; ++m) {
       const uint4* from = reinterpret_cast<const uint4*>(args.x) +
-                          (static_cast<int64_t>(m) * units + unit) * args.x_stride + row_tile * kGemmRows * kUnitVectors;
+                          (static_cast<int64_t>(m) * units + unit) * args.x_stride +
+                          row_tile * kGemmRows * kUnitVectors;
       for (int i = threadIdx.x; i < rows * kUnitVectors; i += kThreads) copy_async(&stage.x[m][i], from + i);
     }
   };
@@ -146,9 +147,8 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Matmul args) {
     const int left = rows - h * kWarpRows;
     if (left <= 0) continue;
     const int group_of = (row_tile * 2 + h) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
-    finish<2, kWarpRows, Matrices == 2>(args, shared.sums, shared.last, group_of, split,
-                                        first_tile * tile::kColumns, row_tile * kGemmRows + h * kWarpRows,
-                                        left < kWarpRows ? left : kWarpRows);
+    finish<2, kWarpRows, Matrices == 2>(args, shared.sums, shared.last, group_of, split, first_tile * tile::kColumns,
+                                        row_tile * kGemmRows + h * kWarpRows, left < kWarpRows ? left : kWarpRows);
   }
 }
 

@@ -1,11 +1,11 @@
 // y = x W for up to 16 rows of x: the weights stream past once, at the memory's speed.
 //
-// A block owns a column tile (128 columns; gated: of gate and of up), a row tile, and a slice of the input channels. Its
-// warps divide that slice by equal words, each adding up all 128 columns of its part on the tensor cores (decode.cuh);
-// then a tree over the warps, in a fixed order, makes one sum. Grid: column tiles, row tiles, splits. The words of the
-// next units are on their way into registers, depth() units ahead: 2.5 to 4 KiB a warp, 12 warps
-// a multiprocessor.
-// Aligned: words to 16 bytes, x to 16. Oracle: tests/helpers/oracles_ops.py through tests/runtime/kernels/test_cuda_products.py.
+// A block owns a column tile (128 columns; gated: of gate and of up), a row tile, and a slice of the input channels.
+// Its warps divide that slice by equal words, each adding up all 128 columns of its part on the tensor cores
+// (decode.cuh); then a tree over the warps, in a fixed order, makes one sum. Grid: column tiles, row tiles, splits. The
+// words of the next units are on their way into registers, depth() units ahead: 2.5 to 4 KiB a warp, 12 warps a
+// multiprocessor.
+// Aligned: words to 16 bytes, x to 16. Oracle: oracles_ops.py through test_cuda_products.py.
 #include "kernels.cuh"
 
 namespace dbrxq {
@@ -16,12 +16,12 @@ __host__ __device__ constexpr int depth(int bits) { return bits >= 5 ? 1 : 2; }
 // Where a lane reads: its places in a tile column.
 template <int TokenTiles>
 struct Source {
-  const Linear* linear;    // in shared memory
-  const uint4* words;      // of word row 0
-  int words_stride;        // uint4s from word row to word row, and four times the uint2s from group to group
-  int codes;               // of group 0, in uint2s from the linear's scale_codes
+  const Linear* linear;        // in shared memory
+  const uint4* words;          // of word row 0
+  int words_stride;            // uint4s from word row to word row, and four times the uint2s from group to group
+  int codes;                   // of group 0, in uint2s from the linear's scale_codes
   const uint4* x[TokenTiles];  // of unit 0: row g of each 8, or the last in use, whose sum nobody reads
-  int x_stride;            // uint4s from unit to unit
+  int x_stride;                // uint4s from unit to unit
 };
 
 template <int Bits>
@@ -46,15 +46,16 @@ struct Side {
 template <int TokenTiles>
 __device__ __forceinline__ void fetch(Side<TokenTiles>& side, const Source<TokenTiles>& from, int unit) {
   side.scale = static_cast<const uint32_t*>(from.linear->unit_scale)[unit];
-  side.codes = static_cast<const uint2*>(from.linear->scale_codes)[static_cast<int>(side.scale & 0xffffu) *
-                                                                       (from.words_stride / 4) + from.codes];
+  const int group = static_cast<int>(side.scale & 0xffffu);
+  side.codes = static_cast<const uint2*>(from.linear->scale_codes)[group * (from.words_stride / 4) + from.codes];
 #pragma unroll
   for (int n = 0; n < TokenTiles; ++n) side.x[n] = from.x[n][static_cast<int64_t>(unit) * from.x_stride];
 }
 
 // Units [begin, end), all of width Bits, the first at word row `word`.
 template <int Bits, int TokenTiles>
-__device__ __forceinline__ void stream_units(const Source<TokenTiles>& from, int begin, int end, int word, Sums<TokenTiles>& sums) {
+__device__ __forceinline__ void stream_units(const Source<TokenTiles>& from, int begin, int end, int word,
+                                             Sums<TokenTiles>& sums) {
   constexpr int kDepth = depth(Bits);
   Words<Bits> words[kDepth];
   Side<TokenTiles> side;

@@ -30,18 +30,18 @@ struct Prepare {
   int dtype;
   int64_t k;
   int units, parts;
-  Linear only;                 // without experts
-  const Linear* first;         // with experts: their linears; second for two matrices at once, else null
+  Linear only;          // without experts
+  const Linear* first;  // with experts: their linears; second for two matrices at once, else null
   const Linear* second;
   const int32_t* tile_expert;
-  const int32_t* row_slot;     // [tokens in row order]: routing slot, -1 for none; null without experts
-  int slots_a_source;          // a row reads source row slot / slots_a_source; 0: the row's own
-  int tile_tokens;             // tokens of a row tile
+  const int32_t* row_slot;  // [tokens in row order]: routing slot, -1 for none; null without experts
+  int slots_a_source;       // a row reads source row slot / slots_a_source; 0: the row's own
+  int tile_tokens;          // tokens of a row tile
   int64_t row_capacity;
-  int tokens;                  // tokens in row order
-  uint16_t* packed;            // [matrices, units, row_capacity, 32]
-  float* row_scale;            // [tokens]
-  int32_t* tickets;            // zeroed here for the product that follows
+  int tokens;        // tokens in row order
+  uint16_t* packed;  // [matrices, units, row_capacity, 32]
+  float* row_scale;  // [tokens]
+  int32_t* tickets;  // zeroed here for the product that follows
   int ticket_count;
 };
 int prepare(const Prepare& args, cudaStream_t stream);
@@ -51,21 +51,21 @@ struct Route {
   const int64_t* top_k_index;  // [slots]; outside [0, experts): no expert
   int slots, experts;
   int tile_tokens, parts;
-  int row_tiles;               // capacity: enough for any routing
-  int32_t* tile_expert;        // out [row_tiles]
-  int32_t* tile_rows;          // out [row_tiles]
-  int32_t* row_slot;           // out [row_tiles * tile_tokens]
-  int32_t* slot_row;           // out [slots], -1 for no expert
+  int row_tiles;         // capacity: enough for any routing
+  int32_t* tile_expert;  // out [row_tiles]
+  int32_t* tile_rows;    // out [row_tiles]
+  int32_t* row_slot;     // out [row_tiles * tile_tokens]
+  int32_t* slot_row;     // out [slots], -1 for no expert
 };
 int route(const Route& args, cudaStream_t stream);
 
 struct Combine {
-  const float* outputs;         // [rows, hidden]
-  const int32_t* slot_row;      // [tokens * active]
-  const float* top_k_weights;   // [tokens * active]
+  const float* outputs;        // [rows, hidden]
+  const int32_t* slot_row;     // [tokens * active]
+  const float* top_k_weights;  // [tokens * active]
   int64_t tokens, active, hidden;
   int dtype;
-  void* y;                      // [tokens, hidden]
+  void* y;  // [tokens, hidden]
 };
 int combine(const Combine& args, cudaStream_t stream);
 

@@ -9,7 +9,9 @@ namespace dbrxq {
 using Linear = dbrxq_cuda_linear;
 
 __host__ __device__ inline int64_t column_tiles(int64_t n) { return (n + tile::kColumns - 1) / tile::kColumns; }
-__host__ __device__ inline int unit_count(int64_t k) { return static_cast<int>((k + layout::kUnitRows - 1) / layout::kUnitRows); }
+__host__ __device__ inline int unit_count(int64_t k) {
+  return static_cast<int>((k + layout::kUnitRows - 1) / layout::kUnitRows);
+}
 
 // The 16-byte vectors of a tile's word row: 32, one a lane, but in a last tile of fewer columns.
 __device__ __forceinline__ int lanes_in_tile(int64_t n, int column_tile) {
@@ -17,9 +19,7 @@ __device__ __forceinline__ int lanes_in_tile(int64_t n, int column_tile) {
   return left < 32 ? static_cast<int>(left) : 32;
 }
 // Whose words a lane reads: its own, or those of the same rows in the last columns, when it has no columns itself.
-__device__ __forceinline__ int reading_lane(int lane, int lanes) {
-  return lane < lanes ? lane : lanes - 4 + lane % 4;
-}
+__device__ __forceinline__ int reading_lane(int lane, int lanes) { return lane < lanes ? lane : lanes - 4 + lane % 4; }
 
 // Width of a unit and the word row where it starts.
 struct Place {

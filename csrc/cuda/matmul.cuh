@@ -13,9 +13,9 @@ namespace dbrxq {
 constexpr float kSecondPart = 1.0f / 2048;  // one half holds 11 bits: the second continues where the first stops
 
 struct Matmul {
-  Linear only;               // the linear, where there are no experts
-  const Linear* first;       // device [E]: gate, or the one matrix
-  const Linear* second;      // device [E]: up, for gated kernels
+  Linear only;                 // the linear, where there are no experts
+  const Linear* first;         // device [E]: gate, or the one matrix
+  const Linear* second;        // device [E]: up, for gated kernels
   const int32_t* tile_expert;  // device [row tiles]: expert of each, -1 for none; null without experts
   const int32_t* tile_rows;    // device [row tiles]: rows in use of each; null without experts
   const uint16_t* x;           // device half [matrices, units, row_capacity, 32], packed order; 16-byte aligned
@@ -25,11 +25,11 @@ struct Matmul {
   int parts;                   // rows a token, 1 or 2
   int splits;                  // blocks that share the input channels of one result
   int activation;
-  int dtype;                   // of y
-  float* partial;              // device [groups, splits, panels, group rows, 128], used when splits > 1
-  int32_t* tickets;            // device [groups], zero before the launch
-  void* y;                     // device [tokens in row order, width]
-  int64_t width;               // columns of y
+  int dtype;         // of y
+  float* partial;    // device [groups, splits, panels, group rows, 128], used when splits > 1
+  int32_t* tickets;  // device [groups], zero before the launch
+  void* y;           // device [tokens in row order, width]
+  int64_t width;     // columns of y
 };
 
 // The expert (0 without experts) and the rows in use of a row tile; false for one without work.
@@ -80,7 +80,8 @@ __device__ __forceinline__ void spread(const Sums<TokenTiles>& sums, float* pane
 //   column:  first column of panel 0;  row: first row;  rows: how many are in use
 //   last:    a shared flag
 template <int Panels, int Rows, bool Gated>
-__device__ void finish(const Matmul& args, float* sums, int& last, int group, int split, int column, int row, int rows) {
+__device__ void finish(const Matmul& args, float* sums, int& last, int group, int split, int column, int row,
+                       int rows) {
   constexpr int size = Panels * Rows * tile::kColumns;
   const int threads = blockDim.x;
   if (args.splits > 1) {
@@ -111,7 +112,8 @@ __device__ void finish(const Matmul& args, float* sums, int& last, int group, in
     if (column + c >= args.width) continue;
     float value = total(Gated ? 0 : c / tile::kColumns, token, c % tile::kColumns);
     if (Gated) value = activate(value, args.activation) * total(1, token, c);
-    if (args.only.bias && !args.tile_expert) value += from_half(static_cast<const uint16_t*>(args.only.bias)[column + c]);
+    if (args.only.bias && !args.tile_expert)
+      value += from_half(static_cast<const uint16_t*>(args.only.bias)[column + c]);
     store(args.y, (row / args.parts + token) * args.width + column + c, args.dtype, value);
   }
 }

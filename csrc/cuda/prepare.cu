@@ -1,10 +1,10 @@
-// Activations for the products: gathered into packed order, in halves, the exponents of a token moved into half's range.
+// Activations for the products: gathered into packed order, in halves, a token's exponents moved into half's range.
 //
 //   packed[m][unit][row][r] = half(x[token][permutation_m[32 unit + r]] * 2^e),   row_scale[token] = 2^-e
 //
-// so that a product's lane reads the 8 rows it owns as one 16-byte load (tile_layout.h). fp16 is taken as it is (e = 0).
-// For bf16 and fp32 the token's largest magnitude goes to [2^14, 2^15): a bf16 loses nothing that is larger than 2^-38
-// of that. fp32 takes two rows a token, the second with what the first left, times 2^11: 22 bits.
+// so that a product's lane reads the 8 rows it owns as one 16-byte load (tile_layout.h). fp16 is taken as it is
+// (e = 0). For bf16 and fp32 the token's largest magnitude goes to [2^14, 2^15): a bf16 loses nothing that is larger
+// than 2^-38 of that. fp32 takes two rows a token, the second with what the first left, times 2^11: 22 bits.
 // A block owns one token, kChunk packed rows and one matrix; each block finds the largest magnitude for itself.
 #include "activation.cuh"
 #include "kernels.cuh"
@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(Prepare args) {
     args.row_scale[token] = 1.0f;
   }
 
-  const int end = (chunk + 1) * kChunk < args.units * layout::kUnitRows ? (chunk + 1) * kChunk
-                                                                         : args.units * layout::kUnitRows;
+  const int rows = args.units * layout::kUnitRows, next = (chunk + 1) * kChunk, end = next < rows ? next : rows;
   for (int i = chunk * kChunk + threadIdx.x; i < end; i += kThreads) {
     const int channel = static_cast<const int32_t*>(permutation)[i];
     const float value = channel < 0 ? 0.0f : factor * load(args.x, source * args.k + channel, args.dtype);

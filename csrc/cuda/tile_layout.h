@@ -9,19 +9,20 @@
 //     rows 16..23     | g=0, q=2     | g=1, q=2 | ... | g=7, q=2 |     scale codes of the 16 columns are 8 bytes
 //     rows 24..31     | g=0, q=3     | g=1, q=3 | ... | g=7, q=3 |
 //
-// Its columns fall into 4 *subtiles* of 4: column 4 s + c. A subtile of b bits takes b words of each lane, and the words
-// of the 4 subtiles lie side by side, so that one 16-byte load brings word i of all four, 512 bytes a warp:
+// Its columns fall into 4 *subtiles* of 4: column 4 s + c. A subtile of b bits takes b words of each lane, and the
+// words of the 4 subtiles lie side by side, so that one 16-byte load brings word i of all four, 512 bytes a warp:
 //
 //     word row r + i (r the first of the unit), columns 128 j ..      | lane 0: s0 s1 s2 s3 | lane 1: s0 s1 s2 s3 | ...
 //
 // So a tile fills the same b word rows by 128 columns as in the file; only the bits within it move. N is a multiple of
-// 32: a last tile of 32, 64 or 96 columns has 8, 16 or 24 lanes, and the whole takes what the file takes. A last unit of
-// 16 rows is filled up to 32 with codes that stand for 0, a word row more.
+// 32: a last tile of 32, 64 or 96 columns has 8, 16 or 24 lanes, and the whole takes what the file takes. A last unit
+// of 16 rows is filled up to 32 with codes that stand for 0, a word row more.
 //
-// Inside a subtile, *pair* 4 c + p holds rows 2 p (low half of the word) and 2 p + 1 (high half) of column c, at the same
-// place of both halves: one shift and one mask give both codes as the low bits of a half2. In one half, bits 15..0:
+// Inside a subtile, *pair* 4 c + p holds rows 2 p (low half of the word) and 2 p + 1 (high half) of column c, at the
+// same place of both halves: one shift and one mask give both codes as the low bits of a half2. In one half, bits
+// 15..0:
 //
-//     2 bits   word i   |p7|p6|p5|p4|p3|p2|p1|p0| of pairs 8 i ..          4 bits   | p3 | p2 | p1 | p0 | of pairs 4 i ..
+//     2 bits   word i   |p7|p6|p5|p4|p3|p2|p1|p0| of pairs 8 i ..        4 bits   | p3 | p2 | p1 | p0 | of pairs 4 i ..
 //     8 bits   word i   |       p1      |       p0      | of pairs 2 i ..
 //     3 bits   word i   |x| p4| p3| p2| p1| p0|           of pairs 5 i .., x = bit i of pair 15
 //     5 bits   word i   |x|   p2|   p1|   p0|             of pairs 3 i .., x = bit i of pair 15

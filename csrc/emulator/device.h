@@ -125,8 +125,8 @@ static inline void copies_done() {
 template <class... Parameters>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t, Parameters... arguments) {
   auto call = [&] { kernel(arguments...); };
-  emulator::run(grid, static_cast<unsigned>(threads), [](void* context) { (*static_cast<decltype(call)*>(context))(); },
-                &call);
+  emulator::run(
+      grid, static_cast<unsigned>(threads), [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
   return 0;
 }
 

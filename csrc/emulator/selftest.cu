@@ -35,7 +35,8 @@ __global__ void copy(Arguments args) {
   copy_async(shared.values[i], args.in + 4 * i);
   close_copy_group();
   if (args.fault != kNoWait) copies_done<0>();
-  const uint4* from = reinterpret_cast<const uint4*>(args.fault == kMisaligned ? &shared.values[i / 2][1] : shared.values[i]);
+  const uint4* from =
+      reinterpret_cast<const uint4*>(args.fault == kMisaligned ? &shared.values[i / 2][1] : shared.values[i]);
   *reinterpret_cast<uint4*>(args.out + 4 * i) = *from;
   copies_done<0>();
 }

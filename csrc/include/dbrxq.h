@@ -31,8 +31,8 @@ enum {
   DBRXQ_BAD_ACTIVATION = 5,   // no such activation
   DBRXQ_BAD_ISA = 6,          // no such instruction set, or this CPU lacks it
   DBRXQ_NO_MEMORY = 7,
-  DBRXQ_NOT_FINITE = 8,       // dbrxq_pack: some scale is not finite, or large enough for infinite weights
-  DBRXQ_BAD_PACKED = 9,       // a block that dbrxq_pack did not make
+  DBRXQ_NOT_FINITE = 8,  // dbrxq_pack: some scale is not finite, or large enough for infinite weights
+  DBRXQ_BAD_PACKED = 9,  // a block that dbrxq_pack did not make
 };
 DBRXQ_API const char* dbrxq_status_text(int status);
 
@@ -116,8 +116,8 @@ DBRXQ_API int dbrxq_packed_experts(const void* const* packed, int64_t experts, i
 // sequences of equal length, in one call, between the embedding and the head. Activations and sums are fp32 throughout.
 // Axes: B sequences, T new tokens of each, D hidden, H query heads, J key heads, E experts.
 
-// One layer:  x += output(attention(qkv(norm(x)))),  x += mlp(norm(x)). Weights that are not repacked linears are of the
-// decoder's dtype.
+// One layer:  x += output(attention(qkv(norm(x)))),  x += mlp(norm(x)). Weights that are not repacked linears are of
+// the decoder's dtype.
 typedef struct dbrxq_decoder_layer {
   const void* attention_norm;  // [D]
   const void* mlp_norm;        // [D]
@@ -130,7 +130,7 @@ typedef struct dbrxq_decoder_layer {
   const void* const* experts;  // as dbrxq_packed_experts takes them; null where there are none
   int64_t expert_count;        // E
   int64_t active;              // experts of a token
-  float expert_norm;           // the weights of a token's experts are divided by their p-norm of this p; 0: they are not
+  float expert_norm;  // the weights of a token's experts are divided by their p-norm of this p; 0: they are not
   int32_t reserved;
 } dbrxq_decoder_layer;
 
@@ -140,14 +140,14 @@ typedef struct dbrxq_decoder {
   int64_t layer_count;
   int64_t hidden;
   int64_t heads;
-  int64_t key_heads;  // a divisor of heads
-  int64_t head_dim;   // a multiple of 16, up to 1024
-  float scale;        // of the attention scores
-  float clip;         // queries, keys and values are cut to -clip..clip first; infinity for none
-  float eps;          // of all norms
-  int32_t layer_norm; // LayerNorm instead of RMSNorm
-  int32_t activation; // DBRXQ_SILU ..
-  int32_t dtype;      // DBRXQ_FLOAT16 ..: of norms, routers, keys and values
+  int64_t key_heads;        // a divisor of heads
+  int64_t head_dim;         // a multiple of 16, up to 1024
+  float scale;              // of the attention scores
+  float clip;               // queries, keys and values are cut to -clip..clip first; infinity for none
+  float eps;                // of all norms
+  int32_t layer_norm;       // LayerNorm instead of RMSNorm
+  int32_t activation;       // DBRXQ_SILU ..
+  int32_t dtype;            // DBRXQ_FLOAT16 ..: of norms, routers, keys and values
   int32_t activation_bits;  // of linears, 8 or 16
   int32_t reserved;
 } dbrxq_decoder;
@@ -167,7 +167,7 @@ DBRXQ_API int dbrxq_decode(const dbrxq_decoder* decoder, const dbrxq_decoder_cac
                            float* y);
 
 // ---------------------------------------------------------------------------------------------------------------
-// Solver (solver.cpp; oracles: backend="torch" of quantize/solve/grid.py and quantize/solve/ldlq.py, which give the same bits).
+// Solver (cpu/solver; oracles: backend="torch" of quantize/solve/grid.py and ldlq.py, which give the same bits).
 // Axes: K input channels in packed order, N output channels (any number), G groups. Row-major float matrices.
 // Inputs must be finite. Results depend neither on the instruction set nor on the number of threads.
 
@@ -175,8 +175,7 @@ DBRXQ_API int dbrxq_decode(const dbrxq_decoder* decoder, const dbrxq_decoder_cac
 // row_weights * (x - nearest grid value)^2. column_weights [N] may be null (all 1).
 // Out: scale_max, one half; scale_codes [N], 0..15; error.
 DBRXQ_API int dbrxq_search_group(const float* x, int64_t rows, int64_t n, int bits, const float* row_weights,
-                                 const float* column_weights, uint16_t* scale_max, uint8_t* scale_codes,
-                                 double* error);
+                                 const float* column_weights, uint16_t* scale_max, uint8_t* scale_codes, double* error);
 
 // errors [width_count, ceil(K / group_rows)]: the error of dbrxq_search_group for each run of group_rows rows of
 // weight [K, N] (the last one shorter) at each of widths [width_count], rows weighted by pivots [K].
@@ -196,9 +195,8 @@ DBRXQ_API int dbrxq_error_table(const float* weight, int64_t k, int64_t n, const
 enum { DBRXQ_FAST = 0, DBRXQ_DEFAULT = 1, DBRXQ_BEST = 2 };
 DBRXQ_API int dbrxq_solve_block(const float* weight, int64_t rows, int64_t n, const float* coefficients,
                                 const float* pivots, const float* column_weights, const int64_t* group_bits,
-                                const int64_t* group_rows, int64_t groups, int effort, float* errors,
-                                uint8_t* codes, uint8_t* scale_codes, uint16_t* scale_max, uint16_t* dequantized,
-                                double* loss);
+                                const int64_t* group_rows, int64_t groups, int effort, float* errors, uint8_t* codes,
+                                uint8_t* scale_codes, uint16_t* scale_max, uint16_t* dequantized, double* loss);
 
 // ---------------------------------------------------------------------------------------------------------------
 // CUDA (libdbrxq_cuda.so, csrc/cuda; oracles: tests/helpers/oracles_ops.py). Pointers are to device memory unless a host
@@ -217,7 +215,7 @@ DBRXQ_API const char* dbrxq_cuda_status_text(int status);
 typedef struct dbrxq_cuda_linear {
   const void* words;        // uint32 [sum of units * their bits, N], 16-byte aligned, made by dbrxq_cuda_repack
   const void* scale_codes;  // uint32 [G, N/8], the file's q_scale; 8-byte aligned
-  const void* unit_scale;   // uint32 [U]      group of each unit in the low half, that group's scale_max (half) in the high
+  const void* unit_scale;   // uint32 [U]      group of each unit in the low half, its scale_max (half) in the high
   const void* permutation;  // int32  [32 U]   input channel of each packed row, -1 beyond K
   const void* bias;         // half   [N], or null
   int64_t k;                // 1..65536, a multiple of 16 (of 32 unless the last group has 2 bits)
@@ -251,7 +249,7 @@ typedef struct dbrxq_cuda_experts {
   int64_t experts;                // 1..1024
   int64_t hidden;
   int64_t ffn;
-  int32_t activation;             // DBRXQ_SILU ..
+  int32_t activation;  // DBRXQ_SILU ..
   int32_t reserved;
 } dbrxq_cuda_experts;
 
@@ -260,8 +258,8 @@ typedef struct dbrxq_cuda_experts {
 DBRXQ_API int dbrxq_cuda_experts_workspace(const dbrxq_cuda_experts* block, int64_t tokens, int64_t active, int dtype,
                                            int64_t* bytes);
 DBRXQ_API int dbrxq_cuda_experts_forward(const dbrxq_cuda_experts* block, const void* x, const int64_t* top_k_index,
-                                         const float* top_k_weights, int64_t tokens, int64_t active, int dtype,
-                                         void* y, void* workspace, void* stream);
+                                         const float* top_k_weights, int64_t tokens, int64_t active, int dtype, void* y,
+                                         void* workspace, void* stream);
 
 #ifdef __cplusplus
 }
