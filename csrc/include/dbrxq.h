@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 // Version of this interface; the Python side refuses a library that reports another one.
-#define DBRXQ_ABI_VERSION 4
+#define DBRXQ_ABI_VERSION 5
 DBRXQ_API int dbrxq_abi_version(void);
 
 // Threads that the kernels may use, all callers together; by default all hardware threads.
@@ -17,7 +17,7 @@ DBRXQ_API void dbrxq_set_threads(int count);
 DBRXQ_API int dbrxq_threads(void);
 
 // ---------------------------------------------------------------------------------------------------------------
-// Linears and experts (format.cpp, linear.cpp, experts.cpp; oracles: tests/helpers/oracles_ops.py).
+// Linears and experts (pack_codes.cpp, linear.cpp, experts.cpp; oracles: tests/helpers/oracles_ops.py).
 // Axes: T tokens, K input channels, N output channels as stored, G groups, R word rows, E experts, D hidden, F ffn,
 // A experts per token. Matrices are dense and row-major. Pointers into files need no alignment; float, int64 and
 // output pointers have that of their type. Nothing is kept after a call returns.
@@ -31,8 +31,8 @@ enum {
   DBRXQ_BAD_ACTIVATION = 5,   // no such activation
   DBRXQ_BAD_ISA = 6,          // no such instruction set, or this CPU lacks it
   DBRXQ_NO_MEMORY = 7,
-  DBRXQ_NOT_FINITE = 8,  // dbrxq_pack: some scale is not finite, or large enough for infinite weights
-  DBRXQ_BAD_PACKED = 9,  // a block that dbrxq_pack did not make
+  DBRXQ_NOT_FINITE = 8,    // dbrxq_repack: some scale is not finite, or large enough for infinite weights
+  DBRXQ_BAD_REPACKED = 9,  // a block that dbrxq_repack did not make
 };
 DBRXQ_API const char* dbrxq_status_text(int status);
 
@@ -88,28 +88,28 @@ DBRXQ_API int dbrxq_experts_forward(const float* x, const int64_t* top_k_index, 
                                     int activation, float* y);
 
 // ---------------------------------------------------------------------------------------------------------------
-// Repacked linears and experts (pack.cpp, integer.cpp, integer_experts.cpp): the same linears in a layout made for
-// speed (cpu/packed.h), multiplied by activations rounded to integers. A repacked linear is one block of memory without
+// Repacked linears and experts (repack.cpp, integer.cpp, integer_experts.cpp): the same linears in a layout made for
+// speed (cpu/repacked/repacked.h), multiplied by activations rounded to integers. A repacked linear is one block of memory without
 // pointers, aligned to 64 bytes.
 // activation_bits is 16, or 8: then activations are single bytes where they meet codes of up to 4 bits, and two bytes
 // elsewhere. Sums within 128 rows are exact, results depend neither on the threads nor (but for the last bit of a
 // float product) on the instruction set. Weights are code times exact scale, without the format's rounding to half.
 
 // Bytes of the block of a linear; and the block. DBRXQ_NOT_FINITE leaves a block that is none.
-DBRXQ_API int dbrxq_packed_bytes(const dbrxq_linear* linear, int64_t* bytes);
-DBRXQ_API int dbrxq_pack(const dbrxq_linear* linear, void* packed);
+DBRXQ_API int dbrxq_repacked_bytes(const dbrxq_linear* linear, int64_t* bytes);
+DBRXQ_API int dbrxq_repack(const dbrxq_linear* linear, void* packed);
 
 // y [T, sum of out_features] = x [T, K] times `count` linears of the same K, side by side.
-DBRXQ_API int dbrxq_packed_linear(const void* const* packed, int64_t count, int activation_bits, const float* x,
-                                  int64_t tokens, float* y);
+DBRXQ_API int dbrxq_repacked_linear(const void* const* packed, int64_t count, int activation_bits, const float* x,
+                                    int64_t tokens, float* y);
 
 // Reads `bytes` bytes (whole pairs of cache lines) with all threads, for benchmarks; the sum of their 64-bit words.
 DBRXQ_API int dbrxq_read_memory(const void* data, int64_t bytes, uint64_t* sum);
 
 // As dbrxq_experts_forward. packed: gate of the E experts, then up of all, then down of all.
-DBRXQ_API int dbrxq_packed_experts(const void* const* packed, int64_t experts, int activation_bits, const float* x,
-                                   const int64_t* top_k_index, const float* top_k_weights, int64_t tokens,
-                                   int64_t hidden, int64_t active, int activation, float* y);
+DBRXQ_API int dbrxq_repacked_experts(const void* const* packed, int64_t experts, int activation_bits, const float* x,
+                                     const int64_t* top_k_index, const float* top_k_weights, int64_t tokens,
+                                     int64_t hidden, int64_t active, int activation, float* y);
 
 // ---------------------------------------------------------------------------------------------------------------
 // Decoder (decoder.cpp; oracle: the layers of transformers): all layers of a model for a few new tokens of each of B
@@ -127,7 +127,7 @@ typedef struct dbrxq_decoder_layer {
   const void* output;          // repacked: H * head_dim -> D
   const void* mlp[3];          // repacked gate, up and down; null where there are experts
   const void* router;          // [E, D]
-  const void* const* experts;  // as dbrxq_packed_experts takes them; null where there are none
+  const void* const* experts;  // as dbrxq_repacked_experts takes them; null where there are none
   int64_t expert_count;        // E
   int64_t active;              // experts of a token
   float expert_norm;  // the weights of a token's experts are divided by their p-norm of this p; 0: they are not

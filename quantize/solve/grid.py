@@ -11,7 +11,7 @@ judged by the errors that the columns have on the stored scales next to their ow
 takes the best of four stored scales. exllamav2 instead searches one clip factor for the whole group and
 rounds each column's maximum to the nearest stored scale.
 
-`backend="native"` is csrc/cpu/solver*; `backend="torch"` spells out the same operations in the same order and
+`backend="native"` is csrc/cpu/solver; `backend="torch"` spells out the same operations in the same order and
 gives the same bits, slowly.
 """
 

@@ -71,7 +71,7 @@ def linear(x: Tensor, stored: Stored, bias: Tensor | None, out_features: int) ->
     y = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32)
     tokens = y.numel() // out_features
     if fast is not None:
-        status = _native.library().dbrxq_packed_linear(
+        status = _native.library().dbrxq_repacked_linear(
             fast.pointers, 1, BITS[mode], inputs.data_ptr(), tokens, y.data_ptr()
         )
     else:
@@ -101,7 +101,7 @@ def linears(x: Tensor, each: Sequence[tuple[Stored, Tensor | None, int]]) -> Ten
         checks.linear_input(x, stored)
     inputs = _floats(x)
     y = torch.empty(*x.shape[:-1], sum([width for _, _, width in each]), dtype=torch.float32)
-    status = _native.library().dbrxq_packed_linear(
+    status = _native.library().dbrxq_repacked_linear(
         (ctypes.c_void_p * len(blocks))(*blocks),
         len(blocks),
         BITS[mode],
@@ -133,7 +133,7 @@ def experts(
     mode = activations()
     fast = None if mode == "float" else repacked_experts(x, gate, up, down)
     if fast is not None:
-        status = _native.library().dbrxq_packed_experts(
+        status = _native.library().dbrxq_repacked_experts(
             fast.pointers,
             len(gate),
             BITS[mode],

@@ -1,6 +1,6 @@
 """Repacked copies of linears for the CPU kernels, made at first use; they live as long as the stored tensors.
 
-A copy takes what the stored tensors take (csrc/cpu/packed.h). It stands for the very tensors it was made of:
+A copy takes what the stored tensors take (csrc/cpu/repacked/repacked.h). It stands for the very tensors it was made of:
 when one of them is freed the copy goes too, and when one was modified in place it is made again. A stored
 tensor that is mapped from a file needs no memory of its own any more once its copy is made: its pages are
 marked as cold, so that the system takes them back first.
@@ -43,9 +43,9 @@ def _pack(struct: _abi.Linear) -> Tensor | None:
     """The block of one linear; None where scales are not finite, or so large that weights may not be."""
     library = _native.library()
     size = ctypes.c_int64()
-    _native.check(library.dbrxq_packed_bytes(ctypes.byref(struct), ctypes.byref(size)), "repack")
+    _native.check(library.dbrxq_repacked_bytes(ctypes.byref(struct), ctypes.byref(size)), "repack")
     block = torch.empty(size.value, dtype=torch.uint8)
-    status = library.dbrxq_pack(ctypes.byref(struct), block.data_ptr())
+    status = library.dbrxq_repack(ctypes.byref(struct), block.data_ptr())
     if status == _abi.NOT_FINITE:
         return None
     _native.check(status, "repack")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 BAD_ISA, NO_MEMORY, NOT_FINITE = 6, 7, 8  # statuses that mean more than a wrong argument
@@ -93,11 +93,11 @@ CPU_FUNCTIONS: Signatures = {
         c_int,
         [c_void_p] * 3 + [c_int64] * 4 + [POINTER(Linear)] * 3 + [c_int, c_void_p],
     ),
-    "dbrxq_packed_bytes": (c_int, [POINTER(Linear), POINTER(c_int64)]),
-    "dbrxq_pack": (c_int, [POINTER(Linear), c_void_p]),
-    "dbrxq_packed_linear": (c_int, [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p]),
+    "dbrxq_repacked_bytes": (c_int, [POINTER(Linear), POINTER(c_int64)]),
+    "dbrxq_repack": (c_int, [POINTER(Linear), c_void_p]),
+    "dbrxq_repacked_linear": (c_int, [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p]),
     "dbrxq_read_memory": (c_int, [c_void_p, c_int64, POINTER(c_uint64)]),
-    "dbrxq_packed_experts": (
+    "dbrxq_repacked_experts": (
         c_int,
         [c_void_p, c_int64, c_int] + [c_void_p] * 3 + [c_int64] * 3 + [c_int, c_void_p],
     ),

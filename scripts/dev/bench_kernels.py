@@ -80,9 +80,9 @@ def random_linear(shape: tuple[int, int], groups: list[tuple[int, int]]) -> Line
     )
     struct = describe_linear(stored, None, n)
     library, size = _native.library(), ctypes.c_int64()
-    _native.check(library.dbrxq_packed_bytes(ctypes.byref(struct), ctypes.byref(size)), "repack")
+    _native.check(library.dbrxq_repacked_bytes(ctypes.byref(struct), ctypes.byref(size)), "repack")
     block = torch.empty(size.value, dtype=torch.uint8)
-    _native.check(library.dbrxq_pack(ctypes.byref(struct), block.data_ptr()), "repack")
+    _native.check(library.dbrxq_repack(ctypes.byref(struct), block.data_ptr()), "repack")
     return Linear(block, sum(tensor.nbytes for tensor in stored), shape)
 
 
@@ -139,7 +139,8 @@ class Rotation:
 
             def run(array: Any = array) -> None:
                 _native.check(
-                    library.dbrxq_packed_linear(array, 1, bits, x.data_ptr(), tokens, y.data_ptr()), "linear"
+                    library.dbrxq_repacked_linear(array, 1, bits, x.data_ptr(), tokens, y.data_ptr()),
+                    "linear",
                 )
 
             yield run
@@ -248,7 +249,7 @@ def experts_block(threads: tuple[int, ...], mode: str, seconds: float) -> list[d
                     index, share = torch.stack(chosen), torch.rand(tokens, ACTIVE)
 
                     def run(index: Tensor = index, share: Tensor = share) -> None:
-                        status = library.dbrxq_packed_experts(
+                        status = library.dbrxq_repacked_experts(
                             array, EXPERTS, bits, x.data_ptr(), index.data_ptr(), share.data_ptr(),
                             tokens, HIDDEN, ACTIVE, _abi.ACTIVATIONS["silu"], y.data_ptr(),
                         )  # fmt: skip

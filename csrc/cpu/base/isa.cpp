@@ -95,7 +95,7 @@ const char* dbrxq_status_text(int status) {
       return "no such instruction set, or this CPU lacks it (scalar, avx2, avxvnni, avx512; see DBRXQ_ISA)";
     case DBRXQ_NO_MEMORY: return "out of memory";
     case DBRXQ_NOT_FINITE: return "a scale is infinite, NaN or so large that weights may be infinite";
-    case DBRXQ_BAD_PACKED: return "not a repacked linear";
+    case DBRXQ_BAD_REPACKED: return "not a repacked linear";
     default: return "unknown status";
   }
 }

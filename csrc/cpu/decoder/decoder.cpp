@@ -17,7 +17,7 @@
 #include "decoder_kernels.h"
 #include "guard.h"
 #include "isa.h"
-#include "packed.h"
+#include "repacked.h"
 #include "routing.h"
 
 namespace dbrxq {
@@ -195,7 +195,7 @@ int dense(const Step& step, const dbrxq_decoder_layer& layer) {
   const int64_t width = ffn(layer), rows = step.rows();
   float* both = scratch.mlp.reserve(3 * rows * width);
   float* product = both + 2 * rows * width;
-  const int status = dbrxq_packed_linear(layer.mlp, 2, d.activation_bits, step.normed, rows, both);
+  const int status = dbrxq_repacked_linear(layer.mlp, 2, d.activation_bits, step.normed, rows, both);
   if (status != DBRXQ_OK) return status;
   for (int64_t row = 0; row < rows; ++row) {
     float *gate = both + 2 * row * width, *to = product + row * width;
@@ -206,7 +206,7 @@ int dense(const Step& step, const dbrxq_decoder_layer& layer) {
       for (int64_t i = 0; i < width; ++i) to[i] = activate(d.activation, gate[i]) * gate[width + i];
     }
   }
-  return dbrxq_packed_linear(&layer.mlp[2], 1, d.activation_bits, product, rows, step.added);
+  return dbrxq_repacked_linear(&layer.mlp[2], 1, d.activation_bits, product, rows, step.added);
 }
 
 // The experts of one row, the likeliest first, and their weights.
@@ -246,18 +246,18 @@ int sparse(const Step& step, const dbrxq_decoder_layer& layer) {
   std::vector<float> weights(pairs), chances(static_cast<size_t>(layer.expert_count));
   for (int64_t row = 0; row < step.rows(); ++row)
     choose(step, layer, row, chances, index.data() + row * layer.active, weights.data() + row * layer.active);
-  return dbrxq_packed_experts(layer.experts, layer.expert_count, d.activation_bits, step.normed, index.data(),
-                              weights.data(), step.rows(), d.hidden, layer.active, d.activation, step.added);
+  return dbrxq_repacked_experts(layer.experts, layer.expert_count, d.activation_bits, step.normed, index.data(),
+                                weights.data(), step.rows(), d.hidden, layer.active, d.activation, step.added);
 }
 
 int run_layer(const Step& step, const dbrxq_decoder_layer& layer, const dbrxq_decoder_cache& cache) {
   const dbrxq_decoder& d = step.decoder;
   normalise_rows(step, layer.attention_norm, step.normed);
-  int status = dbrxq_packed_linear(layer.qkv, 3, d.activation_bits, step.normed, step.rows(), step.qkv);
+  int status = dbrxq_repacked_linear(layer.qkv, 3, d.activation_bits, step.normed, step.rows(), step.qkv);
   if (status != DBRXQ_OK) return status;
   for (int64_t row = 0; row < step.rows(); ++row) place_token(step, layer, cache, row);
   attend(step, cache);
-  status = dbrxq_packed_linear(&layer.output, 1, d.activation_bits, step.attended, step.rows(), step.added);
+  status = dbrxq_repacked_linear(&layer.output, 1, d.activation_bits, step.attended, step.rows(), step.added);
   if (status != DBRXQ_OK) return status;
   add_rows(step);
   normalise_rows(step, layer.mlp_norm, step.normed);

@@ -1,4 +1,4 @@
-// Activations to integers, as the tiles that packed.h describes. Included by integer_impl.h, and so compiled once for
+// Activations to integers, as the tiles that repacked.h describes. Included by integer_impl.h, and so compiled once for
 // each instruction set: everything sits in an unnamed namespace and uses no inline function of the standard library.
 
 namespace dbrxq {

@@ -155,8 +155,8 @@ int forward(const void* const* packed, int64_t count, int activation_bits, const
 }  // namespace
 }  // namespace dbrxq
 
-int dbrxq_packed_linear(const void* const* packed, int64_t count, int activation_bits, const float* x, int64_t tokens,
-                        float* y) {
+int dbrxq_repacked_linear(const void* const* packed, int64_t count, int activation_bits, const float* x, int64_t tokens,
+                          float* y) {
   return dbrxq::guarded([&] {
     if (!dbrxq::isa_usable()) return static_cast<int>(DBRXQ_BAD_ISA);
     if (tokens < 0 || count < 1 || (activation_bits != 8 && activation_bits != 16))

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "packed.h"
+#include "repacked.h"
 
 namespace dbrxq {
 

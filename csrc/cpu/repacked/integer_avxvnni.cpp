@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "half.h"
-#include "packed.h"
+#include "repacked.h"
 
 namespace dbrxq {
 namespace {

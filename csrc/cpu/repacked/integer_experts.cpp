@@ -203,9 +203,9 @@ int run_pass(const Call& call) {
 }  // namespace
 }  // namespace dbrxq
 
-int dbrxq_packed_experts(const void* const* packed, int64_t experts, int activation_bits, const float* x,
-                         const int64_t* top_k_index, const float* top_k_weights, int64_t tokens, int64_t hidden,
-                         int64_t active, int activation, float* y) {
+int dbrxq_repacked_experts(const void* const* packed, int64_t experts, int activation_bits, const float* x,
+                           const int64_t* top_k_index, const float* top_k_weights, int64_t tokens, int64_t hidden,
+                           int64_t active, int activation, float* y) {
   return dbrxq::guarded([&] {
     if (!dbrxq::isa_usable()) return static_cast<int>(DBRXQ_BAD_ISA);
     if (tokens < 0 || hidden < 1 || active < 0 || experts < 1 || (activation_bits != 8 && activation_bits != 16))

@@ -3,7 +3,7 @@
 //
 //   y[t, c] = sum over segments of s[g, c] * a[t] * (sum over rows of q[k, c] * v[t, k]  -  z * sum of v[t, k])
 //
-// q are the stored codes, z their zero point, v and a the quantized activations and their scale (packed.h). Both inner
+// q are the stored codes, z their zero point, v and a the quantized activations and their scale (repacked.h). Both inner
 // sums are exact in 32-bit integers: at most 128 rows * 255 * 16256 < 2^30. Each segment's sum is rounded to float
 // once, and the sums over segments run in order (a[t] comes last where a run of segments shares it): the result depends
 // neither on the number of threads nor on the instruction set. Against dequantized weights the only other difference is

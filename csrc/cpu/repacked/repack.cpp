@@ -1,4 +1,4 @@
-// Repacking a stored linear into bands (packed.h, common/bands.h), once when a model is loaded.
+// Repacking a stored linear into bands (repacked.h, common/bands.h), once when a model is loaded.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -12,8 +12,8 @@
 #include "half.h"
 #include "layout.h"
 #include "linear_view.h"
-#include "packed.h"
 #include "parallel.h"
+#include "repacked.h"
 
 namespace dbrxq {
 namespace {
@@ -168,7 +168,7 @@ void advise_cold(const LinearView& view) {
 #endif
 }
 
-int pack(const dbrxq_linear& linear, char* packed) {
+int repack(const dbrxq_linear& linear, char* packed) {
   LinearView view;
   std::vector<Segment> segments;
   PackedHeader header;
@@ -209,7 +209,7 @@ int pack(const dbrxq_linear& linear, char* packed) {
 int view_packed(const void* packed, PackedView& view) {
   const auto* start = static_cast<const char*>(packed);
   const auto* header = static_cast<const PackedHeader*>(packed);
-  if (header->magic != kPackedMagic) return DBRXQ_BAD_PACKED;
+  if (header->magic != kPackedMagic) return DBRXQ_BAD_REPACKED;
   view.header = header;
   view.segments = reinterpret_cast<const Segment*>(start + header->segments_at);
   view.permutation = reinterpret_cast<const int32_t*>(start + header->permutation_at);
@@ -222,7 +222,7 @@ int view_packed(const void* packed, PackedView& view) {
 
 }  // namespace dbrxq
 
-int dbrxq_packed_bytes(const dbrxq_linear* linear, int64_t* bytes) {
+int dbrxq_repacked_bytes(const dbrxq_linear* linear, int64_t* bytes) {
   return dbrxq::guarded([&] {
     dbrxq::LinearView view;
     std::vector<dbrxq::Segment> segments;
@@ -233,6 +233,6 @@ int dbrxq_packed_bytes(const dbrxq_linear* linear, int64_t* bytes) {
   });
 }
 
-int dbrxq_pack(const dbrxq_linear* linear, void* packed) {
-  return dbrxq::guarded([&] { return dbrxq::pack(*linear, static_cast<char*>(packed)); });
+int dbrxq_repack(const dbrxq_linear* linear, void* packed) {
+  return dbrxq::guarded([&] { return dbrxq::repack(*linear, static_cast<char*>(packed)); });
 }

@@ -51,7 +51,7 @@ struct PackedView {
   const char* band_codes(int64_t band) const { return codes + band * header->band_bytes; }
 };
 
-// Checks that `packed` is a block that dbrxq_pack made, and fills `view`; returns a status.
+// Checks that `packed` is a block that dbrxq_repack made, and fills `view`; returns a status.
 int view_packed(const void* packed, PackedView& view);
 
 // Activations of M tokens, quantized. Each value is v * scale with one scale a segment and token, and v either

@@ -234,14 +234,14 @@ def test_a_repacked_linear_takes_about_what_the_stored_one_takes():
     tensors = oracle.random_tensors([(5, 128), (4, 512), (3, 1280), (2, 128)], 1024)
     struct = describe_linear(Stored.of(tensors), None, 1024)
     size = ctypes.c_int64()
-    _native.check(_native.library().dbrxq_packed_bytes(ctypes.byref(struct), ctypes.byref(size)), "size")
+    _native.check(_native.library().dbrxq_repacked_bytes(ctypes.byref(struct), ctypes.byref(size)), "size")
     assert size.value < 1.02 * sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_a_block_that_is_none_is_refused():
     block = torch.zeros(4096, dtype=torch.uint8)
     pointers = (ctypes.c_void_p * 1)(block.data_ptr())
-    status = _native.library().dbrxq_packed_linear(pointers, 1, 8, None, 1, None)
+    status = _native.library().dbrxq_repacked_linear(pointers, 1, 8, None, 1, None)
     with pytest.raises(ValueError, match="not a repacked linear"):
         _native.check(status, "linear")
 

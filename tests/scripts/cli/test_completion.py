@@ -83,7 +83,10 @@ def test_zsh_completes(folder):
 
 def test_json_holds_the_script(capsys):
     assert main(["completion", "bash", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"shell": "bash", "script": completion_script(make_parser(), "bash")}
+    assert json.loads(capsys.readouterr().out) == {
+        "shell": "bash",
+        "script": completion_script(make_parser(), "bash"),
+    }
 
 
 def test_other_shells_are_bad_usage(capsys):
