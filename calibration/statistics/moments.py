@@ -66,6 +66,15 @@ class Moments:
             )
 
     @property
+    def prior(self) -> None:
+        """They have none; `SplitMoments` may."""
+        return None
+
+    def joined(self) -> "Moments":
+        """These: nothing of them is held out."""
+        return self
+
+    @property
     def effective(self) -> float:
         """Tokens that would carry the same information at equal weight (Kish)."""
         return self.weight**2 / self.squares if self.squares else 0.0

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbrx_quant.calibration.statistics.held_out import UNSEEN_TOKENS
-from dbrx_quant.quantize.solve.repair import REPAIRED
 from dbrx_quant.runtime.families.facts import Architecture, LinearSpec
 
 BASE_BYTES = 900_000_000  # Python, torch and transformers
@@ -42,7 +41,7 @@ def peak_bytes(architecture: Architecture, tokens: int) -> int:
 
 def _solving(spec: LinearSpec) -> int:
     k, n = spec.shape
-    repairing = 12 * k * k + 24 * k * n if spec.role in REPAIRED else 0  # held-out moments, factor; changes
+    repairing = 12 * k * k + 24 * k * n if spec.writes_stream else 0  # held-out moments, factor; changes
     return max(repairing, 12 * k * k + 19 * k * n)  # Hessian, ordered copy, factor; weights, targets, results
 
 

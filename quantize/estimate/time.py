@@ -16,7 +16,6 @@ from dbrx_quant.quantize.budget.groups import GROUP_ROWS
 from dbrx_quant.quantize.first_pass import backward_stride
 from dbrx_quant.quantize.solve.ldlq import Effort
 from dbrx_quant.quantize.solve.prepare import SAMPLE_COLUMNS
-from dbrx_quant.quantize.solve.repair import REPAIRED
 from dbrx_quant.quantize.solve.shrinkage import DAMPINGS, PRIORS
 from dbrx_quant.runtime.exl2.format import WIDTHS
 from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, LinearSpec
@@ -115,6 +114,6 @@ def _solving(stage: Stage, tokens: float, effort: Effort, repair: bool) -> float
     """Moments, factor and solutions of linears, and the repair of those that are repaired."""
     k, n = stage[0].shape[0], sum(spec.shape[1] for spec in stage)
     total = 2 * tokens * k * k + k**3 / 3 + n * k * (k + SOLVED[effort])
-    if repair and stage[0].role in REPAIRED:
+    if repair and stage[0].writes_stream:
         total += 4 * tokens * k * n + 2 * k**3 / 3 + 6 * n * k * k
     return total

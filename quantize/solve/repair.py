@@ -21,8 +21,6 @@ from dbrx_quant.calibration.statistics.residual import ResidualMoments
 from dbrx_quant.quantize.solve.ldlq import Factor, factorize
 from dbrx_quant.quantize.solve.refit import ResidualTarget
 
-REPAIRED = ("o", "down", "shared_down")  # roles of the linears that write into the residual stream
-
 
 @dataclass(frozen=True)
 class Repair:
@@ -34,34 +32,35 @@ class Repair:
 
     ridge: float = 1.0
 
-    def repairs(self, role: str) -> bool:
-        """Whether linears of this role are repaired; then the original's stream runs beside the model's."""
-        return role in REPAIRED
+    @property
+    def needs_original(self) -> bool:
+        """Whether the original's stream runs beside the model's."""
+        return True
 
     def aim(
-        self, dense: Tensor, moments: ResidualMoments, refit: bool
-    ) -> tuple[Tensor, ResidualTarget | None]:
-        """What a linear that writes into the stream is quantized from, [N, K]; uses up the moments.
+        self, dense: list[Tensor], residual: ResidualMoments | None, refit: bool
+    ) -> tuple[list[Tensor], ResidualTarget | None]:
+        """What linears are quantized from, [N, K]; uses up the residual.
 
-        With `refit` also what its scales are fitted to, where that is not the output of this weight.
+        Args:
+            dense: their weights in the source.
+            residual: what the stream misses behind a single one that writes into it; None: nothing changes.
+            refit: whether its scales will be fitted, to what is returned with it.
         """
-        weight = repaired(dense, moments, self)
-        return weight, ResidualTarget(dense, moments.fit.add_(moments.held)) if refit else None
+        if residual is None:
+            return dense, None
+        weight = repaired(dense[0], residual, self)
+        return [weight], ResidualTarget(dense[0], residual.fit.add_(residual.held)) if refit else None
 
 
 @dataclass(frozen=True)
 class NoRepair(Repair):
-    """No weight is repaired."""
+    """No weight is repaired, and the original need not run."""
 
-    def repairs(self, role: str) -> bool:
-        """No linear is."""
+    @property
+    def needs_original(self) -> bool:
+        """It does not."""
         return False
-
-    def aim(
-        self, dense: Tensor, moments: ResidualMoments, refit: bool
-    ) -> tuple[Tensor, ResidualTarget | None]:
-        """The dense weight itself."""
-        return dense, None
 
 
 DEFAULT_REPAIR = Repair()

@@ -60,6 +60,11 @@ class LinearSpec:
     block: int | None = None
     expert: int | None = None
 
+    @property
+    def writes_stream(self) -> bool:
+        """Whether its output is added to the residual stream."""
+        return self.role in ("o", "down", "shared_down")
+
 
 @dataclass(frozen=True)
 class FloatSpec:

@@ -1,6 +1,6 @@
 """Repacked copies of linears for the CPU kernels, made at first use; they live as long as the stored tensors.
 
-A copy takes what the stored tensors take (csrc/cpu/repacked/repacked.h). It stands for the very tensors it was made of:
+A copy takes what the stored tensors take (repacked.h). It stands for the very tensors it was made of:
 when one of them is freed the copy goes too, and when one was modified in place it is made again. A stored
 tensor that is mapped from a file needs no memory of its own any more once its copy is made: its pages are
 marked as cold, so that the system takes them back first.

@@ -1,0 +1,304 @@
+"""A block's linears stage by stage, in the order of the data, for whoever gives them new weights.
+
+    for stage in block_stages(...):
+        dense, inputs, residual = stage.collect(stage.specs)
+        ...                                    # new weights of its linears
+        stage.finish(weight_of)                # which all stages after it see
+
+A stage is finished before the next one is asked for. Its linears share their inputs.
+
+Axes: R rows, L tokens of a row, T tokens, D hidden, K input channels, N output channels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
+from dbrx_quant.calibration.blocks.states import new_states, open_states
+from dbrx_quant.calibration.blocks.walk import DenseShares, Span, Turn, batches, route, token_rows, turns
+from dbrx_quant.calibration.statistics.moments import Moments, SplitMoments
+from dbrx_quant.calibration.statistics.residual import ResidualMoments
+from dbrx_quant.runtime.families.facts import LinearSpec
+
+WeightOf = Callable[[LinearSpec], Tensor]  # the float32 weight [N, K] of a linear
+
+
+class Collected(NamedTuple):
+    """What is known of some linears before they get new weights.
+
+    Attributes:
+        dense: their weights in the source, float32 [N, K].
+        inputs: moments of their inputs.
+        residual: what the stream misses of the original's behind a linear that writes into it, if known.
+    """
+
+    dense: list[Tensor]
+    inputs: Moments | SplitMoments
+    residual: ResidualMoments | None = None
+
+
+@dataclass(frozen=True)
+class Goals:
+    """Files of the original's states of a block, [R, L, D].
+
+    Attributes:
+        middle: after attention.
+        shared: after a shared expert, before the routed ones; in blocks without one as `middle`.
+        after: after the block.
+    """
+
+    middle: Path
+    shared: Path
+    after: Path
+
+    def behind(self, spec: LinearSpec, routed: bool) -> Tensor:
+        """The states right behind a linear outside of routed experts that writes into the stream."""
+        if spec.role == "o":
+            return open_states(self.middle)
+        return open_states(self.shared if routed else self.after)
+
+
+class Stage:
+    """Linears that share their inputs.
+
+    Attributes:
+        model: for their dense weights.
+        specs: the linears.
+    """
+
+    def __init__(self, model: StreamedModel, specs: Sequence[LinearSpec]) -> None:
+        self.model, self.specs = model, specs
+
+    def collect(self, specs: Sequence[LinearSpec]) -> Collected:
+        """What is known of some of its linears."""
+        inputs, residual = self._look()
+        return Collected([self.model.dense(spec) for spec in specs], inputs, residual)
+
+    def finish(self, weight_of: WeightOf) -> None:
+        """Go on with these weights of all its linears."""
+
+    def _look(self) -> tuple[Moments | SplitMoments, ResidualMoments | None]:
+        raise NotImplementedError
+
+
+class HeadStage(Stage):
+    """The head; `states` [R, L, D] are after the last block."""
+
+    def __init__(self, model: StreamedModel, states: Tensor) -> None:
+        super().__init__(model, [model.architecture.head])
+        self._states = states
+
+    def _look(self) -> tuple[Moments, None]:
+        moments = Moments.zero(self._states.shape[-1])
+        for part in batches(self._states):
+            moments.add(self.model.final_norm(self._states[part]).view(-1, self._states.shape[-1]))
+        return moments, None
+
+
+class _Reached(Exception):
+    """The stage whose inputs are asked for has them; the rest of the block need not run."""
+
+
+class DenseStage(Stage):
+    """Linears outside of routed experts; `states` [R, L, D] are before the block."""
+
+    def __init__(
+        self, model: StreamedModel, specs: Sequence[LinearSpec], live: LiveBlock, states: Tensor
+    ) -> None:
+        super().__init__(model, specs)
+        self._live, self._states = live, states
+
+    def finish(self, weight_of: WeightOf) -> None:
+        """Install the weights in the block."""
+        self._live.install({spec.name: weight_of(spec) for spec in self.specs})
+
+    def _look(self) -> tuple[Moments | SplitMoments, ResidualMoments | None]:
+        spec = self.specs[0]
+        moments = Moments.zero(spec.shape[0])
+
+        def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            moments.add(inputs[0].reshape(-1, inputs[0].shape[-1]))
+            raise _Reached
+
+        handle = self._live.submodule(spec).register_forward_pre_hook(see)
+        try:
+            for part in batches(self._states):
+                try:
+                    self._live(self._states[part])
+                except _Reached:
+                    continue
+                raise RuntimeError(f"{spec.name}: the block never calls {spec.module}")
+        finally:
+            handle.remove()
+        return moments, None
+
+
+class ComparedStage(DenseStage):
+    """A linear outside of routed experts that writes into the stream, held against the original's."""
+
+    def __init__(
+        self, model: StreamedModel, specs: Sequence[LinearSpec], live: LiveBlock, states: Tensor, goal: Tensor
+    ) -> None:
+        super().__init__(model, specs, live, states)
+        self._goal = goal
+
+    def _look(self) -> tuple[SplitMoments, ResidualMoments]:
+        (spec,) = self.specs
+        live, states = self._live, self._states
+        rows, seen = token_rows(states).view(states.shape[:2]), list[Tensor]()
+        inputs = SplitMoments.zero(spec.shape[0])
+        residual = ResidualMoments(inputs, *spec.shape)
+        handle = live.submodule(spec).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            for part in batches(states):
+                output = live.without_mlp(states[part]) if spec.role == "o" else live(states[part])[0]
+                x, token_row = seen.pop().flatten(0, -2), rows[part].flatten()
+                inputs.add(x, token_row)
+                residual.add(x, (self._goal[part] - output).flatten(0, 1), token_row)
+        finally:
+            handle.remove()
+        inputs.check(spec.name)
+        return inputs, residual
+
+
+class GateUpStage(Stage):
+    """Gate and up of an expert.
+
+    Attributes:
+        turn: the expert's, with the tokens to calibrate on.
+        rows: [T] each token's calibration row.
+        gate: its new weight, once the stage is finished.
+        up: likewise.
+    """
+
+    def __init__(self, model: StreamedModel, turn: Turn, rows: Tensor) -> None:
+        super().__init__(model, (turn.gate, turn.up))
+        self.turn, self.rows = turn, rows
+
+    def finish(self, weight_of: WeightOf) -> None:
+        """Keep the weights for the down projection."""
+        self.gate, self.up = weight_of(self.turn.gate), weight_of(self.turn.up)
+
+    def _look(self) -> tuple[SplitMoments, None]:
+        inputs, span = SplitMoments.zero(self.turn.gate.shape[0], prior=True), self.turn.whole()
+        inputs.add(span.x, self.rows[span.index], span.weight.square())
+        inputs.add_prior(self.turn.routing.x[self.turn.tokens.others])
+        return inputs, None
+
+
+class DownStage(Stage):
+    """The down projection of an expert, behind its gate and up.
+
+    Args:
+        before: the stage before, finished.
+        turn: the expert's, with all tokens.
+        stream: [T, D] states that it adds to.
+    """
+
+    def __init__(self, before: GateUpStage, turn: Turn, stream: Tensor) -> None:
+        super().__init__(before.model, (turn.down,))
+        self._before, self._turn, self._stream = before, turn, stream
+
+    def finish(self, weight_of: WeightOf) -> None:
+        """Add the expert's share to the stream."""
+        weights = self._before.gate, self._before.up, weight_of(self._turn.down)
+        self._turn.add_to(self._stream, weights)
+
+    def _look(self) -> tuple[SplitMoments, ResidualMoments | None]:
+        inputs = SplitMoments.zero(self._turn.down.shape[0], prior=True)
+        self._see(inputs, lambda span, h, rows: None)
+        return inputs, None
+
+    def _see(self, inputs: SplitMoments, also: Callable[[Span, Tensor, Tensor], None]) -> None:
+        """Sum up the inputs; `also` is shown each span, its inputs [T, K] and calibration rows [T]."""
+        turn, gate, up = self._before.turn, self._before.gate, self._before.up
+        for span in turn.spans():
+            h, rows = turn.inner(span.x, gate, up), self._before.rows[span.index]
+            inputs.add(h, rows, span.weight.square())
+            also(span, h, rows)
+        for x in turn.others():
+            inputs.add_prior(turn.inner(x, gate, up))
+        inputs.check(turn.down.name)
+
+
+class ComparedDownStage(DownStage):
+    """A down projection that is held against the original's stream.
+
+    Args:
+        before: the stage before, finished.
+        turn: the expert's, with all tokens.
+        stream: [T, D] states, with the unquantized shares of the experts after this one in them.
+        goal: [T, D] the original's after the block.
+    """
+
+    def __init__(self, before: GateUpStage, turn: Turn, stream: Tensor, goal: Tensor) -> None:
+        super().__init__(before, turn, stream)
+        self._goal = goal
+
+    def collect(self, specs: Sequence[LinearSpec]) -> Collected:
+        """What is known of it, the stream's loss included, which its dense weight decides as well."""
+        dense = self.model.dense(self._turn.down)
+        inputs = SplitMoments.zero(dense.shape[1], prior=True)
+        residual = ResidualMoments(inputs, *reversed(dense.shape))
+
+        def miss(span: Span, h: Tensor, rows: Tensor) -> None:
+            share = span.weight[:, None] * (h @ dense.T)
+            residual.add(h, self._goal[span.index] - self._stream[span.index] - share, rows, span.weight)
+
+        self._see(inputs, miss)
+        return Collected([dense], inputs, residual)
+
+
+def block_stages(
+    live: LiveBlock,
+    model: StreamedModel,
+    states: Tensor,
+    output: Tensor,
+    calibrated: int,
+    goals: Goals | None,
+    scratch: Path,
+) -> Iterator[Stage]:
+    """The stages of a block, its routed experts included; at the end `output` [R, L, D] is filled.
+
+    Args:
+        live: the block.
+        model: the source.
+        states: [R, L, D] before the block, the rows to calibrate on first.
+        output: filled with the states after it.
+        calibrated: how many rows are calibrated on.
+        goals: the original's states, where the stream is held against them.
+        scratch: folder for files while it runs.
+    """
+    block = live.spec
+    for specs in block.stages:
+        if goals and specs[0].writes_stream:
+            goal = goals.behind(specs[0], block.experts is not None)
+            yield ComparedStage(model, specs, live, states[:calibrated], goal)
+        else:
+            yield DenseStage(model, specs, live, states[:calibrated])
+    if block.experts is None:
+        for part in batches(states):
+            output[part] = live(states[part])[0]
+        return
+    length, hidden = states.shape[1:]
+    x_path = scratch / "experts-input.npy"
+    with new_states(x_path, (states.shape[0] * length, hidden)) as x:
+        routing, rows = route(live, states, output, x), token_rows(states)
+        stream, seen = output.view(-1, hidden), slice(calibrated * length)
+        if goals is None:
+            for turn in turns(routing, block.experts):
+                yield (before := GateUpStage(model, turn.part(seen), rows))
+                yield DownStage(before, turn, stream)
+        else:
+            goal = open_states(goals.after).view(-1, hidden)
+            shares = DenseShares(scratch / "experts-shares.npy", model, block.experts, routing, stream)
+            for turn in turns(routing, block.experts):
+                yield (before := GateUpStage(model, turn.part(seen), rows))
+                shares.take_away(turn)
+                yield ComparedDownStage(before, turn, stream, goal)
+            shares.close()
+    x_path.unlink()
