@@ -5,7 +5,7 @@ import re
 from functools import cache
 
 import pytest
-from places import ROOT
+from places import CSRC, ROOT
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 GAP = "…"
@@ -34,7 +34,7 @@ def spoken():
     for layer in ("runtime", "calibration", "quantize", "scripts"):
         for file in (ROOT / layer).rglob("*.py"):
             found += texts(file.read_text(encoding="utf-8"))
-    found += re.findall(r'return "(.*)";', (ROOT / "csrc" / "cpu" / "isa.cpp").read_text(encoding="utf-8"))
+    found += re.findall(r'return "(.*)";', (CSRC / "cpu" / "base" / "isa.cpp").read_text(encoding="utf-8"))
     for file in (ROOT / "scripts").glob("*.sh"):
         found += re.sub(r"\$\{[^}]*\}|\$\w+|\$\([^)]*\)", GAP, file.read_text(encoding="utf-8")).splitlines()
     return found
