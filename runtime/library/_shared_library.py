@@ -62,8 +62,9 @@ class SharedLibrary:
         except AttributeError as error:
             raise RuntimeError(f"{path} is not {self.title}: {error}") from error
         if found != self.version:
-            problem = f"has ABI version {found}, this package needs {self.version}; install the package again"
-            raise RuntimeError(f"{path} {problem}")
+            raise RuntimeError(
+                f"{path} has ABI version {found}, this package needs {self.version}; install the package again"
+            )
         for name, (result, arguments) in self.functions.items():
             function = getattr(handle, name)
             function.restype, function.argtypes = result, arguments
