@@ -167,7 +167,8 @@ DBRXQ_API int dbrxq_decode(const dbrxq_decoder* decoder, const dbrxq_decoder_cac
                            float* y);
 
 // ---------------------------------------------------------------------------------------------------------------
-// Solver (solver_search.cpp, solver_block.cpp; oracles: backend="torch" of quantize/grid.py and quantize/ldlq.py, which give the same bits).
+// Solver (solver_search.cpp, solver_block.cpp; oracles: backend="torch" of quantize/grid.py and quantize/ldlq.py, which
+// give the same bits).
 // Axes: K input channels in packed order, N output channels (any number), G groups. Row-major float matrices.
 // Inputs must be finite. Results depend neither on the instruction set nor on the number of threads.
 
