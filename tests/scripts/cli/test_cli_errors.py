@@ -92,12 +92,12 @@ def test_verbs_that_cannot_go_on_only_say_that_they_were_interrupted(monkeypatch
     assert run(capsys, "doctor") == (130, "", "dbrx-quant: interrupted\n")
 
 
-SCRIPTS = [path for path in Path(scripts.__path__[0]).glob("*.py") if "__main__" in path.read_text("utf-8")]
+SCRIPTS = [path for path in Path(scripts.__path__[0]).rglob("*.py") if "__main__" in path.read_text("utf-8")]
 
 
-@pytest.mark.parametrize("module", ["main", "dbrx_sizes"])
+@pytest.mark.parametrize("module", ["cli.main", "dev.dbrx_sizes"])
 def test_a_reader_that_leaves_early_is_no_error(folders, module):
-    process = spawn(*(["inspect", folders / "out"] if module == "main" else []), "--json", module=module)
+    process = spawn(*(["inspect", folders / "out"] if module == "cli.main" else []), "--json", module=module)
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(timeout=120) == 1

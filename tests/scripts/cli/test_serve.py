@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from scripted_model import byte_ids, scripted_folder
 
-from dbrx_quant.runtime.model import load
+from dbrx_quant.runtime.folder import find
 from dbrx_quant.scripts.cli.main import main
 from dbrx_quant.scripts.cli.serve import example, port
 from dbrx_quant.scripts.terminal.output import model_title
@@ -271,7 +271,7 @@ def test_an_open_door_is_told(monkeypatch, capsys):
     monkeypatch.delenv("DBRXQ_API_KEY", raising=False)
     assert main(["serve", "no/such/folder/at/all", "--port", "0", "--host", "127.0.0.1"]) == 1
     assert "everybody" not in capsys.readouterr().err
-    monkeypatch.setattr(load, "find_folder", lambda *_: Path("none"))
+    monkeypatch.setattr(find, "find_folder", lambda *_: Path("none"))
     assert main(["serve", "none", "--port", "0", "--host", "0.0.0.0"]) == 1
     assert "warning: everybody who reaches this machine" in capsys.readouterr().err
 
