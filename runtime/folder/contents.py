@@ -18,7 +18,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Layout:
+class Contents:
     """The tensors of a checkpoint that fits its architecture.
 
     Attributes:
@@ -38,8 +38,8 @@ class Layout:
         return spec.name in self.groups
 
 
-def read_layout(architecture: Architecture, checkpoint: Checkpoint) -> Layout:
-    """The layout of an EXL2 checkpoint, every linear validated (headers, group tables, scales, permutations).
+def read_contents(architecture: Architecture, checkpoint: Checkpoint) -> Contents:
+    """Read an EXL2 checkpoint, validating every linear (headers, group tables, scales, permutations).
 
     Args:
         architecture: what the configuration describes.
@@ -73,7 +73,7 @@ def read_layout(architecture: Architecture, checkpoint: Checkpoint) -> Layout:
         raise CheckpointError(
             f"{checkpoint.folder}: holds more than the {architecture.family} model of config.json{strangers}"
         )
-    return Layout(checkpoint, architecture, groups, tuple(dict.fromkeys(names)))
+    return Contents(checkpoint, architecture, groups, tuple(dict.fromkeys(names)))
 
 
 def _required(architecture: Architecture, checkpoint: Checkpoint) -> Iterator[LinearSpec]:
