@@ -1,4 +1,4 @@
-"""The package's C libraries: each found, checked and typed when it is first asked for."""
+"""The package's C libraries: each is located, checked and typed at first use."""
 
 import ctypes
 import importlib.resources
@@ -19,7 +19,7 @@ class SharedLibrary:
         compiler: what an installation that has it needs, for messages.
         version_function: the function that says its ABI version.
         functions: all functions that are called.
-        version: the ABI version wanted.
+        version: the ABI version required.
         loaded: the typed library once it is there.
     """
 
@@ -56,21 +56,22 @@ class SharedLibrary:
         try:
             handle = ctypes.CDLL(str(path))
         except OSError as error:
-            raise RuntimeError(f"{path} does not load: {error}") from error
+            raise RuntimeError(f"{path} cannot be loaded: {error}") from error
         try:
             found = int(getattr(handle, self.version_function)())
         except AttributeError as error:
             raise RuntimeError(f"{path} is not {self.title}: {error}") from error
         if found != self.version:
-            problem = f"has ABI version {found}, this package needs {self.version}; install the package again"
-            raise RuntimeError(f"{path} {problem}")
+            raise RuntimeError(
+                f"{path} has ABI version {found}, this package needs {self.version}; install the package again"
+            )
         for name, (result, arguments) in self.functions.items():
             function = getattr(handle, name)
             function.restype, function.argtypes = result, arguments
         return handle
 
     def get(self) -> ctypes.CDLL:
-        """The installed library, or the one that `use` took.
+        """The installed library, or the one that `use` set.
 
         Raises:
             RuntimeError: `find` or `load` failed; remembered once it happened.
@@ -88,7 +89,7 @@ class SharedLibrary:
         return self.loaded
 
     def use(self, path: Path) -> None:
-        """Take the library at `path` instead of the installed one: for benchmarks and tests.
+        """Use the library at `path` instead of the installed one: for benchmarks and tests.
 
         Raises:
             RuntimeError: `load` refuses it.

@@ -1,4 +1,4 @@
-"""The front door: a folder or repository of EXL2 tensors in, a transformers model ready to generate out."""
+"""The front door: from a folder or repository of EXL2 tensors to a transformers model ready to generate."""
 
 import os
 from pathlib import Path

@@ -51,8 +51,8 @@ def use_contents(contents: Contents) -> Iterator[None]:
 class Exl2Config(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of an EXL2 model's config.json.
 
-    Its keys (`bits`, `head_bits`, `calibration`, `version`) only inform: what is quantized how is told by the
-    tensors themselves. All are kept and saved again.
+    Its keys (`bits`, `head_bits`, `calibration`, `version`) only inform: what is quantized and how follows
+    from the tensors themselves. All are kept and saved again.
     """
 
     def __init__(self, **keys: Any) -> None:
@@ -89,7 +89,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Names the weights of a folder where transformers would not find them, such as exllamav2's.
+        """Report weights that transformers would not find by itself, such as exllamav2's.
 
         The only hook that is given the configuration before transformers looks for files; it has nothing to
         do with attention.
@@ -123,7 +123,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Our table of names instead of transformers' patterns, which would merge the experts."""
+        """Use our table of names instead of transformers' patterns, which would merge the experts."""
         return [self._keys]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -154,7 +154,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _PackedOnHost(OrderedDict[str, Tensor]):
-    """A state dict that moves each q_weight to the host as it comes."""
+    """A state dict that moves each q_weight to the host as it is added."""
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         super().__setitem__(name, tensor.cpu() if name.endswith(".q_weight") else tensor)
@@ -172,8 +172,8 @@ def _open_contents(model: Any, checkpoint_files: list[str] | None) -> Contents:
         file = contents.checkpoint.info(name).file
         if file.name not in loaded:
             raise CheckpointError(
-                f"{folder}: {name} is in {file.name}, which transformers would not read; write the index "
-                f"anew with `dbrx-quant index {folder}`, or load it with dbrx_quant.runtime.load_model"
+                f"{folder}: {name} is in {file.name}, which transformers would not read; rewrite the index "
+                f"with `dbrx-quant index {folder}`, or load it with dbrx_quant.runtime.load_model"
             )
     fix = family_of(model.config.model_type).fix_config
     if fix is not None:  # transformers has filled in its defaults by now; what the caller chose stays

@@ -1,4 +1,4 @@
-"""Quantized modules in the place of a transformers model's own, and which stored tensor goes where.
+"""Quantized modules in place of a transformers model's own, and which stored tensor goes where.
 
 Works on a model on the meta device: shapes come from the checkpoint's headers, nothing is read or filled.
 """

@@ -14,8 +14,8 @@ P = ParamSpec("P")
 _PIPE_WIDTH = 200  # columns where no terminal sets them: wide enough that nothing is cut off
 
 
-def ends_with_its_reader(main: Callable[P, int]) -> Callable[P, int]:
-    """Makes a `main` return 1 without a word once whoever reads its output has seen enough (`| head`)."""
+def quiet_on_closed_pipe(main: Callable[P, int]) -> Callable[P, int]:
+    """Have a `main` return 1 silently when the reader of its output closes the pipe (`| head`)."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -99,8 +99,8 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def hush_loading(quiet: bool) -> None:
-    """Switch off transformers' bar of loaded weights when quiet or where nobody watches it."""
+def hide_loading_bar(quiet: bool) -> None:
+    """Hide transformers' bar of loaded weights when quiet or where stderr is not a terminal."""
     from transformers.utils import logging
 
     if quiet or not sys.stderr.isatty():

@@ -13,7 +13,7 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def spawn(*arguments, module="main", **options):
+def spawn(*arguments, module="cli.main", **options):
     """A process of the command, or of another module of scripts/."""
     return subprocess.Popen(
         [sys.executable, "-m", f"dbrx_quant.scripts.{module}", *map(str, arguments)],
