@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.calibration.blocks.model import StreamedModel
-from dbrx_quant.calibration.text.tokens import UNSEEN_EVERY
+from dbrx_quant.calibration.text.tokens import HELD_OUT_EVERY
 from dbrx_quant.quantize.budget.allocate import allocate, check_targets
 from dbrx_quant.quantize.budget.predict import Predictor
 from dbrx_quant.quantize.budget.strategy import (
@@ -150,7 +150,7 @@ def _facts(options: ConvertOptions) -> dict[str, Any]:
     return {
         "model": source_facts(options.model),
         **asked,
-        "held_out": asked["held_out"] or f"1/{UNSEEN_EVERY}",
+        "held_out": asked["held_out"] or f"1/{HELD_OUT_EVERY}",
         "repair": None if options.repair == NO_REPAIR else asdict(options.repair),
     }
 
@@ -172,11 +172,11 @@ def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> M
         steps = 2 * len(blocks) + 1 + sum(b.experts.count for b in blocks if b.experts)
         with bar(steps, "measure", options.quiet) as progress:
             job = MeasureJob(
-                model, rows.calibration, folder, progress, options.seed, options.effort, rows.unseen
+                model, rows.calibration, folder, progress, options.seed, options.effort, rows.held_out
             )
             found = measure(job)
         described = {k: _public(v) for k, v in rows.tokens.description.items() if k != "notices"}
-        write_measurement(path, found.of(source_facts(options.model), described, rows.held_out))
+        write_measurement(path, found.of(source_facts(options.model), described, rows.held_out_source))
         shutil.rmtree(folder)
     return read_measurement_of(
         path, options.model
@@ -193,7 +193,7 @@ def _strategies(
 ) -> list[Strategy]:
     """The allocation for each target, with its predicted KL, which is kept in the work folder."""
     folder = options.work / "predict"
-    shown = rows.calibration if rows.unseen is None else rows.unseen
+    shown = rows.calibration if rows.held_out is None else rows.held_out
     predictor = Predictor(model, measurement, shown, folder, options.seed)
     strategies = []
     for target in options.targets:
@@ -248,7 +248,7 @@ def _one_target(
                     progress,
                     options.effort,
                     options.repair,
-                    rows.unseen,
+                    rows.held_out,
                     options.refit,
                 )
             )
@@ -334,4 +334,4 @@ def _write_output(
     skipped = copy_side_files(options.model, out).skipped
     notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
     write_record(out, options, strategy.target_bpw, work / "linears")
-    write_strategy(out / STRATEGY_NAME, strategy, Outcome(rows.held_out, measured, notes))
+    write_strategy(out / STRATEGY_NAME, strategy, Outcome(rows.held_out_source, measured, notes))

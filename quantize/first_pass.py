@@ -33,10 +33,10 @@ from dbrx_quant.calibration.blocks.walk import (
     turns,
 )
 from dbrx_quant.calibration.statistics.fisher import GradientSum
-from dbrx_quant.calibration.statistics.held_out import UNSEEN_TOKENS, UnseenInputs
+from dbrx_quant.calibration.statistics.held_out import HELD_OUT_TOKENS, HeldOutInputs
 from dbrx_quant.calibration.statistics.moments import SplitMoments
 from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, hessian
-from dbrx_quant.quantize.budget.curve import draw, feedback_factors, unseen_ratio
+from dbrx_quant.quantize.budget.curve import draw, feedback_factors, held_out_ratio
 from dbrx_quant.quantize.entries import REMEDY, Entry, priced
 from dbrx_quant.quantize.measurement import LinearMeasurement, Measurement, read_coverage
 from dbrx_quant.quantize.solve.ldlq import Effort
@@ -63,7 +63,7 @@ class MeasureJob:
         progress: told of every finished step.
         seed: of the labels that the gradients are of.
         effort: what the linears will be solved with.
-        unseen: [U, L] int64 token ids that nothing is chosen on; what errors cost there is measured as well.
+        held_out: [H, L] int64 token ids that nothing is chosen on; what errors cost there is measured too.
     """
 
     model: StreamedModel
@@ -72,7 +72,7 @@ class MeasureJob:
     progress: Progress
     seed: int = 0
     effort: Effort = "default"
-    unseen: Tensor | None = None
+    held_out: Tensor | None = None
 
     @property
     def _stride(self) -> int:
@@ -80,14 +80,16 @@ class MeasureJob:
 
     @property
     def rows(self) -> Tensor:
-        """The token ids of all states: rows that go backward, the other rows to calibrate on, unseen ones."""
-        return torch.cat([*(self.tokens[i :: self._stride] for i in range(self._stride)), self._unseen_rows])
+        """The token ids of all states: rows that go backward, other calibration rows, held-out rows."""
+        calibration = [self.tokens[i :: self._stride] for i in range(self._stride)]
+        return torch.cat([*calibration, self._held_out_rows])
 
     @property
-    def _unseen_rows(self) -> Tensor:
-        if self.unseen is None:
+    def _held_out_rows(self) -> Tensor:
+        if self.held_out is None:
             return self.tokens[:0]
-        return self.unseen[spread_columns(len(self.unseen), max(1, UNSEEN_TOKENS // self.unseen.shape[1]))]
+        count = max(1, HELD_OUT_TOKENS // self.held_out.shape[1])
+        return self.held_out[spread_columns(len(self.held_out), count)]
 
     @property
     def backward_rows(self) -> int:
@@ -184,13 +186,13 @@ def _head(job: MeasureJob) -> None:
             weight,
             job.seed,
         )
-    moments, rows, unseen = SplitMoments.zero(head.shape[0]), token_rows(states), UnseenInputs()
+    moments, rows, held_out = SplitMoments.zero(head.shape[0]), token_rows(states), HeldOutInputs()
     seen = job.tokens.numel()
     for part in token_spans(seen):
         moments.add(job.model.final_norm(flat[part]), rows[part])
     for part in token_spans(len(flat) - seen):
-        unseen.add(job.model.final_norm(flat[seen:][part]))
-    _measure_linears(job, [head], moments, unseen, {head.name: total}, lambda _: weight, _Shared({}, {}))
+        held_out.add(job.model.final_norm(flat[seen:][part]))
+    _measure_linears(job, [head], moments, held_out, {head.name: total}, lambda _: weight, _Shared({}, {}))
     job.progress.step("head")
 
 
@@ -198,7 +200,7 @@ def _measure_linears(
     job: MeasureJob,
     specs: list[LinearSpec],
     moments: SplitMoments,
-    unseen: UnseenInputs,
+    held_out: HeldOutInputs,
     gradients: dict[str, GradientSum],
     weight_of: Callable[[LinearSpec], Tensor],
     shared: _Shared,
@@ -211,7 +213,7 @@ def _measure_linears(
         shared.feedback[role] = entry.linear.feedback
         return
     moments.check(specs[0].name)
-    own, weight = moments.fit.effective + moments.held.effective, weight_of(specs[0])
+    own, weight = moments.fit.effective + moments.selection.effective, weight_of(specs[0])
     step = round(math.log2(max(own, 1.0) / specs[0].shape[0]) / 2)
     if (role, step) not in shared.shrinkage:
         shared.shrinkage[(role, step)] = choose_shrinkage(weight, moments)
@@ -223,7 +225,7 @@ def _measure_linears(
     if role not in shared.feedback:
         columns = gradients[specs[0].name].column_weights()
         shared.feedback[role] = feedback_factors(weight, prepared, columns, job.effort)
-    ratio = unseen_ratio(weight, prepared, unseen)
+    ratio = held_out_ratio(weight, prepared, held_out)
     for spec in todo:
         total = gradients[spec.name]
         columns = total.column_weights()
@@ -238,7 +240,7 @@ def _measure_linears(
             tokens=joined.tokens,
             effective_tokens=joined.effective,
             weight=joined.weight,
-            unseen=ratio,
+            held_out_ratio=ratio,
             shrinkage=shrinkage,
             feedback=curve.feedback,
         )
@@ -274,16 +276,16 @@ def _backward(job: MeasureJob, index: int) -> None:
             torch.autograd.backward(roots, seeds)
             assert x.grad is not None
             gradients[part] = x.grad
-        others, unseen = slice(len(upstream), len(job.tokens)), slice(len(job.tokens), None)
+        others, held_out = slice(len(upstream), len(job.tokens)), slice(len(job.tokens), None)
         for part in batches(states[others]):
             watch.rows = rows[others][part].flatten()
             live(states[others][part])
         watch.rows = None
-        for part in batches(states[unseen]):
-            live(states[unseen][part])
+        for part in batches(states[held_out]):
+            live(states[held_out][part])
         watch.close()
         check_states(gradients, f"gradients before block {index}")
-        for stage, moments, inputs in zip(spec.stages, watch.moments, watch.unseen, strict=True):
+        for stage, moments, inputs in zip(spec.stages, watch.moments, watch.held_out, strict=True):
             _measure_linears(job, list(stage), moments, inputs, watch.gradients, job.model.dense, shared)
     job.progress.step(f"backward, block {index}")
 
@@ -351,7 +353,7 @@ class _ExpertSums:
 def _measure_expert(
     job: MeasureJob,
     seen: Turn,
-    unseen: Turn,
+    held_out: Turn,
     rows: Tensor,
     upstream: Tensor,
     result: _RoutedGradients,
@@ -362,7 +364,7 @@ def _measure_expert(
     Args:
         job: where and with what.
         seen: the expert's turn with the tokens to calibrate on, those that go backward first.
-        unseen: with the tokens that nothing is chosen on.
+        held_out: its turn with the held-out tokens.
         rows: the calibration row of each token.
         upstream: gradients with respect to the block's output.
         result: gradients with respect to what the expert got are added to it.
@@ -378,12 +380,12 @@ def _measure_expert(
     for x in seen.others():
         sums.inputs.add_prior(x)
         sums.inner.add_prior(seen.inner(x, gate, up))
-    unseen_inputs, unseen_inner, span = UnseenInputs(), UnseenInputs(), unseen.whole()
-    unseen_inputs.add(span.x, span.weight.square())
-    unseen_inner.add(seen.inner(span.x, gate, up), span.weight.square())
+    held_out_inputs, held_out_inner, span = HeldOutInputs(), HeldOutInputs(), held_out.whole()
+    held_out_inputs.add(span.x, span.weight.square())
+    held_out_inner.add(seen.inner(span.x, gate, up), span.weight.square())
     dense = dict(zip(seen.linears, weights, strict=True)).__getitem__
-    _measure_linears(job, [seen.gate, seen.up], sums.inputs, unseen_inputs, sums.gradients, dense, shared)
-    _measure_linears(job, [seen.down], sums.inner, unseen_inner, sums.gradients, dense, shared)
+    _measure_linears(job, [seen.gate, seen.up], sums.inputs, held_out_inputs, sums.gradients, dense, shared)
+    _measure_linears(job, [seen.down], sums.inner, held_out_inner, sums.gradients, dense, shared)
 
 
 def _backward_span(

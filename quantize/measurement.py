@@ -60,7 +60,7 @@ class LinearMeasurement:
         effective_tokens: how many of equal weight would carry the same information.
         weight: sum of the tokens' weights, the squared routing weights in experts.
         price: nats per squared output error, summed over channels.
-        unseen: how many times as large as its Hessian says a squared error is on held-out text.
+        held_out_ratio: how many times as large as its Hessian says a squared error is on held-out text.
         shrinkage: how its Hessian is regularised.
         feedback: per width, error of a real solution over the table's prediction; included in the options.
     """
@@ -73,7 +73,7 @@ class LinearMeasurement:
     effective_tokens: float = 0.0
     weight: float = 0.0
     price: float = 0.0
-    unseen: float = 1.0
+    held_out_ratio: float = 1.0
     shrinkage: Shrinkage = field(default_factory=lambda: Shrinkage(0.0))
     feedback: tuple[float, ...] = ()
 
@@ -98,7 +98,7 @@ class LinearMeasurement:
             "damping": self.shrinkage.damping,
             "prior": self.shrinkage.prior,
             "feedback": list(self.feedback),
-            "unseen": self.unseen,
+            "unseen": self.held_out_ratio,
             "energy": self.energy,
             "price": self.price,
             "options": [[option.bits, option.error, option.groups] for option in self.options],
@@ -115,7 +115,7 @@ class Measurement:
         coverage: block → its experts; blocks without experts are not in it.
         model: what identifies the model, file → fingerprint.
         calibration: what the tokens were made of.
-        held_out: the text that `unseen` is of; None: rows of the calibration's.
+        held_out: the text that `held_out_ratio` is of; None: rows of the calibration's.
     """
 
     linears: Mapping[str, LinearMeasurement]
@@ -264,7 +264,7 @@ def read_linear(fields: Fields) -> LinearMeasurement:
         effective_tokens=fields.number("effective_tokens", 0),
         weight=fields.number("weight", 0),
         price=fields.number("price", 0),
-        unseen=fields.number("unseen", 0),
+        held_out_ratio=fields.number("unseen", 0),
         shrinkage=Shrinkage(fields.number("damping", 0), fields.number("prior", 0)),
         feedback=tuple(float(factor) for factor in feedback),
     )

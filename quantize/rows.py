@@ -10,7 +10,7 @@ from dbrx_quant.calibration.text.tokens import (
     load_tokens,
     reopen_tokens,
     save_tokens,
-    split_unseen,
+    split_held_out,
 )
 from dbrx_quant.quantize.declared import plain_name
 from dbrx_quant.quantize.options import ConvertOptions
@@ -25,31 +25,31 @@ class Rows:
     Attributes:
         tokens: as they were loaded for the calibration.
         calibration: [R, L] those to calibrate on.
-        unseen: [U, L] those that nothing is chosen on; None: there are too few to hold any out.
-        held_out: where the unseen ones are from, as others may see it; None: from the calibration's.
+        held_out: [H, L] those that nothing is chosen on; None: too few rows to hold any out.
+        held_out_source: where the held-out ones are from, as others may see it; None: the calibration rows.
     """
 
     tokens: TokenRows
     calibration: Tensor
-    unseen: Tensor | None
-    held_out: str | None
+    held_out: Tensor | None
+    held_out_source: str | None
 
     @property
     def count(self) -> int:
         """How many tokens there are in all rows."""
-        return self.calibration.numel() + (0 if self.unseen is None else self.unseen.numel())
+        return self.calibration.numel() + (0 if self.held_out is None else self.held_out.numel())
 
 
 def load_rows(options: ConvertOptions) -> Rows:
     """The rows that a conversion asks for; kept in its work folder, so that a resumed one has the same."""
     tokens = _tokens(options, "tokens", options.calibration, options.rows, options.length)
     if options.held_out is None:
-        calibration, unseen = split_unseen(tokens.input_ids)
-        return Rows(tokens, calibration, unseen if len(unseen) else None, None)
+        calibration, held_out = split_held_out(tokens.input_ids)
+        return Rows(tokens, calibration, held_out if len(held_out) else None, None)
     ready = Path(options.held_out).suffix == ".safetensors"
     count = options.held_out_rows or (None if ready else HELD_OUT_ROWS)
-    held_out = _tokens(options, "held-out", options.held_out, count, tokens.input_ids.shape[1])
-    return Rows(tokens, tokens.input_ids, held_out.input_ids, plain_name(options.held_out))
+    apart = _tokens(options, "held-out", options.held_out, count, tokens.input_ids.shape[1])
+    return Rows(tokens, tokens.input_ids, apart.input_ids, plain_name(options.held_out))
 
 
 def _tokens(

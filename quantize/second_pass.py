@@ -47,7 +47,7 @@ class QuantizeJob:
         progress: told of every finished linear.
         effort: of the solver.
         repair: how linears that write into the residual stream make good what it has lost.
-        unseen: [U, L] int64 token ids that measure the distance to the original; None: it is not measured.
+        held_out: [H, L] int64 token ids that measure the distance to the original; None: it is not measured.
         refit: whether the maxima of each linear's groups are fitted once more when its codes are fixed.
     """
 
@@ -59,18 +59,18 @@ class QuantizeJob:
     progress: Progress
     effort: Effort = "default"
     repair: Repair = DEFAULT_REPAIR
-    unseen: Tensor | None = None
+    held_out: Tensor | None = None
     refit: bool = False
 
     @property
     def all_tokens(self) -> Tensor:
-        """[R + U, L]: the rows of all states, those to calibrate on first."""
-        return self.tokens if self.unseen is None else torch.cat([self.tokens, self.unseen])
+        """[R + H, L]: the rows of all states, those to calibrate on first."""
+        return self.tokens if self.held_out is None else torch.cat([self.tokens, self.held_out])
 
     @property
     def original_tokens(self) -> Tensor | None:
-        """The rows that are followed through the original too: all for the repair, else those not seen."""
-        return self.all_tokens if self.repair.needs_original else self.unseen
+        """The rows that are followed through the original too: all for the repair, else the held-out ones."""
+        return self.all_tokens if self.repair.needs_original else self.held_out
 
     def calibration(self, states: Tensor) -> Tensor:
         """The part of states that is calibrated on."""
@@ -121,7 +121,7 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
     """Solve every linear of the model that has no file yet.
 
     Returns:
-        The distance to the original on the unseen rows (`evaluation.scores`), None without any.
+        The distance to the original on the held-out rows (`evaluation.scores`), None without any.
     """
     blocks = job.model.architecture.blocks
     with torch.no_grad():
@@ -139,13 +139,13 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
             for path in (job.original(block.index), job.middle(block.index), job.shared(block.index)):
                 path.unlink(missing_ok=True)
         _quantize_stage(job, HeadStage(job.model, job.calibration(open_states(job.states(len(blocks))))))
-        if job.unseen is not None and not job.distance.exists():
+        if job.held_out is not None and not job.distance.exists():
             states, original = (open_states(path(len(blocks))) for path in (job.states, job.original))
-            head, count = job.linears.weight(job.model.architecture.head), len(job.unseen)
-            scores = distance(job.model, states[-count:], original[-count:], head, job.unseen).as_dict()
+            head, count = job.linears.weight(job.model.architecture.head), len(job.held_out)
+            scores = distance(job.model, states[-count:], original[-count:], head, job.held_out).as_dict()
             write_json(job.distance, {k: v for k, v in scores.items() if k != "router_topk"})
         job.original(len(blocks)).unlink(missing_ok=True)
-    return json.loads(job.distance.read_text(encoding="utf-8")) if job.unseen is not None else None
+    return json.loads(job.distance.read_text(encoding="utf-8")) if job.held_out is not None else None
 
 
 def _quantize_block(job: QuantizeJob, index: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dbrx_quant.calibration.blocks.model import LiveBlock
 from dbrx_quant.calibration.statistics.fisher import GradientSum
-from dbrx_quant.calibration.statistics.held_out import UnseenInputs
+from dbrx_quant.calibration.statistics.held_out import HeldOutInputs
 from dbrx_quant.calibration.statistics.moments import SplitMoments
 from dbrx_quant.runtime.families.facts import LinearSpec
 
@@ -16,16 +16,16 @@ class Watch:
     """Sums up inputs and output gradients of a block's linears.
 
     Attributes:
-        rows: the calibration row of each token that runs next; None: they are unseen ones.
+        rows: the calibration row of each token that runs next; None: they are held-out ones.
         moments: of each stage's inputs.
-        unseen: each stage's inputs on unseen tokens.
+        held_out: each stage's inputs on held-out tokens.
         gradients: of each linear's output, by its name.
     """
 
     def __init__(self, live: LiveBlock) -> None:
         self.rows: Tensor | None = None
         self.moments = [SplitMoments.zero(stage[0].shape[0]) for stage in live.spec.stages]
-        self.unseen = [UnseenInputs() for _ in live.spec.stages]
+        self.held_out = [HeldOutInputs() for _ in live.spec.stages]
         self.gradients: dict[str, GradientSum] = {}
         self._handles: list[Any] = []
         for number, stage in enumerate(live.spec.stages):
@@ -47,7 +47,7 @@ class Watch:
             if stage is not None:
                 x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
                 if self.rows is None:
-                    self.unseen[stage].add(x)
+                    self.held_out[stage].add(x)
                 else:
                     self.moments[stage].add(x, self.rows)
             if output.requires_grad:

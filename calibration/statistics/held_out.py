@@ -1,12 +1,12 @@
-"""Inputs of a linear on rows that nothing is chosen on: what an error costs there."""
+"""Inputs of a linear on held-out rows, on which nothing is chosen: what an error costs there."""
 
 import torch
 from torch import Tensor
 
-UNSEEN_TOKENS = 2048  # the inputs of so many tokens are kept, as they are
+HELD_OUT_TOKENS = 2048  # as many tokens' inputs are kept, unsummed
 
 
-class UnseenInputs:
+class HeldOutInputs:
     """Inputs of one linear, or of several that share theirs, with the weights that its tokens have."""
 
     def __init__(self) -> None:

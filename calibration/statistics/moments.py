@@ -2,8 +2,9 @@
 
 The Hessian of a linear's squared output error is H = E[w x x^T] over its input tokens x. For an expert w is
 the square of the routing weight, so that tr(E^T H E) is the expert's share of the block's output error; then
-frequency, affinity and error are all inside one number. Fit and held-out tokens are kept apart until the
-amount of shrinkage has been chosen.
+frequency, affinity and error are all inside one number. One calibration row in eight is a selection row: its
+tokens choose how much the Hessian is shrunk, the others are fitted, and until then the two are kept apart.
+(Held-out rows are something else: nothing is chosen on them, and they are in no moments.)
 """
 
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HELD_OUT_EVERY = 8  # one row of tokens in so many is held out
-MIN_HELD_TOKENS = 64  # with fewer tokens held out, or to fit on, nothing can be chosen
+SELECTION_EVERY = 8  # one calibration row in so many is a selection row
+MIN_SELECTION_TOKENS = 64  # with fewer of them, or fewer to fit on, nothing can be chosen
 
 
-def held_out(token_rows: Tensor) -> Tensor:
-    """Which tokens are held out, from the calibration row each belongs to; bool, same shape."""
-    return token_rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+def is_selection(token_rows: Tensor) -> Tensor:
+    """Which tokens are in selection rows, from the calibration row each belongs to; bool, same shape."""
+    return token_rows % SELECTION_EVERY == SELECTION_EVERY - 1
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Moments:
         return None
 
     def joined(self) -> "Moments":
-        """These: nothing of them is held out."""
+        """These: they are not split."""
         return self
 
     @property
@@ -82,10 +83,10 @@ class Moments:
 
 @dataclass
 class SplitMoments:
-    """Moments of fit and held-out tokens apart, and of tokens that serve as a prior (experts only)."""
+    """Moments of fitted and selection tokens apart, and of tokens that serve as a prior (experts only)."""
 
     fit: Moments
-    held: Moments
+    selection: Moments
     prior: Moments | None = None
 
     @staticmethod
@@ -95,8 +96,8 @@ class SplitMoments:
 
     def add(self, x: Tensor, token_rows: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens x [T, K] of the given calibration rows [T] with weights [T]."""
-        held = held_out(token_rows)
-        for part, mask in ((self.fit, ~held), (self.held, held)):
+        selection = is_selection(token_rows)
+        for part, mask in ((self.fit, ~selection), (self.selection, selection)):
             part.add(x[mask], None if weights is None else weights[mask])
 
     def add_prior(self, x: Tensor) -> None:
@@ -108,18 +109,18 @@ class SplitMoments:
     @property
     def can_choose(self) -> bool:
         """Whether there are enough tokens to fit on, and enough others to judge the fit by."""
-        return min(self.fit.tokens, self.held.tokens) >= MIN_HELD_TOKENS
+        return min(self.fit.tokens, self.selection.tokens) >= MIN_SELECTION_TOKENS
 
     def check(self, name: str) -> None:
         """Raise ValueError naming the linear if a moment is not finite."""
-        for part in (self.fit, self.held, *([self.prior] if self.prior else [])):
+        for part in (self.fit, self.selection, *([self.prior] if self.prior else [])):
             part.check(name)
 
     def joined(self) -> Moments:
-        """Fit and held-out tokens together (takes over the fit moments' memory)."""
+        """Fitted and selection tokens together (takes over the fit moments' memory)."""
         return Moments(
-            self.fit.matrix.add_(self.held.matrix),
-            self.fit.weight + self.held.weight,
-            self.fit.squares + self.held.squares,
-            self.fit.tokens + self.held.tokens,
+            self.fit.matrix.add_(self.selection.matrix),
+            self.fit.weight + self.selection.weight,
+            self.fit.squares + self.selection.squares,
+            self.fit.tokens + self.selection.tokens,
         )

@@ -6,7 +6,7 @@ Axes: T tokens, K input channels, N output channels.
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.statistics.moments import SplitMoments, held_out
+from dbrx_quant.calibration.statistics.moments import SplitMoments, is_selection
 
 
 class ResidualMoments:
@@ -15,11 +15,11 @@ class ResidualMoments:
     Attributes:
         inputs: moments of x x^T, summed up by the caller.
         fit: [N, K] sum of r x^T over the tokens that are fitted.
-        held: the same over those held out.
+        selection: the same over selection tokens.
     """
 
     def __init__(self, inputs: SplitMoments, k: int, n: int) -> None:
-        self.inputs, self.fit, self.held = inputs, torch.zeros(n, k), torch.zeros(n, k)
+        self.inputs, self.fit, self.selection = inputs, torch.zeros(n, k), torch.zeros(n, k)
 
     def add(self, x: Tensor, missing: Tensor, token_rows: Tensor, routing: Tensor | None = None) -> None:
         """Add tokens that are in `inputs` too.
@@ -32,6 +32,6 @@ class ResidualMoments:
                 `inputs`; None: 1 each.
         """
         scaled = missing if routing is None else missing * routing[:, None]
-        held = held_out(token_rows)
-        for total, mask in ((self.fit, ~held), (self.held, held)):
+        selection = is_selection(token_rows)
+        for total, mask in ((self.fit, ~selection), (self.selection, selection)):
             total.addmm_(scaled[mask].T, x[mask])

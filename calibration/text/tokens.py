@@ -18,7 +18,7 @@ from dbrx_quant.runtime.tokenizer.load import load_tokenizer, model_limits, toke
 
 ROWS = 128
 LENGTH = 2048
-UNSEEN_EVERY = 7  # one row in so many, an odd number since every second row starts with a document
+HELD_OUT_EVERY = 7  # one row in so many, an odd number since every second row starts with a document
 _FEWEST_ROWS = 16  # with fewer, all are for calibration
 _VERSION = "1"  # of the description in a saved file
 
@@ -79,11 +79,11 @@ def load_tokens(
     return _from_text(source, tokenizer_folder, rows or ROWS, length or min(LENGTH, longest or LENGTH), seed)
 
 
-def split_unseen(input_ids: Tensor) -> tuple[Tensor, Tensor]:
+def split_held_out(input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Rows to calibrate on, and rows (maybe none) that nothing is chosen on, to see what quantizing costs."""
     rows = torch.arange(len(input_ids))
-    unseen = (rows % UNSEEN_EVERY == UNSEEN_EVERY - 1) & (len(rows) >= _FEWEST_ROWS)
-    return input_ids[~unseen], input_ids[unseen]
+    held_out = (rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) & (len(rows) >= _FEWEST_ROWS)
+    return input_ids[~held_out], input_ids[held_out]
 
 
 def save_tokens(path: str | Path, tokens: TokenRows) -> None:

@@ -57,8 +57,8 @@ Grid plan_product(Matmul& product, Arena& arena, int64_t n, int units, int row_t
   const bool many = tile_rows == kGemmRows;
   const int64_t blocks = static_cast<int64_t>(row_tiles) *
                          (many && !gated ? (grid.column_tiles + 1) / 2 : grid.column_tiles);
-  // A block of gemv takes 4 warps (gated: 2) of 4 units at least. Blocks on a multiprocessor: their launch bounds.
-  grid.splits = choose_splits(blocks, units, many || gated ? 8 : 16, processors * (tile_rows == 8 ? 3 : 2));
+  // A block of gemv has 4 slices (gated: 2) of 4 units at least.
+  grid.splits = choose_splits(blocks, units, many || gated ? 8 : 16, processors * blocks_together(tile_rows));
   product.splits = grid.splits;
   ticket_count = 0;
   if (grid.splits > 1) {

@@ -13,15 +13,16 @@
 namespace dbrxq {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kTokenTiles = 4;  // 32 rows a warp
+constexpr int kWarps = 4, kThreads = 32 * kWarps;  // as drawn: two panels by two halves of the rows
+constexpr int kTokenTiles = 4;                     // rows of a warp in eights: 128 sums a lane, half of its registers
 constexpr int kWarpRows = 8 * kTokenTiles;
-constexpr int kStages = 3;
+constexpr int kStages = 3;       // as many gated stages of 16 KiB as fit in the 48 KiB of static shared memory
 constexpr int kUnitVectors = 4;  // 16-byte vectors of a row in a unit
+static_assert(2 * kWarpRows == kGemmRows, "two halves");
 
 template <int Matrices>
 struct Stage {
-  uint4 words[2][8 * 32];  // of each panel, as many as its width needs
+  uint4 words[2][8 * 32];  // of each panel, as many as its width needs: 8 word rows at most
   uint4 x[Matrices][kGemmRows * kUnitVectors];
 };
 
@@ -41,7 +42,7 @@ struct PackedScales {
 };
 
 template <int Matrices>
-__global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Matmul args) {
+__global__ void __launch_bounds__(kThreads, blocks_together(kGemmRows)) gemm_kernel(Matmul args) {
   struct Shared {
     union {
       Stage<Matrices> stages[kStages];
@@ -142,13 +143,14 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Matmul args) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     __syncthreads();
-    if (half == h) spread<kTokenTiles>(sums, shared.sums + panel * kWarpRows * tile::kColumns);
+    if (half == h) store_panel<kTokenTiles>(sums, shared.sums + panel * kWarpRows * tile::kColumns);
     __syncthreads();
     const int left = rows - h * kWarpRows;
     if (left <= 0) continue;
-    const int group_of = (row_tile * 2 + h) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
-    finish<2, kWarpRows, Matrices == 2>(args, shared.sums, shared.last, group_of, split, first_tile * tile::kColumns,
-                                        row_tile * kGemmRows + h * kWarpRows, left < kWarpRows ? left : kWarpRows);
+    const int group = (row_tile * 2 + h) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+    const Output output = {group, split, first_tile * tile::kColumns, row_tile * kGemmRows + h * kWarpRows,
+                           left < kWarpRows ? left : kWarpRows};
+    write_output<2, kWarpRows, Matrices == 2>(args, output, shared.sums, shared.last);
   }
 }
 

@@ -3,19 +3,22 @@
 // A block owns a column tile (128 columns; gated: of gate and of up), a row tile, and a slice of the input channels.
 // Its warps divide that slice by equal words, each adding up all 128 columns of its part on the tensor cores
 // (decode.cuh); then a tree over the warps, in a fixed order, makes one sum. Grid: column tiles, row tiles, splits. The
-// words of the next units are on their way into registers, depth() units ahead: 2.5 to 4 KiB a warp, 12 warps a
-// multiprocessor.
+// words of the next units are on their way into registers, depth() units ahead: 2 to 4 KiB a warp, and for 8 rows 24 to
+// 48 KiB a multiprocessor, where bandwidth times latency asks for about 7 KiB (RTX 3090), 19 (H100) or 29 (H200).
 // Aligned: words to 16 bytes, x to 16. Oracle: oracles_ops.py through test_cuda_products.py.
 #include "kernels.cuh"
 
 namespace dbrxq {
 namespace {
 
+// Of a block. Three blocks of four leave a thread 168 registers; blocks of eight, with 128 a thread, spilled.
+constexpr int kWarps = 4;
+// Units under way: a unit of b bits takes 4 b registers a lane, and 32 is what they may have.
 __host__ __device__ constexpr int depth(int bits) { return bits >= 5 ? 1 : 2; }
 
 // Where a lane reads: its places in a tile column.
 template <int TokenTiles>
-struct Source {
+struct LanePointers {
   const Linear* linear;        // in shared memory
   const uint4* words;          // of word row 0
   int words_stride;            // uint4s from word row to word row, and four times the uint2s from group to group
@@ -25,54 +28,54 @@ struct Source {
 };
 
 template <int Bits>
-struct Words {
+struct UnitWords {
   uint4 at[Bits];
 };
 
 template <int Bits>
-__device__ __forceinline__ void fetch(Words<Bits>& words, const uint4* from, int stride) {
+__device__ __forceinline__ void fetch(UnitWords<Bits>& words, const uint4* from, int stride) {
 #pragma unroll
   for (int i = 0; i < Bits; ++i) words.at[i] = load_once(from + i * stride);
 }
 
 // What a unit needs beside its words. It comes from the L2 or, once a group, from memory: one unit ahead will do.
 template <int TokenTiles>
-struct Side {
+struct UnitInputs {
   uint4 x[TokenTiles];
   uint2 codes;
   uint32_t scale;  // group and scale_max, as in unit_scale
 };
 
 template <int TokenTiles>
-__device__ __forceinline__ void fetch(Side<TokenTiles>& side, const Source<TokenTiles>& from, int unit) {
-  side.scale = static_cast<const uint32_t*>(from.linear->unit_scale)[unit];
-  const int group = static_cast<int>(side.scale & 0xffffu);
-  side.codes = static_cast<const uint2*>(from.linear->scale_codes)[group * (from.words_stride / 4) + from.codes];
+__device__ __forceinline__ void fetch(UnitInputs<TokenTiles>& inputs, const LanePointers<TokenTiles>& from, int unit) {
+  inputs.scale = static_cast<const uint32_t*>(from.linear->unit_scale)[unit];
+  const int group = static_cast<int>(inputs.scale & 0xffffu);
+  inputs.codes = static_cast<const uint2*>(from.linear->scale_codes)[group * (from.words_stride / 4) + from.codes];
 #pragma unroll
-  for (int n = 0; n < TokenTiles; ++n) side.x[n] = from.x[n][static_cast<int64_t>(unit) * from.x_stride];
+  for (int n = 0; n < TokenTiles; ++n) inputs.x[n] = from.x[n][static_cast<int64_t>(unit) * from.x_stride];
 }
 
 // Units [begin, end), all of width Bits, the first at word row `word`.
 template <int Bits, int TokenTiles>
-__device__ __forceinline__ void stream_units(const Source<TokenTiles>& from, int begin, int end, int word,
+__device__ __forceinline__ void stream_units(const LanePointers<TokenTiles>& from, int begin, int end, int word,
                                              Sums<TokenTiles>& sums) {
   constexpr int kDepth = depth(Bits);
-  Words<Bits> words[kDepth];
-  Side<TokenTiles> side;
+  UnitWords<Bits> words[kDepth];
+  UnitInputs<TokenTiles> inputs;
   const int unit_words = Bits * from.words_stride;
   const uint4* next = from.words + static_cast<int64_t>(word) * from.words_stride;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i, next += unit_words)
     if (begin + i < end) fetch(words[i], next, from.words_stride);
-  fetch(side, from, begin);
+  fetch(inputs, from, begin);
   Scales scales = {};
   uint32_t scale = ~0u;  // of no group: they are fewer than 65535
   for (int unit = begin; unit < end; unit += kDepth)
 #pragma unroll
     for (int i = 0; i < kDepth; ++i, next += unit_words) {
       if (unit + i >= end) break;
-      const Side<TokenTiles> own = side;
-      if (unit + i + 1 < end) fetch(side, from, unit + i + 1);
+      const UnitInputs<TokenTiles> own = inputs;
+      if (unit + i + 1 < end) fetch(inputs, from, unit + i + 1);
       if (own.scale != scale) {
         scale = own.scale;
         scales = decode_scales(own.codes, scale >> 16);
@@ -83,39 +86,39 @@ __device__ __forceinline__ void stream_units(const Source<TokenTiles>& from, int
 }
 
 // A warp's share of the units of one width, and the word row of the first.
-struct Part {
+struct UnitRange {
   int begin, end, word;
 };
 
-// The share of width `index` in the units of a slice.
-__device__ __forceinline__ Part part_of(const int32_t (&first_unit)[7], const Slice& slice, int index) {
+// The units of width `index` in a slice.
+__device__ __forceinline__ UnitRange range_of(const int32_t (&first_unit)[7], const Slice& slice, int index) {
   const int first = first_unit[index], last = first_unit[index + 1];
   const int begin = slice.begin > first ? slice.begin : first, end = slice.end < last ? slice.end : last;
   return {begin, end, begin < end ? locate(first_unit, begin).word : 0};
 }
 
 template <int Index, int TokenTiles>
-__device__ __forceinline__ void stream_widths(const Source<TokenTiles>& from, const Part (&parts)[tile::kWidthCount],
-                                              Sums<TokenTiles>& sums) {
+__device__ __forceinline__ void stream_widths(const LanePointers<TokenTiles>& from,
+                                              const UnitRange (&ranges)[tile::kWidthCount], Sums<TokenTiles>& sums) {
   if constexpr (Index < tile::kWidthCount) {
-    const Part part = parts[Index];
-    if (part.begin < part.end) stream_units<tile::width(Index)>(from, part.begin, part.end, part.word, sums);
-    stream_widths<Index + 1>(from, parts, sums);
+    const UnitRange range = ranges[Index];
+    if (range.begin < range.end) stream_units<tile::width(Index)>(from, range.begin, range.end, range.word, sums);
+    stream_widths<Index + 1>(from, ranges, sums);
   }
 }
 
-// TokenTiles: 8-row tiles of x.  Warps: of a block.  Matrices: 2 when gate and up are made together.
-template <int TokenTiles, int Warps, int Matrices>
-__global__ void __launch_bounds__(32 * Warps, TokenTiles == 1 ? 3 : 2) gemv_kernel(Matmul args) {
-  constexpr int kRows = 8 * TokenTiles, kSlices = Warps / Matrices;
+// TokenTiles: 8-row tiles of x.  Matrices: 2 when gate and up are made together.
+template <int TokenTiles, int Matrices>
+__global__ void __launch_bounds__(32 * kWarps, blocks_together(8 * TokenTiles)) gemv_kernel(Matmul args) {
+  constexpr int kRows = 8 * TokenTiles, kSlices = kWarps / Matrices;
   constexpr int kWarpFloats = kRows * tile::kColumns;
   struct Shared {
-    float sums[Warps / 2 * kWarpFloats];  // the tree's; then [Matrices, kRows, 128]
+    float sums[kWarps / 2 * kWarpFloats];  // the tree's; then [Matrices, kRows, 128]
     Linear linears[Matrices];
-    Part parts[Warps][tile::kWidthCount];
+    UnitRange ranges[kWarps][tile::kWidthCount];
     int rows, last;
   };
-  static_assert(Matrices <= Warps / 2 && sizeof(Shared) <= 48 * 1024, "static shared memory");
+  static_assert(Matrices <= kWarps / 2 && sizeof(Shared) <= 48 * 1024, "static shared memory");
   DBRXQ_SHARED(Shared, shared);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -128,11 +131,11 @@ __global__ void __launch_bounds__(32 * Warps, TokenTiles == 1 ? 3 : 2) gemv_kern
   __syncthreads();  // from here on in shared memory: registers are for the sums
   const Linear& linear = shared.linears[matrix];
   if (lane < tile::kWidthCount)
-    shared.parts[warp][lane] =
-        part_of(linear.first_unit, slice_of(linear.first_unit, split * kSlices + slice, args.splits * kSlices), lane);
+    shared.ranges[warp][lane] =
+        range_of(linear.first_unit, slice_of(linear.first_unit, split * kSlices + slice, args.splits * kSlices), lane);
   __syncthreads();
 
-  Source<TokenTiles> from;
+  LanePointers<TokenTiles> from;
   const int reads = reading_lane(lane, lanes_in_tile(linear.n, column_tile));
   from.words_stride = static_cast<int>(linear.n / 4);
   from.words = static_cast<const uint4*>(linear.words) + column_tile * 32 + reads;
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(32 * Warps, TokenTiles == 1 ? 3 : 2) gemv_kern
   }
 
   Sums<TokenTiles> sums = {};
-  stream_widths<0>(from, shared.parts[warp], sums);
+  stream_widths<0>(from, shared.ranges[warp], sums);
 
   // The tree: the upper half of the slices hands its sums to the lower half, until slice 0 has all.
   float* flat = &sums[0][0][0][0];
@@ -165,25 +168,25 @@ __global__ void __launch_bounds__(32 * Warps, TokenTiles == 1 ? 3 : 2) gemv_kern
       for (int i = 0; i < kValues; ++i) flat[i] += box[i * 32];
     __syncthreads();
   }
-  if (slice == 0) spread<TokenTiles>(sums, shared.sums + matrix * kWarpFloats);
+  if (slice == 0) store_panel<TokenTiles>(sums, shared.sums + matrix * kWarpFloats);
   __syncthreads();
   const int group = row_tile * static_cast<int>(gridDim.x) + column_tile;
-  finish<Matrices, kRows, Matrices == 2>(args, shared.sums, shared.last, group, split, column_tile * tile::kColumns,
-                                         row_tile * kRows, shared.rows);
+  const Output output = {group, split, column_tile * tile::kColumns, row_tile * kRows, shared.rows};
+  write_output<Matrices, kRows, Matrices == 2>(args, output, shared.sums, shared.last);
 }
 
-template <int TokenTiles, int Warps>
-int start(const Matmul& args, bool gated, Grid grid, cudaStream_t stream) {
+template <int TokenTiles>
+int launch_gemv(const Matmul& args, bool gated, Grid grid, cudaStream_t stream) {
   const dim3 blocks(grid.column_tiles, grid.row_tiles, grid.splits);
-  if (gated) return launch(gemv_kernel<TokenTiles, Warps, 2>, blocks, 32 * Warps, stream, args);
-  return launch(gemv_kernel<TokenTiles, Warps, 1>, blocks, 32 * Warps, stream, args);
+  if (gated) return launch(gemv_kernel<TokenTiles, 2>, blocks, 32 * kWarps, stream, args);
+  return launch(gemv_kernel<TokenTiles, 1>, blocks, 32 * kWarps, stream, args);
 }
 
 }  // namespace
 
 int gemv(const Matmul& args, int tile_rows, bool gated, Grid grid, cudaStream_t stream) {
-  if (tile_rows == 8) return start<1, 4>(args, gated, grid, stream);
-  return start<2, 4>(args, gated, grid, stream);
+  if (tile_rows == 8) return launch_gemv<1>(args, gated, grid, stream);
+  return launch_gemv<2>(args, gated, grid, stream);
 }
 
 int64_t gemv_partial_floats(int tile_rows, bool gated, Grid grid) {

@@ -11,6 +11,10 @@ int unpack(const Linear& linear, const uint32_t* words, uint32_t* q_weight, cuda
 // reconstruct.cu: the exact weight [K, out_features] half, input channels in their original order.
 int reconstruct(const Linear& linear, uint16_t* weight, cudaStream_t stream);
 
+// Blocks of a matrix kernel that share a multiprocessor. A lane has 32 sums for 8 rows, 64 for 16 and 128 for 64, and
+// two blocks of gemm.cu fill the 100 KiB of shared memory that the smallest multiprocessor has (sm_86).
+__host__ __device__ constexpr int blocks_together(int tile_rows) { return tile_rows == 8 ? 3 : 2; }
+
 // gemv.cu: 8 or 16 rows a tile. gated: gate and up at once.
 struct Grid {
   int column_tiles, row_tiles, splits;

@@ -59,7 +59,7 @@ __device__ __forceinline__ void store(void* y, int64_t index, int dtype, float v
 
 // Sums of one warp into a panel [rows, 128] in shared memory.
 template <int TokenTiles>
-__device__ __forceinline__ void spread(const Sums<TokenTiles>& sums, float* panel) {
+__device__ __forceinline__ void store_panel(const Sums<TokenTiles>& sums, float* panel) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
 #pragma unroll
   for (int s = 0; s < tile::kSubtiles; ++s)
@@ -73,20 +73,27 @@ __device__ __forceinline__ void spread(const Sums<TokenTiles>& sums, float* pane
                 i / 2] = sums[s][t][n][i];
 }
 
-// Finishes Panels panels of Rows rows, which all threads of the block have written to `sums` before a barrier.
+// Which piece of y some panels are.
+struct Output {
+  int group;  // number of the piece, the same in all its splits
+  int split;
+  int column;  // first column of panel 0
+  int row;     // first row
+  int rows;    // how many are in use
+};
+
+// Turns Panels panels of Rows rows, which all threads of the block have written to `sums` before a barrier, into y.
 // With splits, the last block of the group to come adds all parts in the order of the splits: the same bits whoever is
-// last. Gated: panel 0 is the gate, panel 1 the up-projection of the same columns; else they lie side by side.
-//   group:   number of the result, the same in all its splits
-//   column:  first column of panel 0;  row: first row;  rows: how many are in use
-//   last:    a shared flag
+// last (`last` is a shared flag). Gated: panel 0 is the gate, panel 1 the up-projection of the same columns; else they
+// lie side by side.
 template <int Panels, int Rows, bool Gated>
-__device__ void finish(const Matmul& args, float* sums, int& last, int group, int split, int column, int row,
-                       int rows) {
+__device__ void write_output(const Matmul& args, const Output& output, float* sums, int& last) {
+  const int group = output.group, column = output.column, first = output.row / args.parts;
   constexpr int size = Panels * Rows * tile::kColumns;
   const int threads = blockDim.x;
   if (args.splits > 1) {
     float* parts = args.partial + static_cast<int64_t>(group) * args.splits * size;
-    for (int i = threadIdx.x; i < size; i += threads) parts[static_cast<int64_t>(split) * size + i] = sums[i];
+    for (int i = threadIdx.x; i < size; i += threads) parts[static_cast<int64_t>(output.split) * size + i] = sums[i];
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) last = atomicAdd(args.tickets + group, 1) == args.splits - 1;
@@ -100,11 +107,11 @@ __device__ void finish(const Matmul& args, float* sums, int& last, int group, in
     }
     __syncthreads();
   }
-  const int tokens = rows / args.parts;
+  const int tokens = output.rows / args.parts;
   const auto total = [&](int panel, int token, int c) {
     const float* at = sums + (panel * Rows + token * args.parts) * tile::kColumns + c;
     const float sum = args.parts == 2 ? *at + kSecondPart * at[tile::kColumns] : *at;
-    return sum * args.row_scale[row / args.parts + token];
+    return sum * args.row_scale[first + token];
   };
   constexpr int wide = Gated ? tile::kColumns : Panels * tile::kColumns;
   for (int i = threadIdx.x; i < tokens * wide; i += threads) {
@@ -114,7 +121,7 @@ __device__ void finish(const Matmul& args, float* sums, int& last, int group, in
     if (Gated) value = activate(value, args.activation) * total(1, token, c);
     if (args.only.bias && !args.tile_expert)
       value += from_half(static_cast<const uint16_t*>(args.only.bias)[column + c]);
-    store(args.y, (row / args.parts + token) * args.width + column + c, args.dtype, value);
+    store(args.y, (first + token) * args.width + column + c, args.dtype, value);
   }
 }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from dbrx_quant.calibration.statistics.held_out import UnseenInputs
+from dbrx_quant.calibration.statistics.held_out import HeldOutInputs
 from dbrx_quant.quantize.budget.groups import GROUP_ROWS, lower_hull, predicted_error, price_range, water_fill
 from dbrx_quant.quantize.measurement import Option
 from dbrx_quant.quantize.solve.grid import error_table
@@ -41,18 +41,18 @@ class Curve:
     energy: float
 
 
-def unseen_ratio(weight: Tensor, prepared: Prepared, unseen: UnseenInputs) -> float:
-    """How many times as large as the Hessian says an error of the output is on unseen tokens, squared.
+def held_out_ratio(weight: Tensor, prepared: Prepared, held_out: HeldOutInputs) -> float:
+    """How many times as large as the Hessian says an error of the output is on held-out tokens, squared.
 
     Args:
         weight: [N, K] float32, one of the linears that share these inputs.
         prepared: their Hessian's factor.
-        unseen: their inputs; where there are none, the Hessian is believed.
+        held_out: their inputs; where there are none, the Hessian is believed.
     """
-    if not unseen.tokens:
+    if not held_out.tokens:
         return 1.0
     error, expected = trial_error(weight, prepared)
-    return unseen.error(error) / expected if expected > 0 else 1.0
+    return held_out.error(error) / expected if expected > 0 else 1.0
 
 
 def draw(

@@ -4,7 +4,7 @@ A measurement prices each linear alone, to second order and on calibration text.
 errors act at once, so tokens change experts (on a small DBRX a fifth to two fifths more) and logits saturate
 (on SmolLM2-135M a fifth less); and errors are larger on other text. So a few rows go through the original
 twice, the second time with normal noise on every linear's output, as strong as the error that its option has
-on unseen tokens, and the heads tell how far apart they end.
+on held-out tokens, and the heads tell how far apart they end.
 """
 
 from pathlib import Path
@@ -70,7 +70,7 @@ class Predictor:
             cost, measured = strategy.choices[spec.name].error, self._linears[spec.name]
             if not cost:
                 return output
-            error = cost / measured.price * measured.unseen  # squared, sum over channels
+            error = cost / measured.price * measured.held_out_ratio  # squared, sum over channels
             noise = torch.randn(output.shape, generator=generator)
             return output + noise.mul_((error / output.shape[-1]) ** 0.5)
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from dbrx_quant.calibration.statistics.held_out import UNSEEN_TOKENS
+from dbrx_quant.calibration.statistics.held_out import HELD_OUT_TOKENS
 from dbrx_quant.runtime.families.facts import Architecture, LinearSpec
 
 BASE_BYTES = 900_000_000  # Python, torch and transformers
@@ -27,12 +27,12 @@ def peak_bytes(architecture: Architecture, tokens: int) -> int:
     for block in architecture.blocks[:1] + architecture.blocks[-1:]:
         dense = 4 * sum(math.prod(s.shape) for stage in block.stages for s in stage)
         moments = sum(8 * stage[0].shape[0] ** 2 for stage in block.stages)
-        moments += 4 * min(tokens, UNSEEN_TOKENS) * sum(stage[0].shape[0] for stage in block.stages)
+        moments += 4 * min(tokens, HELD_OUT_TOKENS) * sum(stage[0].shape[0] for stage in block.stages)
         most = max(most, 2 * dense + moments + max(_solving(s) for stage in block.stages for s in stage))
         if block.experts:
             expert = 4 * sum(math.prod(s.shape) for s in block.experts.linears[0])
             held = sum(12 * s.shape[0] ** 2 for s in block.experts.linears[0][1:])
-            held += 4 * min(tokens, UNSEEN_TOKENS) * sum(s.shape[0] for s in block.experts.linears[0][1:])
+            held += 4 * min(tokens, HELD_OUT_TOKENS) * sum(s.shape[0] for s in block.experts.linears[0][1:])
             streams = 3 * 4 * tokens * architecture.hidden
             solving = max(_solving(s) for s in block.experts.linears[0])
             most = max(most, dense + expert + held + streams + solving)
@@ -41,7 +41,7 @@ def peak_bytes(architecture: Architecture, tokens: int) -> int:
 
 def _solving(spec: LinearSpec) -> int:
     k, n = spec.shape
-    repairing = 12 * k * k + 24 * k * n if spec.writes_stream else 0  # held-out moments, factor; changes
+    repairing = 12 * k * k + 24 * k * n if spec.writes_stream else 0  # selection moments, factor; changes
     return max(repairing, 12 * k * k + 19 * k * n)  # Hessian, ordered copy, factor; weights, targets, results
 
 

@@ -50,7 +50,7 @@ class Repair:
         if residual is None:
             return dense, None
         weight = repaired(dense[0], residual, self)
-        return [weight], ResidualTarget(dense[0], residual.fit.add_(residual.held)) if refit else None
+        return [weight], ResidualTarget(dense[0], residual.fit.add_(residual.selection)) if refit else None
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,20 @@ def repaired(weight: Tensor, moments: ResidualMoments, repair: Repair) -> Tensor
     """The repaired weight [N, K].
 
     A change is computed from the fitted tokens, and the strength, from 0 to 1, is what takes most off the
-    squared error of the held-out ones; then all tokens together give the change that is made.
+    squared error of the selection tokens; then all tokens together give the change that is made.
     """
-    fit, held = moments.inputs.fit, moments.inputs.held
+    fit, selection = moments.inputs.fit, moments.inputs.selection
     if not moments.inputs.can_choose or not fit.matrix.any():  # then nothing is repaired
         return weight
     change = _least_squares(moments.fit, fit.matrix, fit.weight, repair)
-    gain = float((change * moments.held).sum(dtype=torch.float64))
-    cost = float(((change @ held.matrix) * change).sum(dtype=torch.float64))
+    gain = float((change * moments.selection).sum(dtype=torch.float64))
+    cost = float(((change @ selection.matrix) * change).sum(dtype=torch.float64))
     if gain <= 0 or cost <= 0:
         return weight
     del change
-    everything = fit.matrix + held.matrix
-    change = _least_squares(moments.fit + moments.held, everything, fit.weight + held.weight, repair)
+    everything = fit.matrix + selection.matrix
+    weight_sum = fit.weight + selection.weight
+    change = _least_squares(moments.fit + moments.selection, everything, weight_sum, repair)
     return change.mul_(min(1.0, gain / cost)).add_(weight)
 
 

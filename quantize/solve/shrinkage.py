@@ -1,4 +1,4 @@
-"""How much a Hessian is to be regularised, chosen on held-out tokens.
+"""How strongly a Hessian is regularised, chosen on selection tokens.
 
 Axes: K input channels, N output channels, C sampled columns.
 """
@@ -14,15 +14,15 @@ from dbrx_quant.runtime.exl2.format import uniform_groups
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.2, 0.4)
 PRIORS = (0.0, 0.1, 0.5)  # tokens of prior per input channel
-UNCHOSEN = Shrinkage(0.2, 0.5)  # where too few tokens are held out to choose
+UNCHOSEN = Shrinkage(0.2, 0.5)  # where there are too few selection tokens to choose by
 
 
 def choose_shrinkage(weight: Tensor, moments: SplitMoments) -> Shrinkage:
-    """The shrinkage with the least error on held-out tokens, one dimension after the other.
+    """The shrinkage with the least error on selection tokens, one dimension after the other.
 
     Args:
         weight: [N, K] float32, one of the linears that share these inputs.
-        moments: of its inputs, fit and held-out.
+        moments: of its inputs.
     """
     if not moments.can_choose:
         return UNCHOSEN
@@ -32,7 +32,7 @@ def choose_shrinkage(weight: Tensor, moments: SplitMoments) -> Shrinkage:
         if shrinkage not in scores:
             prepared = prepare(hessian(moments.fit, moments.prior, shrinkage))
             error, _ = trial_error(weight, prepared)
-            scores[shrinkage] = energy(error.T, moments.held.matrix)
+            scores[shrinkage] = energy(error.T, moments.selection.matrix)
         return scores[shrinkage]
 
     has_prior = moments.prior is not None and moments.prior.tokens > 0

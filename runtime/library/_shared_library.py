@@ -62,8 +62,9 @@ class SharedLibrary:
         except AttributeError as error:
             raise RuntimeError(f"{path} is not {self.title}: {error}") from error
         if found != self.version:
+            needed = self.version
             raise RuntimeError(
-                f"{path} has ABI version {found}, this package needs {self.version}; install the package again"
+                f"{path} has ABI version {found}, this package needs {needed}; install the package again"
             )
         for name, (result, arguments) in self.functions.items():
             function = getattr(handle, name)

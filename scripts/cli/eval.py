@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=Path,
         metavar="DIR",
-        help="keep the original's log-probabilities here, so that the two models are never in memory at once; "
+        help="keep the original's log-probabilities here, so that the two models are never loaded together; "
         "filled from --reference, and enough without it later",
     )
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="a UTF-8 text")

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", type=Path, help="a model folder, quantized or not")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--check", action="store_true", help="change nothing; print one line per fault and exit with 3"
+        "--check", action="store_true", help="change nothing; print one line per fault, exit with 3 if any"
     )
     what.add_argument("--dry-run", action="store_true", help="show what would be changed, change nothing")
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.blocks.model import StreamedModel
-from dbrx_quant.calibration.text.tokens import UNSEEN_EVERY, load_tokens
+from dbrx_quant.calibration.text.tokens import HELD_OUT_EVERY, load_tokens
 from dbrx_quant.quantize.budget.predict import Predictor
 from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.quantize.measurement import (
@@ -123,7 +123,7 @@ class Bench:
         ids, given = self.tokens(setting), self.arguments
         if setting.left_out is None:
             return ids, windows(given.model, given.held_out, given.held_out_windows, given.length)
-        part = torch.arange(len(ids)) % UNSEEN_EVERY == setting.left_out
+        part = torch.arange(len(ids)) % HELD_OUT_EVERY == setting.left_out
         return ids[~part], ids[part]
 
     def measurement(self, setting: Setting) -> tuple[Measurement, float]:
@@ -133,9 +133,9 @@ class Bench:
             say(f"measuring: {setting.name}")
             scratch = self._scratch("measure")
             with replaced(setting.patches):
-                ids, unseen = self.rows(setting)
-                unseen = unseen.view(-1, ids.shape[1])  # windows are some rows each
-                job = MeasureJob(self.model, ids, scratch, Progress(), unseen=unseen, **setting.job)
+                ids, held_out = self.rows(setting)
+                held_out = held_out.view(-1, ids.shape[1])  # windows are some rows each
+                job = MeasureJob(self.model, ids, scratch, Progress(), held_out=held_out, **setting.job)
                 found, seconds = timed(lambda: measure(job))
             file.parent.mkdir(exist_ok=True)
             write_measurement(file, found.of({}, {"seconds": seconds}, None))
@@ -173,13 +173,13 @@ class Bench:
         )
         strategy = variant.allocation(measurement, target, head_bits)
         groups = {name: option.groups for name, option in strategy.choices.items()}
-        (tokens, unseen), scratch = self.rows(variant.setting), self._scratch("quantize")
-        watched = unseen if variant.setting.left_out is not None else None
+        (tokens, held_out), scratch = self.rows(variant.setting), self._scratch("quantize")
+        watched = held_out if variant.setting.left_out is not None else None
         with replaced({**variant.setting.patches, **variant.patches}):
             job = QuantizeJob(
-                self.model, tokens, scratch, measurement, groups, Progress(), unseen=watched, **variant.job
+                self.model, tokens, scratch, measurement, groups, Progress(), held_out=watched, **variant.job
             )
-            predictor = Predictor(self.model, measurement, unseen, scratch / "predict")
+            predictor = Predictor(self.model, measurement, held_out, scratch / "predict")
             (predicted, _), before = timed(lambda: predictor.kl(strategy, job.repair != NO_REPAIR))
             measured, seconds = timed(lambda: quantize_model(job))
         out = scratch / "out"

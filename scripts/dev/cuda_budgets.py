@@ -90,7 +90,7 @@ def kernel_name(mangled: str) -> str:
         return mangled
     arguments = [int(value) for value in re.findall(r"Li(\d+)E", found[2] or "")]
     if found[1] == "gemv":
-        return f"gemv {8 * arguments[0]} rows" + (" gated" if arguments[2] == 2 else "")
+        return f"gemv {8 * arguments[0]} rows" + (" gated" if arguments[1] == 2 else "")
     if found[1] == "gemm":
         return "gemm gated" if arguments == [2] else "gemm"
     return found[1]

@@ -20,7 +20,7 @@ from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.calibration.blocks.walk import add_dense_experts, turns
 from dbrx_quant.calibration.statistics.moments import Moments
 from dbrx_quant.calibration.statistics.shrinkage import hessian
-from dbrx_quant.calibration.text.tokens import load_saved, split_unseen
+from dbrx_quant.calibration.text.tokens import load_saved, split_held_out
 from dbrx_quant.quantize import ConvertOptions, convert
 from dbrx_quant.quantize.budget.strategy import STRATEGY_NAME, Outcome, Strategy, read_strategy
 from dbrx_quant.quantize.measurement import (
@@ -56,14 +56,14 @@ class Expert:
         ordered: [K, N] weight, rows in packed order.
         diagonal: [K] of the Hessian, in that order.
         prepared: order and factor.
-        held: [K, K] mean of x x^T over tokens that were kept out of calibration, in that order.
+        held_out: [K, K] mean of x x^T over tokens that were kept out of calibration, in that order.
     """
 
     name: str
     ordered: Tensor
     diagonal: Tensor
     prepared: Prepared
-    held: Tensor
+    held_out: Tensor
 
 
 def make_checkpoints(model: Path, work: Path) -> None:
@@ -89,9 +89,9 @@ def finished(work: Path, target: float) -> Path:
 def look_at_expert(model: Path, tokens: Tensor, measurement: Measurement) -> tuple[Expert, Expert]:
     """The gate and the down projection of EXPERT with their Hessians, as the measurement had them."""
     source = StreamedModel(model)
-    calibration, unseen = split_unseen(tokens)
+    calibration, held_out = split_held_out(tokens)
     with torch.no_grad():
-        states = source.embed(torch.cat([calibration, unseen]))
+        states = source.embed(torch.cat([calibration, held_out]))
         for index in range(BLOCK):
             states = _through(source, index, states)
         _, routing = source.block(BLOCK)(states)
@@ -101,11 +101,11 @@ def look_at_expert(model: Path, tokens: Tensor, measurement: Measurement) -> tup
     turn = list(turns(routing, experts))[EXPERT]
     gate, up, _ = turn.dense(source)
     count = calibration.numel()
-    fit, held = turn.part(slice(count)), turn.part(slice(count, None))
+    fit, kept_out = turn.part(slice(count)), turn.part(slice(count, None))
 
     def look(spec: LinearSpec, inputs: Callable[[Tensor], Tensor]) -> Expert:
-        moments = {part: Moments.zero(spec.shape[0]) for part in ("own", "others", "held")}
-        for part, seen in (("own", fit), ("held", held)):
+        moments = {part: Moments.zero(spec.shape[0]) for part in ("own", "others", "held_out")}
+        for part, seen in (("own", fit), ("held_out", kept_out)):
             mine = seen.whole()
             moments[part].add(inputs(mine.x), mine.weight.square())
         moments["others"].add(inputs(fit.routing.x[fit.tokens.others]))
@@ -114,9 +114,9 @@ def look_at_expert(model: Path, tokens: Tensor, measurement: Measurement) -> tup
         diagonal = matrix.diagonal().clone()
         prepared = prepare(matrix)
         order = prepared.permutation
-        unseen_matrix = moments["held"].matrix / moments["held"].weight
+        held_out_matrix = moments["held_out"].matrix / moments["held_out"].weight
         ordered = source.dense(spec).T[order].contiguous()
-        return Expert(spec.name, ordered, diagonal[order], prepared, unseen_matrix[order][:, order])
+        return Expert(spec.name, ordered, diagonal[order], prepared, held_out_matrix[order][:, order])
 
     return look(turn.gate, lambda x: x), look(turn.down, lambda x: turn.inner(x, gate, up))
 
@@ -134,7 +134,7 @@ def rounding_errors(expert: Expert) -> dict[str, list[float]]:
     """Way of rounding → error on tokens kept out, relative to the output's power, at 2, 3 and 4 bits."""
     k = expert.ordered.shape[0]
     alone = Factor(torch.eye(k), expert.diagonal)  # no feedback: every row by itself
-    power = float(((expert.held @ expert.ordered) * expert.ordered).sum())
+    power = float(((expert.held_out @ expert.ordered) * expert.ordered).sum())
     ways: list[tuple[str, Factor, str]] = [("nearest value", alone, "fast")]
     ways += [(f"feedback, effort {effort}", expert.prepared.factor, effort) for effort in EFFORTS]
     found: dict[str, list[float]] = {}
@@ -143,7 +143,7 @@ def rounding_errors(expert: Expert) -> dict[str, list[float]]:
             groups = uniform_groups(k, bits, GROUP_ROWS)
             solved = quantize_matrix(expert.ordered, factor, groups, effort=effort)  # type: ignore[arg-type]
             error = expert.ordered - solved.dequantized.float()
-            found.setdefault(label, []).append(float(((expert.held @ error) * error).sum()) / power)
+            found.setdefault(label, []).append(float(((expert.held_out @ error) * error).sum()) / power)
     return found
 
 

@@ -116,7 +116,7 @@ def study_cells(rows: Sequence[Row], base: str) -> tuple[list[str], list[list[st
 
 def prediction_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the study of predictions: means over the parts left out, and each part's ratio."""
-    head = ["target", "predicted KL", "unseen rows", "predicted/unseen", "of each part"]
+    head = ["target", "predicted KL", "held-out rows", "predicted/measured", "of each part"]
     cells = []
     for target in sorted({row["target"] for row in rows}):
         pairs = [(r["predicted_kl"], r["unseen"]["kl"]) for r in rows if r["target"] == target]
@@ -142,7 +142,7 @@ def show(report: Mapping[str, Any], peers: Peers, markdown: bool) -> None:
             title, note = f"{report['name']}: sizes, on the test text", ""
             head, cells = size_cells(rows, peers)
         elif study == "prediction":
-            title, note = f"{report['name']}: prediction, on unseen calibration rows", ""
+            title, note = f"{report['name']}: prediction, on held-out calibration rows", ""
             head, cells = prediction_cells(rows)
         else:
             title, note = (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dbrx_quant.calibration.statistics.moments import Moments, SplitMoments
 from dbrx_quant.calibration.statistics.shrinkage import Shrinkage
-from dbrx_quant.calibration.text.tokens import UNSEEN_EVERY
+from dbrx_quant.calibration.text.tokens import HELD_OUT_EVERY
 from dbrx_quant.quantize.budget.allocate import allocate, spend, strategy_of
 from dbrx_quant.quantize.budget.groups import GROUP_ROWS, lower_hull
 from dbrx_quant.quantize.budget.strategy import Strategy
@@ -274,12 +274,12 @@ def one_width(tables: Mapping[int, np.ndarray], n: int, prices: np.ndarray) -> l
 
 
 def no_prior(weight: Tensor, moments: SplitMoments) -> Shrinkage:
-    """Damping by held-out tokens; experts rely on their own tokens alone."""
-    return replace(choose_shrinkage(weight, SplitMoments(moments.fit, moments.held)), prior=0.0)
+    """Damping by selection tokens; experts rely on their own tokens alone."""
+    return replace(choose_shrinkage(weight, SplitMoments(moments.fit, moments.selection)), prior=0.0)
 
 
 def all_tokens(weight: Tensor, moments: SplitMoments) -> Shrinkage:
-    """Damping by held-out tokens; those of the others count for an expert as much as its own."""
+    """Damping by selection tokens; those of the others count for an expert as much as its own."""
     others = moments.prior.tokens if moments.prior else 0
     return replace(choose_shrinkage(weight, moments), prior=others / weight.shape[1])
 
@@ -349,7 +349,7 @@ STUDIES: Mapping[str, Sequence[Variant]] = {
     ],
     "calibration": [_tokens(8 * 1024), _tokens(32 * 1024), _tokens(128 * 1024)],
     "prediction": [
-        Variant(f"part {i + 1} left out", Setting(f"left-out-{i}", left_out=i)) for i in range(UNSEEN_EVERY)
+        Variant(f"part {i + 1} left out", Setting(f"left-out-{i}", left_out=i)) for i in range(HELD_OUT_EVERY)
     ],
     "repair": [Variant("without repair", job={"repair": NO_REPAIR}), OURS],
     "refit": [OURS, Variant("with refit", job={"refit": True})],

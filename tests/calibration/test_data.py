@@ -411,13 +411,13 @@ def test_datasets_are_streamed_from_the_hub_by_config_split_and_column(tmp_path,
 
 
 @pytest.mark.parametrize("rows", [1, 8, 15, 16, 32, 128])
-def test_unseen_rows_are_spread_over_starts_of_documents_and_others(rows):
+def test_held_out_rows_are_spread_over_starts_of_documents_and_others(rows):
     ids = torch.arange(rows)[:, None].expand(rows, 3)
-    seen, unseen = text_tokens.split_unseen(ids)
-    assert sorted(seen[:, 0].tolist() + unseen[:, 0].tolist()) == list(range(rows))
+    seen, held_out = text_tokens.split_held_out(ids)
+    assert sorted(seen[:, 0].tolist() + held_out[:, 0].tolist()) == list(range(rows))
     assert seen[:, 0].tolist() == sorted(seen[:, 0].tolist())
     if rows < 16:
-        assert not len(unseen)
+        assert not len(held_out)
     else:
-        assert rows / 8 <= len(unseen) <= rows / 6
-        assert {0, 1} == {row % 2 for row in unseen[:, 0].tolist()}
+        assert rows / 8 <= len(held_out) <= rows / 6
+        assert {0, 1} == {row % 2 for row in held_out[:, 0].tolist()}

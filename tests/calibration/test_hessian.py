@@ -8,10 +8,10 @@ from dbrx_quant.calibration.blocks.model import Routing, StreamedModel
 from dbrx_quant.calibration.blocks.routing import PRIOR_TOKENS, coverage, tokens_of
 from dbrx_quant.calibration.blocks.walk import Turn
 from dbrx_quant.calibration.statistics.moments import (
-    HELD_OUT_EVERY,
+    SELECTION_EVERY,
     Moments,
     SplitMoments,
-    held_out,
+    is_selection,
 )
 from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, hessian
 from dbrx_quant.quantize.solve.ldlq import factorize
@@ -125,19 +125,19 @@ def test_an_experts_output_is_the_gated_product():
     torch.testing.assert_close(stream, torch.tensor([[0.5], [0.0], [0.25]]) * exact)
 
 
-def test_held_out_rows_are_disjoint_from_fit_rows_and_joined_gives_all():
-    rows = torch.arange(3 * HELD_OUT_EVERY).repeat_interleave(5)
+def test_selection_rows_are_disjoint_from_fit_rows_and_joined_gives_all():
+    rows = torch.arange(3 * SELECTION_EVERY).repeat_interleave(5)
     x, weights = tokens(len(rows), 12), torch.rand(len(rows), generator=torch.Generator().manual_seed(2))
     split = SplitMoments.zero(12)
     for part in (slice(0, 33), slice(33, None)):  # the parts need not respect rows
         split.add(x[part], rows[part], weights[part])
-    mask = held_out(rows)
+    mask = is_selection(rows)
     assert mask.sum() == 3 * 5
     for row in rows.unique():
         assert len(mask[rows == row].unique()) == 1, "a row is on one side as a whole"
     torch.testing.assert_close(split.fit.matrix, filled(x[~mask], weights[~mask]).matrix)
-    torch.testing.assert_close(split.held.matrix, filled(x[mask], weights[mask]).matrix)
-    assert split.fit.tokens + split.held.tokens == len(rows)
+    torch.testing.assert_close(split.selection.matrix, filled(x[mask], weights[mask]).matrix)
+    assert split.fit.tokens + split.selection.tokens == len(rows)
     joined, whole = split.joined(), filled(x, weights)
     torch.testing.assert_close(joined.matrix, whole.matrix)
     assert (joined.tokens, joined.weight) == (whole.tokens, pytest.approx(whole.weight))
@@ -200,11 +200,11 @@ def test_making_a_hessian_leaves_the_moments_as_they_are():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("part", ["fit", "held", "prior"])
+@pytest.mark.parametrize("part", ["fit", "selection", "prior"])
 def test_an_input_that_is_not_finite_raises_with_the_linear_and_the_channel(part, value):
     split = SplitMoments.zero(8, prior=True)
     x = tokens(4, 8)
-    split.add(x, torch.tensor([0, 1, HELD_OUT_EVERY - 1, 2]))
+    split.add(x, torch.tensor([0, 1, SELECTION_EVERY - 1, 2]))
     split.check("model.layers.0.self_attn.q_proj")
     x[1, 5] = value
     getattr(split, part).add(x)

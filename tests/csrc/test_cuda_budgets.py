@@ -9,7 +9,7 @@ import pytest
 from dbrx_quant.scripts.dev import cuda_budgets as budgets
 
 SASS = """
-		Function : _ZN5dbrxq1_11gemv_kernelILi1ELi4ELi2EEEvNS_6MatmulE
+		Function : _ZN5dbrxq1_11gemv_kernelILi1ELi2EEEvNS_6MatmulE
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/                   LDG.E.128.CONSTANT R4, [R2.64] ;
         /*0020*/                   LOP3.LUT R5, R4, 0xf000f, R6, 0xea, !PT ;

@@ -137,3 +137,4 @@ def test_the_map_lists_the_files_as_they_are():
 def test_every_file_says_what_it_is():
     for path in MODULES:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+    assert not re.findall(r"^- `[^`]*` *$", listing(), re.MULTILINE)

@@ -67,3 +67,16 @@ def test_importing_the_runtime_loads_no_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_the_package_has_a_version_and_its_functions_and_loads_no_torch_for_them():
+    code = (
+        "import dbrx_quant, sys\n"
+        "version = dbrx_quant.__version__\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(version, dbrx_quant.load_model.__name__, dbrx_quant.convert.__name__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split()[1:] == ["load_model", "convert"]

@@ -9,7 +9,7 @@ from places import TINY
 from safetensors import safe_open
 from small_models import CONFIGS, VOCABULARY, random_tokens, save_model, save_random_tokens, whole_model
 
-from dbrx_quant.calibration.text.tokens import load_tokens, split_unseen
+from dbrx_quant.calibration.text.tokens import load_tokens, split_held_out
 from dbrx_quant.quantize.conversion import convert, measure_model
 from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.quantize.output.config import Summary, patched_config
@@ -80,13 +80,13 @@ def test_divergence_falls_with_bits_and_was_predicted_to(tiny):
     assert scores[2].ppl == pytest.approx(scores[2].reference_ppl, rel=0.02)
 
 
-def test_the_divergence_on_unseen_calibration_rows_is_that_of_the_loaded_result(tiny):
+def test_the_divergence_on_held_out_calibration_rows_is_that_of_the_loaded_result(tiny):
     _, results = tiny
-    _, unseen = split_unseen(load_tokens("offline", TINY, 16, 64).input_ids)
-    assert len(unseen) == 2
+    _, held_out = split_held_out(load_tokens("offline", TINY, 16, 64).input_ids)
+    assert len(held_out) == 2
     reference = whole_model(TINY)
     for result in results:
-        scores = evaluate(load_model(result.folder), reference, unseen)
+        scores = evaluate(load_model(result.folder), reference, held_out)
         written = json.loads((result.folder / "strategy.json").read_text())["measured"]
         assert (
             result.measured_kl == written["kl"] == pytest.approx(scores.kl, rel=0.1)

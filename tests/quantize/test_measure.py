@@ -9,7 +9,7 @@ from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.calibration.blocks.states import open_states
 from dbrx_quant.calibration.blocks.walk import batches, route, spans, token_rows
 from dbrx_quant.calibration.statistics import moments
-from dbrx_quant.calibration.statistics.moments import HELD_OUT_EVERY
+from dbrx_quant.calibration.statistics.moments import SELECTION_EVERY
 from dbrx_quant.quantize import first_pass as measuring
 from dbrx_quant.quantize.entries import Entry
 from dbrx_quant.quantize.first_pass import MeasureJob, measure
@@ -151,12 +151,12 @@ def test_one_missing_linear_is_measured_again_and_alike(tmp_path):
 
 
 def test_experts_alike_share_one_choice_of_shrinkage(tmp_path, monkeypatch):
-    monkeypatch.setattr(moments, "MIN_HELD_TOKENS", 8)
+    monkeypatch.setattr(moments, "MIN_SELECTION_TOKENS", 8)
     chosen = []
     choose = measuring.choose_shrinkage
     monkeypatch.setattr(measuring, "choose_shrinkage", lambda *a: chosen.append(choose(*a)) or chosen[-1])
     folder = save_model(tmp_path / "model", "dbrx", std=0.2)
-    done = job(folder, tmp_path / "work", random_tokens(4 * HELD_OUT_EVERY, 12))
+    done = job(folder, tmp_path / "work", random_tokens(4 * SELECTION_EVERY, 12))
     measure(done)
     block = done.model.architecture.blocks[1]
     found = {}

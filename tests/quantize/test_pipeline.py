@@ -125,11 +125,11 @@ def test_finished_linears_are_not_solved_again(finished, monkeypatch):
 
 @pytest.mark.parametrize("family", ["dbrx", "llama tied and biased"])
 @pytest.mark.parametrize("repair", [NO_REPAIR, DEFAULT_REPAIR])
-def test_unseen_rows_are_measured_and_change_nothing(family, repair, tmp_path):
+def test_held_out_rows_are_measured_and_change_nothing(family, repair, tmp_path):
     job = make_job(save_model(tmp_path / "model", family, std=0.2), tmp_path, random_tokens(16, 24))
-    unseen, found, files = random_tokens(3, 24, seed=7), [], []
-    for name, ids in (("one", unseen), ("other", unseen.flip(1))):
-        one = dataclasses.replace(job, folder=tmp_path / name, unseen=ids, repair=repair)
+    held_out, found, files = random_tokens(3, 24, seed=7), [], []
+    for name, ids in (("one", held_out), ("other", held_out.flip(1))):
+        one = dataclasses.replace(job, folder=tmp_path / name, held_out=ids, repair=repair)
         found.append(quantize_model(one))
         assert quantize_model(one) == found[-1]
         files.append({path.name: path.read_bytes() for path in (one.folder / "linears").iterdir()})

@@ -1,3 +1,4 @@
+// The instruction set that the kernels run on: found at the first call, or forced.
 #include "isa.h"
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// The threads that share out a kernel's tasks.
 #include "parallel.h"
 
 #include <atomic>

@@ -17,11 +17,13 @@
 //
 // Everything sits in an unnamed namespace and uses no inline function of the standard library: code compiled for
 // AVX-512 must never be the copy that the linker keeps for everyone.
-//
-// The includer defines `Vec` (and its `lanes`) first.
+#include "unroll.h"
 
 namespace dbrxq {
 namespace {
+
+struct Vec;
+static_assert(Defined<Vec>, "define dbrxq::Vec, the vector type, before including kernels_impl.h");
 
 constexpr int kLanes = Vec::lanes;
 constexpr int kPanelWidth = 2 * kLanes;  // columns that the matrix kernel holds in registers

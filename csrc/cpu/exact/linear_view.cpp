@@ -1,3 +1,4 @@
+// A caller's linear, checked before anything reads it.
 #include "linear_view.h"
 
 #include <cstring>

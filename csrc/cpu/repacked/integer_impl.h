@@ -15,39 +15,25 @@
 //
 // Everything sits in an unnamed namespace and uses no inline function of the standard library: code compiled for
 // AVX-512 must never be the copy that the linker keeps for everyone.
-//
-// The includer defines `Vec` first.
+#include "unroll.h"
 
 namespace dbrxq {
 namespace {
 
+struct Vec;
+static_assert(Defined<Vec>, "define dbrxq::Vec, the vector type, before including integer_impl.h");
+
 constexpr int kLanes = Vec::lanes;
-constexpr int kPair = 2 * kLanes;                // columns handled together
-constexpr int kUnitBytes = 4 * bands::kColumns;  // of one word row of a band
+constexpr int kVectors = bands::kColumns / kLanes;  // of a band
+constexpr int kPair = 2 * kLanes;                   // columns handled together
+constexpr int kUnitBytes = 4 * bands::kColumns;     // of one word row of a band
 static_assert(bands::kColumns % kPair == 0, "a band is whole pairs of vectors");
 
-template <int... I>
-struct Numbers {};
-template <int N, int... I>
-struct MakeNumbers : MakeNumbers<N - 1, N - 1, I...> {};
-template <int... I>
-struct MakeNumbers<0, I...> {
-  using type = Numbers<I...>;
-};
+// A constant as an argument.
 template <int I>
 struct Number {
-  static constexpr int value = I;
   constexpr operator int() const { return I; }
 };
-#define DBRXQ_INLINE __attribute__((always_inline))
-template <class Body, int... I>
-DBRXQ_INLINE inline void unroll(Numbers<I...>, Body&& body) {
-  (body(Number<I>{}), ...);
-}
-template <int N, class Body>
-DBRXQ_INLINE inline void unroll(Body&& body) {
-  unroll(typename MakeNumbers<N>::type{}, body);
-}
 
 template <int S>
 inline Vec::I shift_down(Vec::I value) {
@@ -60,8 +46,8 @@ template <int B, int Quad, int Index>
 inline Vec::I normal_part(const Vec::I* words) {
   constexpr bands::Part part = bands::part(B, Quad, Index);
   if constexpr (part.bits == 8) return words[part.word];
-  constexpr uint32_t mask = bands::part_mask(part) << part.weight;
-  return Vec::and_mask(shift_down<part.position - part.weight>(words[part.word]), mask);
+  return Vec::and_mask(shift_down<part.position - part.weight>(words[part.word]),
+                       (bands::part_mask(part) << part.weight));
 }
 
 // The codes of a quad, one a byte.
@@ -104,15 +90,16 @@ struct Cursor {
   bool fetch;  // whether the codes are still in memory
 };
 
-// All segments of width B from the cursor on; moves it behind them.
+// All segments of width B from the cursor on, for M tokens whose activations have Planes bytes; moves it behind them.
 //
 // The loops over sums are unrolled by hand: compilers keep an array in registers only where they see constant indices
-// from the start, and zeroing and adding up these arrays in memory took twice the time of the products.
+// from the start, and zeroing and adding up these arrays in memory took twice the time of the products. The steps are
+// lambdas where they are used: as functions, the same steps made GCC 12 sum up in another order, up to a third slower.
 template <int B, int Planes, int M>
 inline void multiply_run(Cursor& run, const uint8_t* steps, const float* tables, Vec::F* sums) {
   constexpr bool placed = in_place<B, M>();
   constexpr int slots = placed ? in_place_sums(B) : 1;
-  constexpr int vectors = bands::kColumns / kLanes;
+  constexpr int count = slots * Planes * M * 2;  // integer sums of a pair of vectors: [slot][plane][m][vector]
   const auto at_sum = [](int slot, int plane, int m, int v) { return ((slot * Planes + plane) * M + m) * 2 + v; };
   const Segment* segment = run.segment;
   const char* codes = run.codes;
@@ -123,39 +110,60 @@ inline void multiply_run(Cursor& run, const uint8_t* steps, const float* tables,
     const int units = segment->units;
     const uint8_t* of = steps + segment->group * 16;
     const float* table = tables + segment->group * 16;
-    const auto pair = [&](auto pair_number) DBRXQ_INLINE {
-      const int column = pair_number * kPair;
-      Vec::I sum[slots * Planes * M * 2];  // [slot][plane][m][vector]
-      unroll<slots * Planes * M * 2>([&](auto i) DBRXQ_INLINE { sum[decltype(i)::value] = Vec::zero(); });
-      const char* at = codes + column * 4;
-      const int32_t *upper = high, *lower = low;
-      for (int unit = 0; unit < units; ++unit) {
-        Vec::I words[2][B];
-        unroll<2 * B>([&](auto i) DBRXQ_INLINE {
-          constexpr int v = decltype(i)::value % 2, word = decltype(i)::value / 2;  // in the order of memory
-          words[v][word] = Vec::load(at + word * kUnitBytes + v * kLanes * 4);
+    const auto multiply_pair = [&](auto pair) DBRXQ_INLINE {  // an int or a Number
+      const int column = pair * kPair;
+      Vec::I sum[count];
+      unroll<count>([&]<int I>() DBRXQ_INLINE { sum[I] = Vec::zero(); });
+
+      const auto load_words = [&](const char* at, Vec::I(&words)[2][B]) DBRXQ_INLINE {
+        unroll<2 * B>([&]<int I>() DBRXQ_INLINE {  // in the order of memory
+          words[I % 2][I / 2] = Vec::load(at + I / 2 * kUnitBytes + I % 2 * kLanes * 4);
         });
         for (int i = 0; i < B * kPair * 4; i += 64) Vec::prefetch(at + Vec::ahead + i);
-        unroll<bands::kQuads>([&](auto number) DBRXQ_INLINE {
-          constexpr int quad = decltype(number)::value;
-          constexpr int parts = placed ? bands::part_count(B, quad) : 1;
-          unroll<2 * parts>([&](auto index) DBRXQ_INLINE {
-            constexpr int v = decltype(index)::value % 2, which = decltype(index)::value / 2;
-            constexpr bands::Part part = bands::part(B, quad, which);
+      };
+      // Codes of the unit's quads, in place one part of them after the other, times the activations of all tokens.
+      const auto add_products = [&](const Vec::I(&words)[2][B], const int32_t* upper,
+                                    const int32_t* lower) DBRXQ_INLINE {
+        unroll<bands::kQuads>([&]<int Quad>() DBRXQ_INLINE {
+          unroll<2 * (placed ? bands::part_count(B, Quad) : 1)>([&]<int I>() DBRXQ_INLINE {
+            constexpr int v = I % 2;
+            constexpr bands::Part part = bands::part(B, Quad, I / 2);
             constexpr int slot = placed ? slot_of(B, part.position - part.weight) : 0;
             static_assert(slot >= 0, "every part has a sum");
             Vec::I code;
             if constexpr (placed)
               code = Vec::and_mask(words[v][part.word], bands::part_mask(part) << part.position);
             else
-              code = normal_codes<B, quad>(words[v]);
-            unroll<Planes * M>([&](auto which_sum) DBRXQ_INLINE {
-              constexpr int plane = decltype(which_sum)::value / M, m = decltype(which_sum)::value % M;
-              constexpr int s = at_sum(slot, plane, m, v);
-              sum[s] = Vec::template dot<B == 8>(sum[s], code, Vec::splat_int((plane ? lower : upper)[quad * M + m]));
+              code = normal_codes<B, Quad>(words[v]);
+            unroll<Planes * M>([&]<int J>() DBRXQ_INLINE {
+              constexpr int plane = J / M, m = J % M, s = at_sum(slot, plane, m, v);
+              sum[s] = Vec::template dot<B == 8>(sum[s], code, Vec::splat_int((plane ? lower : upper)[Quad * M + m]));
             });
           });
         });
+      };
+      // The integer sum of one token and vector, over slots and bytes.
+      const auto total = [&]<int m, int v>(const Vec::I* sum) DBRXQ_INLINE {
+        Vec::I of_plane[Planes];
+        unroll<Planes>([&]<int Plane>() DBRXQ_INLINE {
+          of_plane[Plane] = sum[at_sum(0, Plane, m, v)];
+          unroll<slots - 1>([&]<int I>() DBRXQ_INLINE {
+            constexpr int slot = I + 1;
+            of_plane[Plane] = Vec::add_int(
+                of_plane[Plane], Vec::template shift_signed<slot_shift(B, slot)>(sum[at_sum(slot, Plane, m, v)]));
+          });
+        });
+        Vec::I all = Vec::add_int(of_plane[Planes - 1], Vec::splat_int(offsets[m]));
+        if constexpr (Planes == 2) all = Vec::add_int(all, Vec::template shift_left<7>(of_plane[0]));
+        return all;
+      };
+
+      const char* at = codes + column * 4;
+      const int32_t *upper = high, *lower = low;
+      for (int unit = 0; unit < units; ++unit) {
+        Vec::I words[2][B];
+        load_words(at, words);
+        add_products(words, upper, lower);
         at += B * kUnitBytes;
         upper += bands::kQuads * M;
         lower += bands::kQuads * M;
@@ -163,31 +171,19 @@ inline void multiply_run(Cursor& run, const uint8_t* steps, const float* tables,
       // Before anything is stored: for all that the compiler knows, stores to `sums` may change the tables.
       const Vec::F column_scales[2] = {Vec::column_scales(of, table, column),
                                        Vec::column_scales(of, table, column + kLanes)};
-      unroll<2 * M>([&](auto index) DBRXQ_INLINE {
-        constexpr int v = decltype(index)::value % 2, m = decltype(index)::value / 2;
-        Vec::I total[Planes];
-        unroll<Planes>([&](auto number) DBRXQ_INLINE {
-          constexpr int plane = decltype(number)::value;
-          total[plane] = sum[at_sum(0, plane, m, v)];
-          unroll<slots - 1>([&](auto other) DBRXQ_INLINE {
-            constexpr int slot = decltype(other)::value + 1;
-            total[plane] = Vec::add_int(
-                total[plane], Vec::template shift_signed<slot_shift(B, slot)>(sum[at_sum(slot, plane, m, v)]));
-          });
-        });
-        Vec::I all = Vec::add_int(total[Planes - 1], Vec::splat_int(offsets[m]));
-        if constexpr (Planes == 2) all = Vec::add_int(all, Vec::template shift_left<7>(total[0]));
+      unroll<2 * M>([&]<int I>() DBRXQ_INLINE {
+        constexpr int v = I % 2, m = I / 2;
+        const Vec::I all = total.template operator()<m, v>(sum);
         Vec::F scale = column_scales[v];
         if constexpr (Planes == 1) scale = Vec::mul(scale, Vec::splat(scales[m]));
-        Vec::F& to = sums[m * vectors + pair_number * 2 + v];
+        Vec::F& to = sums[m * kVectors + pair * 2 + v];
         to = Vec::multiply_add(Vec::to_float(all), scale, to);
       });
     };
-    if constexpr (kPair == bands::kColumns) {
-      pair(Number<0>{});
-    } else {
-      for (int i = 0; i < bands::kColumns / kPair; ++i) pair(i);
-    }
+    if constexpr (kPair == bands::kColumns)
+      multiply_pair(Number<0>{});
+    else
+      for (int pair = 0; pair < bands::kColumns / kPair; ++pair) multiply_pair(pair);
     codes += units * (B * kUnitBytes);
     high += units * (bands::kQuads * M);
     low += units * (bands::kQuads * M);
@@ -213,29 +209,21 @@ inline void multiply_wide_run(Cursor& run, const uint8_t* steps, const float* ta
     if (run.fetch)
       for (int i = 0; i < units * B * kUnitBytes; i += 64) Vec::prefetch(codes + Vec::ahead + i);
     Vec::I sum[M * 2];  // [m][vector]
-    unroll<M * 2>([&](auto i) DBRXQ_INLINE { sum[decltype(i)::value] = Vec::zero(); });
+    unroll<M * 2>([&]<int I>() DBRXQ_INLINE { sum[I] = Vec::zero(); });
     const int32_t* values = high;
     for (int plane = 0; plane < Planes; ++plane, values = low) {  // one piece of code for both: it is long as it is
-      if (plane)
-        unroll<M * 2>([&](auto i) DBRXQ_INLINE {
-          sum[decltype(i)::value] = Vec::template shift_left<7>(sum[decltype(i)::value]);
-        });
+      if (plane) unroll<M * 2>([&]<int I>() DBRXQ_INLINE { sum[I] = Vec::template shift_left<7>(sum[I]); });
       const char* at = codes;
       for (int unit = 0; unit < units; ++unit) {
-        unroll<bands::kQuads>([&](auto number) DBRXQ_INLINE {
-          constexpr int quad = decltype(number)::value;
+        unroll<bands::kQuads>([&]<int Quad>() DBRXQ_INLINE {
           Vec::I code[2];
-          unroll<2>([&](auto vector) DBRXQ_INLINE {
-            constexpr int v = decltype(vector)::value;
+          unroll<2>([&]<int v>() DBRXQ_INLINE {
             Vec::I words[B];  // loads of words that the quad has no use for are left out
-            unroll<B>([&](auto word) DBRXQ_INLINE {
-              words[decltype(word)::value] = Vec::load(at + decltype(word)::value * kUnitBytes + v * kLanes * 4);
-            });
-            code[v] = normal_codes<B, quad>(words);
+            unroll<B>([&]<int I>() DBRXQ_INLINE { words[I] = Vec::load(at + I * kUnitBytes + v * kLanes * 4); });
+            code[v] = normal_codes<B, Quad>(words);
           });
-          unroll<M>([&](auto token) DBRXQ_INLINE {  // one load for two products: a core starts two of either
-            constexpr int m = decltype(token)::value;
-            const Vec::I value = Vec::splat_int(values[quad * M + m]);
+          unroll<M>([&]<int m>() DBRXQ_INLINE {  // one load for two products: a core starts two of either
+            const Vec::I value = Vec::splat_int(values[Quad * M + m]);
             sum[2 * m] = Vec::template dot<B == 8>(sum[2 * m], code[0], value);
             sum[2 * m + 1] = Vec::template dot<B == 8>(sum[2 * m + 1], code[1], value);
           });
@@ -248,13 +236,11 @@ inline void multiply_wide_run(Cursor& run, const uint8_t* steps, const float* ta
     const uint8_t* of = steps + segment->group * 16;
     const float* table = tables + segment->group * 16;
     const Vec::F column_scales[2] = {Vec::column_scales(of, table, 0), Vec::column_scales(of, table, kLanes)};
-    unroll<M>([&](auto token) DBRXQ_INLINE {
-      constexpr int m = decltype(token)::value;
+    unroll<M>([&]<int m>() DBRXQ_INLINE {
       const Vec::I offset = Vec::splat_int(offsets[m]);
       const Vec::F activation_scale = Vec::splat(scales[m]);
       Vec::F total[2];
-      unroll<2>([&](auto vector) DBRXQ_INLINE {
-        constexpr int v = decltype(vector)::value;
+      unroll<2>([&]<int v>() DBRXQ_INLINE {
         Vec::F scale = column_scales[v];
         if constexpr (Planes == 1) scale = Vec::mul(scale, activation_scale);
         total[v] = Vec::multiply_add(Vec::to_float(Vec::add_int(sum[2 * m + v], offset)), scale, sums[2 * m + v]);
@@ -271,19 +257,19 @@ inline void multiply_wide_run(Cursor& run, const uint8_t* steps, const float* ta
   run = {segment, run.end, codes, high, low, scales, offsets, run.fetch};
 }
 
-// One run of segments after the other: run(bits, planes) as constants.
+// One run of segments after the other: run<bits, planes>().
 template <class Run>
 DBRXQ_INLINE inline void for_runs(const Cursor& cursor, int activation_bits, Run&& run) {
   while (cursor.segment != cursor.end) {
     const int bits = cursor.segment->bits;
     const bool two = two_bytes(activation_bits, bits);
     switch (bits) {
-      case 2: two ? run(Number<2>{}, Number<2>{}) : run(Number<2>{}, Number<1>{}); break;
-      case 3: two ? run(Number<3>{}, Number<2>{}) : run(Number<3>{}, Number<1>{}); break;
-      case 4: two ? run(Number<4>{}, Number<2>{}) : run(Number<4>{}, Number<1>{}); break;
-      case 5: run(Number<5>{}, Number<2>{}); break;
-      case 6: run(Number<6>{}, Number<2>{}); break;
-      default: run(Number<8>{}, Number<2>{}); break;
+      case 2: two ? run.template operator()<2, 2>() : run.template operator()<2, 1>(); break;
+      case 3: two ? run.template operator()<3, 2>() : run.template operator()<3, 1>(); break;
+      case 4: two ? run.template operator()<4, 2>() : run.template operator()<4, 1>(); break;
+      case 5: run.template operator()<5, 2>(); break;
+      case 6: run.template operator()<6, 2>(); break;
+      default: run.template operator()<8, 2>(); break;
     }
   }
 }
@@ -291,38 +277,34 @@ DBRXQ_INLINE inline void for_runs(const Cursor& cursor, int activation_bits, Run
 template <int M>
 void multiply_band(const PackedView& view, int activation_bits, int64_t band, const ActivationTile& tile, bool fetch,
                    float* out) {
-  constexpr int vectors = bands::kColumns / kLanes;
+  constexpr int kSums = M * kVectors;
   const uint8_t* steps = view.band_steps(band);
   const float* tables = view.tables;
-  Cursor cursor = {view.segments,
-                   view.segments + view.header->segments,
-                   view.band_codes(band),
-                   tile.high,
-                   tile.low,
-                   tile.scales,
-                   tile.offsets,
-                   fetch};
-  Vec::F sums[M * vectors];
-  unroll<M * vectors>([&](auto i) DBRXQ_INLINE { sums[decltype(i)::value] = Vec::splat(0.0f); });
-  for_runs(cursor, activation_bits, [&](auto bits, auto number) {
-    constexpr int planes = decltype(number)::value;
+  Cursor cursor = {.segment = view.segments,
+                   .end = view.segments + view.header->segments,
+                   .codes = view.band_codes(band),
+                   .high = tile.high,
+                   .low = tile.low,
+                   .scales = tile.scales,
+                   .offsets = tile.offsets,
+                   .fetch = fetch};
+  Vec::F sums[kSums];
+  unroll<kSums>([&]<int I>() DBRXQ_INLINE { sums[I] = Vec::splat(0.0f); });
+  for_runs(cursor, activation_bits, [&]<int B, int Planes>() {
     const float* scales = cursor.scales;
-    Vec::F of_run[M * vectors];  // where all segments of a run share the activations' scale
-    if constexpr (planes == 2)
-      unroll<M * vectors>([&](auto i) DBRXQ_INLINE { of_run[decltype(i)::value] = Vec::splat(0.0f); });
-    Vec::F* to = planes == 2 ? of_run : sums;
+    Vec::F of_run[kSums];  // where all segments of a run share the activations' scale
+    if constexpr (Planes == 2) unroll<kSums>([&]<int I>() DBRXQ_INLINE { of_run[I] = Vec::splat(0.0f); });
+    Vec::F* to = Planes == 2 ? of_run : sums;
     if constexpr (M > 4)
-      multiply_wide_run<decltype(bits)::value, planes, M>(cursor, steps, tables, to);
+      multiply_wide_run<B, Planes, M>(cursor, steps, tables, to);
     else
-      multiply_run<decltype(bits)::value, planes, M>(cursor, steps, tables, to);
-    if constexpr (planes == 2)
-      unroll<M * vectors>([&](auto index) DBRXQ_INLINE {
-        constexpr int i = decltype(index)::value;
-        sums[i] = Vec::multiply_add(of_run[i], Vec::splat(scales[i / vectors]), sums[i]);
+      multiply_run<B, Planes, M>(cursor, steps, tables, to);
+    if constexpr (Planes == 2)
+      unroll<kSums>([&]<int I>() DBRXQ_INLINE {
+        sums[I] = Vec::multiply_add(of_run[I], Vec::splat(scales[I / kVectors]), sums[I]);
       });
   });
-  unroll<M * vectors>([&](auto i)
-                          DBRXQ_INLINE { Vec::store(out + decltype(i)::value * kLanes, sums[decltype(i)::value]); });
+  unroll<kSums>([&]<int I>() DBRXQ_INLINE { Vec::store(out + I * kLanes, sums[I]); });
 }
 
 template <int Largest>  // tile: a template, so that tiles that the vectors have no room for are not compiled

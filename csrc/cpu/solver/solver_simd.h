@@ -5,6 +5,10 @@
 
 #include "solver.h"
 
+#ifndef DBRXQ_SOLVER_VARIANT
+#error "define DBRXQ_SOLVER_VARIANT, the namespace of the instruction set, before including the solver's kernels"
+#endif
+
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif

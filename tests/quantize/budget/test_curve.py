@@ -127,7 +127,7 @@ def moments(tokens, k, seed, prior=0):
     return split
 
 
-def test_the_chosen_shrinkage_is_the_best_of_its_dimension_on_held_out_tokens():
+def test_the_chosen_shrinkage_is_the_best_of_its_dimension_on_selection_tokens():
     weight, _, _ = problem(64, 48, 9)
     few, many = (choose_shrinkage(weight, moments(count, 64, 10)) for count in (768, 65536))
     assert few.damping in DAMPINGS
@@ -135,7 +135,7 @@ def test_the_chosen_shrinkage_is_the_best_of_its_dimension_on_held_out_tokens():
     assert many.damping <= few.damping, "more tokens need less"
 
 
-def test_too_few_held_out_tokens_get_the_cautious_shrinkage():
+def test_too_few_selection_tokens_get_the_cautious_shrinkage():
     weight, _, _ = problem(64, 48, 9)
     assert choose_shrinkage(weight, moments(100, 64, 11)) == UNCHOSEN
     assert isinstance(UNCHOSEN, Shrinkage)

@@ -63,14 +63,16 @@ def test_the_noise_of_one_linear_is_as_strong_as_its_error(measured, which, tmp_
     assert found == pytest.approx(expected, rel=1e-2, abs=1e-8)
 
 
-def test_noise_is_as_strong_as_errors_are_on_unseen_tokens(measured, tmp_path):
+def test_noise_is_as_strong_as_errors_are_on_held_out_tokens(measured, tmp_path):
     model, measurement, ids = measured
-    stronger = {name: dataclasses.replace(one, unseen=4.0) for name, one in measurement.linears.items()}
+    stronger = {
+        name: dataclasses.replace(one, held_out_ratio=4.0) for name, one in measurement.linears.items()
+    }
     harder = dataclasses.replace(measurement, linears=stronger)
-    unseen = Predictor(model, harder, ids[:2], tmp_path / "unseen")
+    held_out = Predictor(model, harder, ids[:2], tmp_path / "held_out")
     plain = Predictor(model, measurement, ids[:2], tmp_path / "plain")
     larger = strategy_of(measurement, errors=lambda name, error: 4 * error)
-    assert unseen.kl(strategy_of(measurement), False) == pytest.approx(plain.kl(larger, False), rel=1e-4)
+    assert held_out.kl(strategy_of(measurement), False) == pytest.approx(plain.kl(larger, False), rel=1e-4)
 
 
 def test_small_errors_cost_what_the_measurement_says_to_second_order(measured, tmp_path):

@@ -200,8 +200,8 @@ def our_scales(targets, bits, pivots):
     ("bits", "rows", "margin", "scales_margin"),
     [(2, 64, 0.2, 0.15), (3, 128, 0.2, 0.15), (4, 128, 0.12, 0.08), (6, 32, 0.05, 0.02)],
 )
-def test_scales_per_column_beat_the_shared_clip_factor_on_unseen_data(bits, rows, margin, scales_margin):
-    """exllamav2's scales with plain feedback and the same damping, judged by a held-out Hessian."""
+def test_scales_per_column_beat_the_shared_clip_factor_on_other_data(bits, rows, margin, scales_margin):
+    """exllamav2's scales with plain feedback and the same damping, judged by the Hessian of other data."""
     generator = torch.Generator().manual_seed(3)
     both = oracle.strong_hessian(512, 4096, generator)
     x = torch.randn(4096, 512, generator=generator) @ torch.linalg.cholesky(both).T

@@ -8,7 +8,7 @@ from small_models import random_tokens, save_model
 
 from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.calibration.blocks.states import open_states
-from dbrx_quant.calibration.statistics.moments import MIN_HELD_TOKENS, SplitMoments, held_out
+from dbrx_quant.calibration.statistics.moments import MIN_SELECTION_TOKENS, SplitMoments, is_selection
 from dbrx_quant.calibration.statistics.residual import ResidualMoments
 from dbrx_quant.quantize import second_pass
 from dbrx_quant.quantize.budget.allocate import allocate
@@ -50,17 +50,17 @@ def ridge_regression(x, r, ridge, total):
 
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("noise", [0.5, 30.0, 300.0])
-def test_the_change_is_a_ridge_regression_as_strong_as_held_out_tokens_like_it(routed, noise):
+def test_the_change_is_a_ridge_regression_as_strong_as_selection_tokens_like_it(routed, noise):
     x, p, missing, rows = draw(16, noise)
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(5))
     found = repaired(weight, summed(x, p if routed else None, missing, rows), Repair(0.3)).double()
 
-    x, r, held = x.double(), missing.double(), held_out(rows)
+    x, r, selection = x.double(), missing.double(), is_selection(rows)
     w = p.double() if routed else torch.ones(len(x), dtype=torch.float64)
     x = x * w[:, None]
-    change = ridge_regression(x[~held], r[~held], 0.3, float(w[~held].square().sum()))
+    change = ridge_regression(x[~selection], r[~selection], 0.3, float(w[~selection].square().sum()))
     strengths = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    left = r[held] - strengths[:, None, None] * (x[held] @ change.T)
+    left = r[selection] - strengths[:, None, None] * (x[selection] @ change.T)
     best = float(strengths[left.square().sum((1, 2)).argmin()])
     whole = ridge_regression(x, r, 0.3, float(w.square().sum()))
     assert (found - weight - best * whole).abs().max() <= 1e-3 * whole.abs().max() + 1e-4
@@ -76,10 +76,10 @@ def test_the_solution_with_a_factor_is_that_of_the_whole_matrix():
 def test_a_weight_stays_as_it_is_where_too_few_tokens_can_tell_or_they_speak_against_it():
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(5))
     x, _, missing, rows = draw(8, 1.0)
-    few = ~held_out(rows) | (torch.arange(len(rows)) % LENGTH < MIN_HELD_TOKENS - 1)
+    few = ~is_selection(rows) | (torch.arange(len(rows)) % LENGTH < MIN_SELECTION_TOKENS - 1)
     assert torch.equal(repaired(weight, summed(x[few], None, missing[few], rows[few]), Repair()), weight)
     assert not torch.equal(repaired(weight, summed(x, None, missing, rows), Repair()), weight)
-    missing[held_out(rows)] *= -1
+    missing[is_selection(rows)] *= -1
     assert torch.equal(repaired(weight, summed(x, None, missing, rows), Repair()), weight)
     assert torch.equal(repaired(weight, summed(0 * x, None, missing, rows), Repair()), weight)
 

@@ -105,9 +105,9 @@ def test_a_failed_write_keeps_the_old_file_and_no_leftover(tmp_path, monkeypatch
 
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
     code = (
-        "import os, signal, sys; from dbrx_quant.runtime import files\n"
-        "files.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "files.write_text(sys.argv[1], 'x' * 1000)"
+        "import os, signal, sys; from dbrx_quant.runtime.files import atomic\n"
+        "atomic.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "atomic.write_text(sys.argv[1], 'x' * 1000)"
     )
     (tmp_path / "kept.txt").write_text("kept")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "new.txt")], check=False)

@@ -164,17 +164,21 @@ def test_writing_into_the_source_is_refused(work):
         write(work)
 
 
-def test_an_interrupted_write_leaves_no_half_shard_and_the_next_run_finishes(work):
-    written = 0
+def test_an_interrupted_write_leaves_no_half_shard_and_the_next_run_finishes(work, monkeypatch):
+    written, digested = 0, shards._digested
 
-    def stop(count):
+    def stop(parts, digest):
         nonlocal written
-        written += count
-        if written > 2 * SMALL:
-            raise KeyboardInterrupt
+        for part in digested(parts, digest):
+            yield part
+            written += len(part)
+            if written > 2 * SMALL:
+                raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write(work, max_shard_bytes=SMALL, progress=stop)
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "_digested", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write(work, max_shard_bytes=SMALL)
     left = list(work.out.iterdir())
     assert left, "the first shard was finished"
     for file in left:
@@ -253,9 +257,3 @@ def test_files_that_get_replaced_give_their_room_back(work, monkeypatch):
     largest = max(path.stat().st_size for path in paths)
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=largest))
     assert write(work, max_shard_bytes=SMALL) == paths
-
-
-def test_progress_adds_up_to_the_bytes_written(work):
-    counts = []
-    paths = write(work, max_shard_bytes=SMALL, progress=counts.append)
-    assert sum(counts) == sum(path.stat().st_size for path in paths)

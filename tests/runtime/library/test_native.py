@@ -154,7 +154,7 @@ def test_the_thread_count_follows_torch_unless_it_is_set():
 
 def test_the_environment_chooses_the_instruction_set():
     code = (
-        "from dbrx_quant.runtime import _abi, _native\n"
+        "from dbrx_quant.runtime.library import _abi, _native\n"
         "import torch\n"
         "print(_native.isa())\n"
         "status = _native.library().dbrxq_dequantize(_abi.Linear(), None)\n"

@@ -9,7 +9,7 @@ import torch
 from measurements import linear
 from measurements import measurement as made
 
-from dbrx_quant.calibration.text.tokens import UNSEEN_EVERY
+from dbrx_quant.calibration.text.tokens import HELD_OUT_EVERY
 from dbrx_quant.quantize.budget.allocate import allocate
 from dbrx_quant.quantize.budget.groups import GROUP_ROWS
 from dbrx_quant.quantize.solve.ldlq import factorize, quantize_matrix
@@ -106,7 +106,7 @@ def test_predictions_are_shown_as_means_and_for_each_part():
 
 def test_every_row_is_left_out_in_one_part_of_the_study_of_predictions():
     parts = [variant.setting.left_out for variant in variants.STUDIES["prediction"]]
-    assert parts == list(range(UNSEEN_EVERY))
+    assert parts == list(range(HELD_OUT_EVERY))
 
 
 def test_peers_of_an_unknown_model_are_refused(tmp_path):

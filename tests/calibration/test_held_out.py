@@ -1,4 +1,4 @@
-"""Errors on unseen rows: measured beside the calibration, which they do not touch, and told of a result."""
+"""Errors on held-out rows: measured beside the calibration, which they do not touch, and told of a result."""
 
 import dataclasses
 import json
@@ -9,10 +9,10 @@ from places import TINY
 from small_models import random_tokens, save_model, whole_model
 
 from dbrx_quant.calibration.blocks.model import StreamedModel
-from dbrx_quant.calibration.statistics.held_out import UnseenInputs
+from dbrx_quant.calibration.statistics.held_out import HeldOutInputs
 from dbrx_quant.calibration.text.tokens import load_tokens
 from dbrx_quant.quantize import first_pass as measuring
-from dbrx_quant.quantize.budget.curve import unseen_ratio
+from dbrx_quant.quantize.budget.curve import held_out_ratio
 from dbrx_quant.quantize.conversion import convert
 from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.quantize.options import ConvertOptions
@@ -29,7 +29,7 @@ def inputs(seed, tokens=300, channels=64):
 
 
 def collected(*parts):
-    result = UnseenInputs()
+    result = HeldOutInputs()
     for x, weights in parts:
         result.add(x, weights)
     return result
@@ -47,10 +47,10 @@ def test_an_error_is_the_weighted_mean_over_all_tokens():
 def test_the_ratio_is_one_on_the_hessians_own_tokens_and_grows_with_the_square_of_the_inputs():
     x, weight = inputs(0), inputs(1, 40)
     prepared = prepare(x.T @ x / len(x))
-    assert unseen_ratio(weight, prepared, collected((x, None))) == pytest.approx(1, rel=1e-3)
-    assert unseen_ratio(weight, prepared, collected((3 * x, None))) == pytest.approx(9, rel=1e-3)
-    assert unseen_ratio(weight, prepared, UnseenInputs()) == 1.0
-    assert unseen_ratio(torch.zeros_like(weight), prepared, collected((x, None))) == 1.0
+    assert held_out_ratio(weight, prepared, collected((x, None))) == pytest.approx(1, rel=1e-3)
+    assert held_out_ratio(weight, prepared, collected((3 * x, None))) == pytest.approx(9, rel=1e-3)
+    assert held_out_ratio(weight, prepared, HeldOutInputs()) == 1.0
+    assert held_out_ratio(torch.zeros_like(weight), prepared, collected((x, None))) == 1.0
 
 
 def test_text_of_another_kind_costs_more():
@@ -58,18 +58,18 @@ def test_text_of_another_kind_costs_more():
     prepared = prepare(calm.T @ calm / len(calm))
     other = inputs(2) * torch.linspace(1, 0.1, 64)
     same = inputs(3) * torch.linspace(0.1, 1, 64)
-    assert unseen_ratio(weight, prepared, collected((other, None))) > 2
-    assert 0.9 < unseen_ratio(weight, prepared, collected((same, None))) < 1.8
+    assert held_out_ratio(weight, prepared, collected((other, None))) > 2
+    assert 0.9 < held_out_ratio(weight, prepared, collected((same, None))) < 1.8
 
 
 @pytest.mark.parametrize("family", ["dbrx", "qwen3 moe", "llama tied and biased"])
-def test_unseen_rows_are_followed_like_others_and_change_nothing_else(family, tmp_path, monkeypatch):
+def test_held_out_rows_are_followed_like_others_and_change_nothing_else(family, tmp_path, monkeypatch):
     """The inputs that are kept have the power that measuring those rows by themselves sums up."""
     model = StreamedModel(save_model(tmp_path / "model", family, std=0.2))
-    ids, unseen = random_tokens(8, 12), random_tokens(3, 12, seed=9)
+    ids, held_out = random_tokens(8, 12), random_tokens(3, 12, seed=9)
     plain = measure(MeasureJob(model, ids, tmp_path / "plain", Progress()))
 
-    kept, summed, ratio, hessian = [], [], measuring.unseen_ratio, measuring.hessian
+    kept, summed, ratio, hessian = [], [], measuring.held_out_ratio, measuring.hessian
 
     def note_kept(weight, prepared, inputs):
         kept.append((inputs.tokens, inputs.error(torch.eye(weight.shape[1])) if inputs.tokens else 0.0))
@@ -80,28 +80,28 @@ def test_unseen_rows_are_followed_like_others_and_change_nothing_else(family, tm
         return hessian(moments, prior, shrinkage)
 
     with monkeypatch.context() as patched:
-        patched.setattr(measuring, "unseen_ratio", note_kept)
-        both = measure(MeasureJob(model, ids, tmp_path / "both", Progress(), unseen=unseen))
+        patched.setattr(measuring, "held_out_ratio", note_kept)
+        both = measure(MeasureJob(model, ids, tmp_path / "both", Progress(), held_out=held_out))
     with monkeypatch.context() as patched:
         patched.setattr(measuring, "hessian", note_summed)
-        measure(MeasureJob(model, unseen, tmp_path / "alone", Progress()))
+        measure(MeasureJob(model, held_out, tmp_path / "alone", Progress()))
     assert [tokens for tokens, _ in kept] == [tokens for tokens, _ in summed]
     assert [power for _, power in kept] == pytest.approx([power for _, power in summed], rel=1e-4)
 
-    ratios = {name: linear.unseen for name, linear in both.linears.items()}
+    ratios = {name: linear.held_out_ratio for name, linear in both.linears.items()}
     assert all(value > 0 for value in ratios.values())
     assert len(set(ratios.values())) > 1
-    assert {linear.unseen for linear in plain.linears.values()} == {1.0}
-    same = {name: dataclasses.replace(linear, unseen=1.0) for name, linear in both.linears.items()}
+    assert {linear.held_out_ratio for linear in plain.linears.values()} == {1.0}
+    same = {name: dataclasses.replace(linear, held_out_ratio=1.0) for name, linear in both.linears.items()}
     assert dataclasses.replace(both, linears=same) == plain
 
 
 def test_no_more_tokens_are_kept_than_the_memory_is_planned_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "UNSEEN_TOKENS", 30)
+    monkeypatch.setattr(measuring, "HELD_OUT_TOKENS", 30)
     model = StreamedModel(save_model(tmp_path / "model", "dbrx", std=0.2))
-    ids, unseen = random_tokens(4, 12), random_tokens(7, 12, seed=9)
-    rows = MeasureJob(model, ids, tmp_path, Progress(), unseen=unseen).rows
-    assert rows.tolist() == torch.cat([ids, unseen[[0, 6]]]).tolist()
+    ids, held_out = random_tokens(4, 12), random_tokens(7, 12, seed=9)
+    rows = MeasureJob(model, ids, tmp_path, Progress(), held_out=held_out).rows
+    assert rows.tolist() == torch.cat([ids, held_out[[0, 6]]]).tolist()
 
 
 @pytest.fixture(scope="module")
