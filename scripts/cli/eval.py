@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbrx_quant.runtime.progress import counter
 from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, positive
 from dbrx_quant.scripts.terminal.output import (
-    counter,
     hide_loading_bar,
     print_json,
     print_table,

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from dbrx_quant.runtime.progress import counter
 from dbrx_quant.scripts.terminal.arguments import add_quiet_argument
-from dbrx_quant.scripts.terminal.output import bytes_text, counter, print_json, say
+from dbrx_quant.scripts.terminal.output import bytes_text, print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb
 
 CHECK_FAILED = 3

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "ARCHITECTURE.md"
 BEGIN, END = "<!-- files -->\n", "<!-- end of files -->\n"
@@ -103,6 +105,7 @@ def _sentence(file: Path) -> str:
     return first[0] if first else paragraph
 
 
+@quiet_on_closed_pipe
 def main() -> int:
     """Print or renew the list."""
     parser = argparse.ArgumentParser(description="List the files of the project with their first sentences.")

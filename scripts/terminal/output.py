@@ -1,14 +1,13 @@
-"""What the command prints: results on stdout, for people or as JSON; progress on stderr."""
+"""What the command prints: results on stdout, for people or as JSON; remarks on stderr."""
 
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol
+from typing import Any, ParamSpec
 
 P = ParamSpec("P")
 _PIPE_WIDTH = 200  # columns where no terminal sets them: wide enough that nothing is cut off
@@ -105,37 +104,3 @@ def hide_loading_bar(quiet: bool) -> None:
 
     if quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()
-
-
-class Counter(Protocol):
-    """Told how far something is: (done, in all)."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show it."""
-
-
-@contextmanager
-def counter(title: str, unit: str, quiet: bool) -> Iterator[Counter]:
-    """Progress as a bar with the time left on stderr; nothing when quiet."""
-    if quiet:
-        yield lambda done, total: None
-        return
-    from tqdm import tqdm
-
-    bars: list[Any] = []  # made by the first step: the total isn't known before, and there may be none
-
-    def show(done: int, total: int) -> None:
-        if not bars:
-            scale = unit == "B"
-            bars.append(
-                tqdm(
-                    desc=title, total=total, unit=unit, unit_scale=scale, file=sys.stderr, dynamic_ncols=True
-                )
-            )
-        bars[0].update(done - bars[0].n)
-
-    try:
-        yield show
-    finally:
-        for bar in bars:
-            bar.close()
