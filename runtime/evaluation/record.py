@@ -63,7 +63,7 @@ def _key(entry: Evaluation) -> tuple[Any, ...]:
 
 
 def _fault(entry: Any) -> str | None:
-    """What is wrong with an entry."""
+    """What is wrong with an entry, or None."""
     if not isinstance(entry, Mapping):
         return f"{type(entry).__name__}, expected an object"
     for name in _NAMES:
@@ -77,5 +77,5 @@ def _fault(entry: Any) -> str | None:
         else:
             fine = is_number(value) or (value is None and name in _NUMBERS_OR_NULL)
         if not fine:
-            return f"not sound: {name} is {value!r}"
+            return f"invalid: {name} is {value!r}"
     return None

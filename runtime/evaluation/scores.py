@@ -59,14 +59,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """A folder with the original's log-probabilities and routing, a file a window."""
+    """A folder with the original's log-probabilities and routing, one file per window."""
 
     folder: Path
 
 
 @dataclass(frozen=True)
 class _Window:
-    """What one model says about one window."""
+    """The outputs of one model on one window."""
 
     logits: Tensor  # [L, V], on the model's device; up to a constant for each position
     top: Tensor  # [L] the most likely token, before any rounding of the logits
@@ -89,10 +89,10 @@ def windows(
     tokenizer = load_tokenizer(tokenizer_folder)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if count < 1 or length < 2:
-        raise ValueError(f"at least one window of two tokens, got {count} windows of {length}")
+        raise ValueError(f"expected at least one window of two tokens, got {count} windows of {length}")
     if len(ids) < count * length:
         raise ValueError(
-            f"{text_path}: {len(ids)} tokens hold {len(ids) // length} windows of {length}, {count} asked for"
+            f"{text_path}: {len(ids)} tokens hold {len(ids) // length} windows of {length}, {count} requested"
         )
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
@@ -163,7 +163,7 @@ def cache_reference(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> ReferenceCache:
-    """Run the original over the windows and keep what `evaluate` needs of it.
+    """Run the original over the windows and store what `evaluate` needs.
 
     N·L·V elements on disk (fp32, N = 40, L = 512, V = 100352: 8.2 GB; fp16 half of that, which moved a KL of
     0.000759 by 6e-7, since log-probabilities are normalised again when they are read). A window that is there
@@ -221,15 +221,15 @@ def _run(model: nn.Module | LogitsFunction, row: Tensor, what: str) -> _Window:
     else:
         logits, noted = model(row), None
     if logits.dim() != 2 or logits.shape[0] != len(row):
-        raise ValueError(f"{what}: logits of shape [{len(row)}, V] wanted, got {list(logits.shape)}")
+        raise ValueError(f"{what}: expected logits of shape [{len(row)}, V], got {list(logits.shape)}")
     if not torch.isfinite(logits).all():
-        raise ValueError(f"{what}: logits are not finite; the model is broken or its dtype too narrow")
+        raise ValueError(f"{what}: logits are not finite; the model is broken or its dtype is too narrow")
     return _Window(logits, logits.argmax(-1), noted)
 
 
 @contextmanager
 def _routing(model: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """Note the experts that each block chooses while the model runs: block → [L, A], ascending.
+    """Record the experts that each block chooses while the model runs: block → [L, A], ascending.
 
     Routers are found by class name and by what they return, as of transformers 5: DBRX's gives logits [L, E],
     of which the ffn around it takes its `top_k`; the others give (logits, scores, indices).

@@ -1,4 +1,4 @@
-"""Folders of safetensors shards, read by header and memory-mapped: an untouched tensor costs nothing."""
+"""Folders of safetensors shards, read by header and memory-mapped: an unread tensor costs nothing."""
 
 import json
 import mmap
@@ -62,7 +62,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if length > min(size - 8, _HEADER_LIMIT):
             pointer = prefix + stream.read(len(_LFS_POINTER) - 8) == _LFS_POINTER
             hint = "it is a git-lfs pointer; run `git lfs pull`" if pointer else "fetch it again"
-            raise CheckpointError(f"{file}: its header claims {length} bytes of a file of {size}; {hint}")
+            raise CheckpointError(f"{file}: its header claims {length} bytes, the file has {size}; {hint}")
         raw = stream.read(length)
     try:
         header = json.loads(raw)
@@ -79,18 +79,18 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             for name, entry in header.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file}: its header is not that of a safetensors file ({error})") from None
+        raise CheckpointError(f"{file}: not a valid safetensors header ({error})") from None
     expected = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.dtype not in _DTYPES:
             known = ", ".join(_DTYPES)
-            raise CheckpointError(f"{file}: {name}: dtype {info.dtype}; this reader knows {known}")
-        wanted = _DTYPES[info.dtype].itemsize
+            raise CheckpointError(f"{file}: {name}: dtype {info.dtype}; supported are {known}")
+        expected_bytes = _DTYPES[info.dtype].itemsize
         for dimension in info.shape:
-            wanted *= dimension
-        if min(info.shape, default=0) < 0 or info.nbytes != wanted:
+            expected_bytes *= dimension
+        if min(info.shape, default=0) < 0 or info.nbytes != expected_bytes:
             raise CheckpointError(
-                f"{file}: {name}: {info.nbytes} bytes, its shape {info.shape} asks for {wanted}"
+                f"{file}: {name}: {info.nbytes} bytes, its shape {info.shape} requires {expected_bytes}"
             )
         if info.start != expected:
             raise CheckpointError(f"{file}: {name}: its data starts at {info.start}, expected {expected}")
@@ -176,7 +176,7 @@ class Checkpoint:
             if name not in stored:
                 raise CheckpointError(f"{path}: names the tensor {name}, which no shard holds")
             if stored[name] != file:
-                raise CheckpointError(f"{path}: puts {name} in {file}; it is in {stored[name]}")
+                raise CheckpointError(f"{path}: places {name} in {file}, but it is in {stored[name]}")
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -192,7 +192,7 @@ class Checkpoint:
             CheckpointError: there is no such tensor.
         """
         if name not in self._infos:
-            raise CheckpointError(f"{self.folder}: has no tensor {name}")
+            raise CheckpointError(f"{self.folder}: no tensor {name}")
         return self._infos[name]
 
     def load(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -227,7 +227,7 @@ class Checkpoint:
         return tensors
 
     def release(self, name: str) -> None:
-        """Let go of the memory that reading a tensor has filled; its file's pages are read again when needed.
+        """Drop the memory that reading a tensor has filled; its file's pages are read again when needed.
 
         For whoever streams: without it, what was read once counts as this process's memory until the system
         wants it back. Changes made to tensors of that file since they were loaded are lost.

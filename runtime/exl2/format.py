@@ -60,7 +60,7 @@ GroupMap = tuple[Group, ...]
 
 @dataclass(frozen=True)
 class UnpackedLinear:
-    """A quantized linear with one element a code.
+    """A quantized linear with one array element per code.
 
     Attributes:
         codes: [K, N] uint8, in packed row order; the signed value is `code - 2^(bits-1)`.
@@ -80,7 +80,7 @@ class UnpackedLinear:
 
 
 def uniform_groups(k: int, bits: int, rows: int) -> GroupMap:
-    """K rows at one bit width in groups of `rows`, the last one shorter where K asks for it."""
+    """K rows at one bit width in groups of `rows`, the last one shorter if K is not a multiple."""
     return tuple(Group(bits, min(rows, k - start)) for start in range(0, k, rows))
 
 
@@ -92,7 +92,7 @@ def check_groups(groups: Sequence[Group], k: int) -> None:
     for index, group in enumerate(groups):
         if group.bits not in WIDTHS:
             raise ValueError(
-                f"group {index}: {group.bits} bits; the format has {', '.join(map(str, WIDTHS))}"
+                f"group {index}: {group.bits} bits; the format allows {', '.join(map(str, WIDTHS))}"
             )
         if group.bits > previous:
             raise ValueError(f"group {index}: {group.bits} bits follow {previous}; widths must not increase")
@@ -107,7 +107,7 @@ def check_groups(groups: Sequence[Group], k: int) -> None:
 
 
 def group_overhead(n: int) -> int:
-    """Bits that a group takes on disk beside its codes, with N stored columns."""
+    """Bits that a group takes on disk besides its codes, with N stored columns."""
     return 4 * n + 16 + 2 * 16  # scale codes, maximum, group table entry
 
 
@@ -226,7 +226,7 @@ def read_groups(q_groups: Tensor, word_rows: int, k: int) -> GroupMap:
     groups = []
     for index, (width, start, end) in enumerate(zip(bits, starts, [*starts[1:], word_rows], strict=True)):
         if width not in WIDTHS:
-            raise ValueError(f"group {index}: {width} bits; the format has {', '.join(map(str, WIDTHS))}")
+            raise ValueError(f"group {index}: {width} bits; the format allows {', '.join(map(str, WIDTHS))}")
         if end <= start:
             raise ValueError(f"group {index}: starts at word row {start} and ends at {end}")
         rows, odd = divmod((end - start) * 32, width)
@@ -256,7 +256,7 @@ def pack_linear(
     if n % COLUMN_MULTIPLE:
         raise ValueError(f"N={n} is not a multiple of {COLUMN_MULTIPLE}; pad with zero columns first")
     if not torch.equal(unpacked.permutation.sort().values, torch.arange(k)):
-        raise ValueError("the permutation does not name every input channel once")
+        raise ValueError("the permutation does not contain every input channel once")
     tensors = {
         "q_weight": pack(unpacked.codes, unpacked.groups),
         "q_scale": pack_scale_codes(unpacked.scale_codes),
@@ -270,7 +270,7 @@ def pack_linear(
 
 
 def unpack_linear(tensors: Mapping[str, Tensor]) -> UnpackedLinear:
-    """One element a code, from the tensors of a linear keyed by suffix; inverse of `pack_linear`."""
+    """One array element per code, from the tensors of a linear keyed by suffix; inverse of `pack_linear`."""
     groups = read_groups(tensors["q_groups"], tensors["q_weight"].shape[0], tensors["q_invperm"].shape[0])
     return UnpackedLinear(
         codes=unpack_codes(tensors["q_weight"], groups),
@@ -316,7 +316,7 @@ def dequantize_linear(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def validate_linear(tensors: Mapping[str, Tensor], name: str, file: str = "") -> GroupMap:
-    """The group map of a linear whose every tensor obeys the format.
+    """Check every tensor of a linear against the format, and return its group map.
 
     Args:
         tensors: its tensors keyed by suffix.
@@ -373,5 +373,5 @@ def validate_linear(tensors: Mapping[str, Tensor], name: str, file: str = "") ->
     counts = torch.bincount(invperm, minlength=k)
     if bool((counts != 1).any()):
         at = int((counts > 1).nonzero()[0])
-        raise fail("q_invperm", f"row {at} is named {int(counts[at])} times; expected a permutation")
+        raise fail("q_invperm", f"row {at} occurs {int(counts[at])} times; expected a permutation")
     return groups

@@ -1,4 +1,4 @@
-"""A model's configuration as transformers reads it, with what it misreads put right."""
+"""A model's configuration as transformers reads it, with what it misreads corrected."""
 
 import json
 from pathlib import Path

@@ -182,7 +182,7 @@ def _fix_config(config: Any, raw: dict[str, Any], chosen: bool) -> None:
 
 
 def _patch_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The base at the top level as well, and of the nested keys those that describe the model.
+    """Copy the base to the top level, and keep the nested keys that describe the model.
 
     vLLM rejects nested configs with keys it does not know, and transformers 5 saves plenty of those
     (`_name_or_path`, `output_attentions`, …).
@@ -224,12 +224,14 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     if not bases["rope_theta"] and not bases["rope_parameters"]:
         problems.append(
             f"config.json: rope_theta is not at the top level (attn_config has {bases['attn_config']}); "
-            "transformers 5 alone would use 10000"
+            "transformers 5 by itself would use 10000"
         )
     given = {key: base for key, base in bases.items() if isinstance(base, (int, float)) and base}
     if len(set(given.values())) > 1:  # a DBRX config that transformers 5 read and saved again is like that
         text = ", ".join(f"{base} in {key}" for key, base in given.items())
-        problems.append(f"config.json: names different RoPE bases: {text}; keep the one it was trained with")
+        problems.append(
+            f"config.json: has different RoPE bases: {text}; keep the one the model was trained with"
+        )
     return problems
 
 

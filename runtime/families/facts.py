@@ -246,7 +246,7 @@ def check_dense_source(architecture: Architecture, checkpoint: Checkpoint) -> No
     if unknown:
         shown = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
         raise CheckpointError(
-            f"{checkpoint.folder}: tensors that {architecture.family} has no place for: {shown}"
+            f"{checkpoint.folder}: tensors that do not belong to a {architecture.family} model: {shown}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Dense models of the Llama layout: Llama, Mistral, Qwen2 (biased query, key, value), Qwen3 (head norms)."""
+"""Dense models built like Llama: Llama, Mistral, Qwen2 (biased query, key, value), Qwen3 (head norms)."""
 
 from typing import Any
 

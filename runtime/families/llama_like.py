@@ -102,7 +102,7 @@ def block(
     router_key: str = "",
     head_norms: bool = False,
 ) -> BlockSpec:
-    """A block of the given linears, with its norms and its router."""
+    """A block made of the given linears, with its norms and its router."""
     module, hidden = f"model.layers.{index}", config.hidden_size
     names = ["input_layernorm", "post_attention_layernorm"]
     floats = [FloatSpec(f"{module}.{n}.weight", f"{module}.{n}.weight", (hidden,)) for n in names]

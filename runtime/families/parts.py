@@ -1,4 +1,4 @@
-"""What the native step takes of a transformers decoder: which module of a layer plays which role.
+"""What the native step needs from a transformers decoder: which module of a layer plays which role.
 
 The families whose layers run natively say so in their `layer_parts`, with the helpers here. Only plain layers
 are recognised: a module of any other class, such as an adapter's, makes a layer unknown.
@@ -87,7 +87,7 @@ def quant_linears(*modules: Any) -> "tuple[QuantLinear, ...]":
 
 
 def fused_linears(module: Any) -> "tuple[QuantLinear, ...]":
-    """The linears of a `FusedLinear`, quantized all of them.
+    """The linears of a `FusedLinear`, if all are quantized.
 
     Raises:
         UnknownPartError: it is something else.

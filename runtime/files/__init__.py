@@ -1,1 +1,1 @@
-"""Files of ours: written whole or not at all, read with every field checked."""
+"""Our own files: written whole or not at all, read with every field checked."""

@@ -47,7 +47,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, atomically.
 
     Raises:
-        OSError: the disk is full (the message names path and bytes wanted), or there is no such folder.
+        OSError: the disk is full (the message names path and required bytes), or there is no such folder.
     """
     write_parts(Path(path), (text.encode("utf-8"),))
 
@@ -72,7 +72,9 @@ def render_json(value: object, depth: int = 0) -> str:
     if isinstance(value, Mapping) and value:
         wrong = [key for key in value if not isinstance(key, str)]
         if wrong:
-            raise TypeError(f"JSON keys are strings, got {wrong[0]!r}; it would not read back as it was")
+            raise TypeError(
+                f"JSON keys must be strings, got {wrong[0]!r}, which would not read back unchanged"
+            )
         lines = (f"{json.dumps(key)}: {render_json(value[key], depth + 1)}" for key in sorted(value))
         return "{" + inner + ("," + inner).join(lines) + outer + "}"
     if isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
@@ -109,7 +111,7 @@ def save_tensors(
         header["__metadata__"] = dict(sorted(metadata.items()))
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES or name == "__metadata__":
-            raise ValueError(f"{path}: safetensors has no place for tensor {name!r} of type {tensor.dtype}")
+            raise ValueError(f"{path}: safetensors cannot store tensor {name!r} of type {tensor.dtype}")
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     offset = 0
     for name in names:
@@ -176,11 +178,11 @@ def _chain(first: bytes, rest: Iterable[memoryview]) -> Iterable[bytes | memoryv
     yield from rest
 
 
-def write_parts(path: Path, parts: Iterable[bytes | memoryview], wanted: int | None = None) -> None:
-    """Write `parts` one after another to `path`; `wanted` is their total size in bytes where it's known."""
-    if wanted is None:
+def write_parts(path: Path, parts: Iterable[bytes | memoryview], required: int | None = None) -> None:
+    """Write `parts` one after another to `path`; `required` is their total size in bytes where it's known."""
+    if required is None:
         parts = tuple(parts)
-        wanted = sum(len(part) for part in parts)
+        required = sum(len(part) for part in parts)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_LEFTOVER}")
     try:
         with temporary.open("xb") as file:
@@ -197,7 +199,7 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview], wanted: int | N
             free = shutil.disk_usage(path.parent).free
             raise OSError(
                 error.errno,
-                f"disk full: {wanted} bytes wanted, {free} free; free some space and run again",
+                f"disk full: {required} bytes required, {free} free; free some space and run again",
                 str(path),
             ) from error
         raise

@@ -1,4 +1,4 @@
-"""JSON files of ours: read with the version checked, and every field held against its type and bounds.
+"""Our JSON files: read with the version checked, and every field checked against its type and bounds.
 
 A file that comes from elsewhere may hold anything. `Fields` hands out the fields of one object, checked, and
 its errors name file, place, value and what was expected.
@@ -56,14 +56,14 @@ class Fields:
         return None if self._get(key) is None else self.number(key, least)
 
     def text(self, key: str) -> str:
-        """A text."""
+        """A string."""
         value = self._get(key)
         if not isinstance(value, str):
-            raise self.fault(key, f"{value!r}, expected a text")
+            raise self.fault(key, f"{value!r}, expected a string")
         return value
 
     def text_or_none(self, key: str) -> str | None:
-        """A text, or null."""
+        """A string, or null."""
         return None if self._get(key) is None else self.text(key)
 
     def items(self, key: str) -> list[Any]:
@@ -105,7 +105,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class JsonFile:
-    """One kind of file of ours.
+    """One kind of JSON file that this program writes.
 
     Attributes:
         what: what it holds, such as "a measurement".
@@ -155,7 +155,7 @@ def read_object(path: Path, what: str, remedy: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not {what} ({error}); {remedy}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not {what} ({type(content).__name__} instead of an object); {remedy}")
+        raise CheckpointError(f"{path}: not {what} ({type(content).__name__}, expected an object); {remedy}")
     return content
 
 

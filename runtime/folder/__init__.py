@@ -1,1 +1,1 @@
-"""A quantized folder: what it holds, weighs and promises, and the writer of its shards."""
+"""A quantized folder: its contents, size and checks, and the writer of its shards."""

@@ -12,7 +12,7 @@ _FILE = JsonFile("a list of checksums", version=1, remedy="fetch it again, or co
 
 @dataclass(frozen=True)
 class Checksum:
-    """What a file should be."""
+    """The expected size and hash of a file."""
 
     sha256: str
     size: int
@@ -31,7 +31,7 @@ def write_checksums(folder: Path, files: Mapping[str, Checksum], rounded_to_zero
 
 
 def read_checksums(folder: Path) -> dict[str, Checksum]:
-    """Name → what the file should be.
+    """File name → expected checksum.
 
     Raises:
         FileNotFoundError: the folder has no checksums.

@@ -18,7 +18,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Layout:
+class Contents:
     """The tensors of a checkpoint that fits its architecture.
 
     Attributes:
@@ -38,8 +38,8 @@ class Layout:
         return spec.name in self.groups
 
 
-def read_layout(architecture: Architecture, checkpoint: Checkpoint) -> Layout:
-    """The layout of an EXL2 checkpoint, every linear validated (headers, group tables, scales, permutations).
+def read_contents(architecture: Architecture, checkpoint: Checkpoint) -> Contents:
+    """Read an EXL2 checkpoint, validating every linear (headers, group tables, scales, permutations).
 
     Args:
         architecture: what the configuration describes.
@@ -51,29 +51,30 @@ def read_layout(architecture: Architecture, checkpoint: Checkpoint) -> Layout:
     """
     groups: dict[str, GroupMap] = {}
     names: list[str] = []
-    strangers = _strangers(checkpoint, _possible(architecture))
+    unexpected = _unexpected(checkpoint, _possible(architecture))
     if not any(checkpoint.is_quantized(spec.name) for spec in architecture.linears()):
         raise CheckpointError(
-            f"{checkpoint.folder}: none of its linears is in EXL2 form; it's no EXL2 checkpoint of a "
-            f"{architecture.family} model, or its tensors have other names{strangers}"
+            f"{checkpoint.folder}: none of its linears is stored as EXL2; it is not an EXL2 checkpoint of a "
+            f"{architecture.family} model, or its tensors have unknown names{unexpected}"
         )
     for spec in _required(architecture, checkpoint):
-        groups[spec.name] = _check_quantized(checkpoint, spec, strangers)
+        groups[spec.name] = _check_quantized(checkpoint, spec, unexpected)
         names += [f"{spec.name}.{suffix}" for suffix in _suffixes(spec)]
     for spec in architecture.linears():
         if spec.name not in groups:
             names += _check_dense(architecture, checkpoint, spec)
     for kept in architecture.all_floats():
         if kept.name not in checkpoint:
-            raise _missing(checkpoint, kept.name, strangers)
+            raise _missing(checkpoint, kept.name, unexpected)
         _check_float(checkpoint, kept.name, kept.shape)
         names.append(kept.name)
-    strangers = _strangers(checkpoint, set(names))
-    if strangers:
+    unexpected = _unexpected(checkpoint, set(names))
+    if unexpected:
         raise CheckpointError(
-            f"{checkpoint.folder}: holds more than the {architecture.family} model of config.json{strangers}"
+            f"{checkpoint.folder}: config.json describes a {architecture.family} model with fewer tensors"
+            f"{unexpected}"
         )
-    return Layout(checkpoint, architecture, groups, tuple(dict.fromkeys(names)))
+    return Contents(checkpoint, architecture, groups, tuple(dict.fromkeys(names)))
 
 
 def _required(architecture: Architecture, checkpoint: Checkpoint) -> Iterator[LinearSpec]:
@@ -93,31 +94,31 @@ def _suffixes(spec: LinearSpec) -> tuple[str, ...]:
     return (*SUFFIXES, "bias") if spec.bias else SUFFIXES
 
 
-def _missing(checkpoint: Checkpoint, name: str, strangers: str) -> CheckpointError:
-    return CheckpointError(f"{checkpoint.folder}: {name}: missing; config.json asks for it{strangers}")
+def _missing(checkpoint: Checkpoint, name: str, unexpected: str) -> CheckpointError:
+    return CheckpointError(f"{checkpoint.folder}: {name}: missing; config.json requires it{unexpected}")
 
 
-def _check_quantized(checkpoint: Checkpoint, spec: LinearSpec, strangers: str) -> GroupMap:
+def _check_quantized(checkpoint: Checkpoint, spec: LinearSpec, unexpected: str) -> GroupMap:
     for source in spec.sources:
         if not checkpoint.is_quantized(spec.name) and source.tensor in checkpoint:
             raise CheckpointError(
                 f"{checkpoint.info(source.tensor).file}: {source.tensor}: leaves {spec.name} unquantized; "
-                "only whole attentions and the head may be; convert the original model again"
+                "only whole attention layers and the head may be dense; convert the original model again"
             )
     for suffix in _suffixes(spec):
         if f"{spec.name}.{suffix}" not in checkpoint:
-            raise _missing(checkpoint, f"{spec.name}.{suffix}", strangers)
+            raise _missing(checkpoint, f"{spec.name}.{suffix}", unexpected)
     file = str(checkpoint.info(f"{spec.name}.q_weight").file)
     tensors = checkpoint.linear(spec.name)
     groups = validate_linear(tensors, spec.name, file)
     if "bias" in tensors and not spec.bias:
         raise CheckpointError(f"{file}: {spec.name}.bias: this linear of the model has no bias")
     found = (tensors["q_invperm"].shape[0], tensors["q_weight"].shape[1])
-    wanted = (spec.shape[0], padded_columns(spec.shape[1]))
-    if found != wanted:
+    expected = (spec.shape[0], padded_columns(spec.shape[1]))
+    if found != expected:
         raise CheckpointError(
-            f"{file}: {spec.name}: {found[0]} input and {found[1]} output channels, config.json asks for "
-            f"{wanted[0]} and {wanted[1]} (output padded to a multiple of 32)"
+            f"{file}: {spec.name}: {found[0]} input and {found[1]} output channels, config.json requires "
+            f"{expected[0]} and {expected[1]} (output padded to a multiple of 32)"
         )
     return groups
 
@@ -141,7 +142,7 @@ def _check_float(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> N
     if info.dtype not in _FLOATS:
         raise CheckpointError(f"{info.file}: {name}: type {info.dtype}, expected one of {', '.join(_FLOATS)}")
     if info.shape != shape:
-        raise CheckpointError(f"{info.file}: {name}: shape {info.shape}, config.json asks for {shape}")
+        raise CheckpointError(f"{info.file}: {name}: shape {info.shape}, config.json requires {shape}")
 
 
 def _possible(architecture: Architecture) -> set[str]:
@@ -153,10 +154,10 @@ def _possible(architecture: Architecture) -> set[str]:
     return names
 
 
-def _strangers(checkpoint: Checkpoint, known: set[str]) -> str:
+def _unexpected(checkpoint: Checkpoint, known: set[str]) -> str:
     """The tensors that are not in `known`, for a message; empty where there are none."""
     left = [name for name in checkpoint.names() if name not in known and not name.endswith(DERIVED)]
     if not left:
         return ""
     more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-    return f"; fits nowhere: {', '.join(left[:_SHOWN])}{more}"
+    return f"; unexpected tensors: {', '.join(left[:_SHOWN])}{more}"

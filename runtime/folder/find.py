@@ -1,4 +1,4 @@
-"""Where a model is: a folder of this machine, or a repository that is fetched from the Hub."""
+"""Where a model is: a folder on this machine, or a repository that is fetched from the Hub."""
 
 import os
 import re
@@ -11,7 +11,7 @@ _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def find_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
-    """The folder of a model: itself, or where a repository of the Hub was fetched to.
+    """The folder of a model: itself, or the one that a Hub repository was fetched to.
 
     Raises:
         CheckpointError: there is no such folder, and no such repository or no way to it.
@@ -20,7 +20,7 @@ def find_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
     folder = Path(source)
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"{folder} is a folder; revision={revision!r} is for repositories")
+            raise ValueError(f"{folder} is a folder; revision={revision!r} applies only to repositories")
         return folder
     if not isinstance(source, str) or not _REPOSITORY.fullmatch(source):
         raise CheckpointError(f"{folder}: no such folder")
@@ -29,4 +29,4 @@ def find_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=_FETCHED))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: no such folder, and not to be had from the Hub: {error}") from error
+        raise CheckpointError(f"{source}: no such folder, and not available on the Hub: {error}") from error

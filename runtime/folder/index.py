@@ -1,4 +1,4 @@
-"""The index that tells transformers which shard holds a tensor: whether it has to be, and writing it.
+"""The index that tells transformers which shard holds a tensor: whether one is needed, and writing it.
 
 transformers looks for `model.safetensors`, else for the index. exllamav2 calls its shards `output…` and
 writes no index, or leaves a copy of the original's, which names shards that are not there.
@@ -11,11 +11,11 @@ from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.atomic import write_json
 from dbrx_quant.runtime.files.errors import CheckpointError
-from dbrx_quant.runtime.folder.contents import read_layout
+from dbrx_quant.runtime.folder.contents import read_contents
 
 
 def unnamed_shard(folder: Path) -> str | None:
-    """The file that transformers has to be told of; None where it finds the weights of the folder by itself.
+    """A shard that transformers finds only through an index; None where it finds all weights by itself.
 
     Raises:
         CheckpointError: there are several such files, or the index is none.
@@ -32,14 +32,14 @@ def unnamed_shard(folder: Path) -> str | None:
 
 
 def write_index(folder: Path) -> dict[str, str]:
-    """Write the index of an EXL2 folder, whatever another one said, and return it: stored name → file name.
+    """Write the index of an EXL2 folder, replacing any other, and return it: stored name → file name.
 
     Raises:
         CheckpointError: the shards are not the complete EXL2 checkpoint that config.json describes.
     """
     architecture = describe(load_config(folder))
     infos = read_shards(folder, architecture.normalise)
-    read_layout(architecture, Checkpoint(folder, infos=infos))
+    read_contents(architecture, Checkpoint(folder, infos=infos))
     weight_map = {info.name: info.file.name for info in infos.values()}
     total = sum(info.nbytes for info in infos.values())
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})

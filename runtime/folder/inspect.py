@@ -16,7 +16,7 @@ from dbrx_quant.runtime.exl2.format import GroupMap
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.families.facts import LinearSpec, find_source
-from dbrx_quant.runtime.folder.contents import Layout, read_layout
+from dbrx_quant.runtime.folder.contents import Contents, read_contents
 from dbrx_quant.runtime.folder.sizes import linear_bits
 
 Key = TypeVar("Key", bound=Hashable)
@@ -174,11 +174,11 @@ def inspect_folder(folder: Path) -> FolderFacts:
         CheckpointError: it is no EXL2 checkpoint that fits its configuration.
     """
     architecture = describe(load_config(folder))
-    layout = read_layout(architecture, architecture.open(folder))
-    checkpoint = layout.checkpoint
+    contents = read_contents(architecture, architecture.open(folder))
+    checkpoint = contents.checkpoint
     return FolderFacts(
         family=architecture.family,
-        linears=tuple(_linear_facts(layout, spec) for spec in architecture.linears()),
+        linears=tuple(_linear_facts(contents, spec) for spec in architecture.linears()),
         total_bytes=sum(checkpoint.info(name).nbytes for name in checkpoint.names()),
     )
 
@@ -199,9 +199,11 @@ def grouped_bpw(linears: Iterable[LinearFacts], key: Callable[[LinearFacts], Key
     return {value: mean_bpw(members) for value, members in groups.items()}
 
 
-def _linear_facts(layout: Layout, spec: LinearSpec) -> LinearFacts:
-    groups = layout.groups.get(spec.name)
-    bits = _dense_bits(layout.checkpoint, spec) if groups is None else linear_bits(layout.checkpoint, spec)
+def _linear_facts(contents: Contents, spec: LinearSpec) -> LinearFacts:
+    groups = contents.groups.get(spec.name)
+    bits = (
+        _dense_bits(contents.checkpoint, spec) if groups is None else linear_bits(contents.checkpoint, spec)
+    )
     return LinearFacts(spec.name, spec.role, spec.block, spec.expert, spec.shape, bits, groups)
 
 

@@ -1,4 +1,4 @@
-"""Finished linears of a work folder, a file each: written once, and read as what their weights decode to."""
+"""Finished linears of a work folder, one file each: written once, and read back dequantized."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ class LinearFiles:
         return self.folder / f"{name}.safetensors"
 
     def unfinished(self, specs: Sequence[LinearSpec]) -> list[LinearSpec]:
-        """Those of some linears that have no file yet."""
+        """The given linears that have no file yet."""
         return [spec for spec in specs if not self.path(spec.name).exists()]
 
     def write(
@@ -54,7 +54,7 @@ class LinearFiles:
         save_tensors(self.path(spec.name), named, facts)
 
     def weight(self, spec: LinearSpec) -> Tensor:
-        """The float32 weight [N, K] of a linear as its file decodes."""
+        """The dequantized float32 weight [N, K] of a linear, from its file."""
         prefix = f"{spec.name}."
         stored = {n.removeprefix(prefix): tensor for n, tensor in load_file(self.path(spec.name)).items()}
         return dequantize(stored, spec.shape[1]).float().contiguous()

@@ -50,7 +50,7 @@ _SMALLEST_NORMAL = 2.0**-14
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the output: its name, and the bytes or the 16-bit tensor it comes from."""
+    """An output tensor: its name, and the bytes or the 16-bit tensor it comes from."""
 
     name: str
     dtype: str
@@ -65,7 +65,7 @@ class PlannedTensor:
 
     @property
     def cost(self) -> int:
-        """Bytes of a shard that it takes at most, its header entry included."""
+        """The most bytes of a shard that it takes, its header entry included."""
         return self.nbytes + len(self.name.encode()) + _ENTRY_BYTES
 
 
@@ -99,7 +99,7 @@ def write_shards(
         linears_folder: one `<name>.safetensors` for every quantized linear.
         max_shard_bytes: limit of a shard's file size; only a larger single tensor exceeds it, in a file of
             its own. A linear's tensors stay together where they fit.
-        notify: told, a sentence each, what readers of the report should know.
+        notify: called with each note that readers of the report should see, a sentence each.
 
     Raises:
         CheckpointError: a linear is missing or breaks the format, a 16-bit tensor does not fit float16 or has
@@ -109,7 +109,7 @@ def write_shards(
     """
     out = Path(out)
     if out.resolve() in (checkpoint.folder.resolve(), Path(linears_folder).resolve()):
-        raise ValueError(f"{out}: the output folder must differ from the folders that are read")
+        raise ValueError(f"{out}: the output folder must differ from the input folders")
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
     ours = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -208,7 +208,7 @@ def _plan_linear(spec: LinearSpec, file: Path) -> list[PlannedTensor]:
     infos = read_header(file)
     for name in infos:
         if name.rpartition(".")[0] != spec.name:
-            raise CheckpointError(f"{file}: holds {name}, which is no tensor of {spec.name}")
+            raise CheckpointError(f"{file}: holds {name}, which is not a tensor of {spec.name}")
     tensors: dict[str, Tensor] = {}
     with safe_open(file, framework="pt") as opened:
         for name, info in infos.items():
@@ -220,9 +220,9 @@ def _plan_linear(spec: LinearSpec, file: Path) -> list[PlannedTensor]:
             )
     validate_linear(tensors, spec.name, str(file))
     found = (tensors["q_invperm"].shape[0], tensors["q_weight"].shape[1])
-    wanted = (spec.shape[0], padded_columns(spec.shape[1]))
-    if found != wanted:
-        raise CheckpointError(f"{file}: {spec.name}: is {found} (K, N), the model's is {wanted}")
+    expected = (spec.shape[0], padded_columns(spec.shape[1]))
+    if found != expected:
+        raise CheckpointError(f"{file}: {spec.name}: is {found} (K, N), the model requires {expected}")
     if ("bias" in tensors) != spec.bias:
         raise CheckpointError(
             f"{file}: {spec.name}.bias: {'missing' if spec.bias else 'present'}, "
@@ -262,7 +262,7 @@ def shard_names(count: int) -> list[str]:
 
 
 def check_room(out: Path, paths: list[Path], sizes: list[int]) -> None:
-    """Raise OSError unless the disk can hold the shards; files that get replaced give their room back.
+    """Raise OSError unless the disk can hold the shards; files that get replaced free their space.
 
     A file is written beside the one it replaces, so the peak may lie before the end.
     """
@@ -275,7 +275,7 @@ def check_room(out: Path, paths: list[Path], sizes: list[int]) -> None:
     if peak > free:
         raise OSError(
             errno.ENOSPC,
-            f"{sum(sizes)} bytes of shards to write take {peak} more, {free} are free; free some space",
+            f"{sum(sizes)} bytes of shards need {peak} more bytes of disk, {free} are free; free some space",
             str(out),
         )
 
@@ -300,7 +300,7 @@ def _header(shard: list[PlannedTensor]) -> bytes:
 def _digested(
     parts: Iterable[bytes | memoryview], digest: Callable[[bytes | memoryview], None]
 ) -> Iterator[bytes | memoryview]:
-    """The parts, shown to a digest as they pass."""
+    """Yield the parts, feeding each to a digest."""
     for part in parts:
         digest(part)
         yield part
@@ -323,7 +323,9 @@ def _copied_pieces(info: TensorInfo) -> Iterator[bytes]:
         while left:
             piece = file.read(min(left, _CHUNK_BYTES))
             if not piece:
-                raise CheckpointError(f"{info.file}: ended while it was read; another process changed it")
+                raise CheckpointError(
+                    f"{info.file}: ended while it was being read; another process changed it"
+                )
             left -= len(piece)
             yield piece
 

@@ -1,4 +1,4 @@
-"""What a quantized checkpoint really takes, counted from its headers."""
+"""What a quantized checkpoint takes on disk, counted from its headers."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from dbrx_quant.runtime.families.facts import Architecture, LinearSpec, find_sou
 
 @dataclass(frozen=True)
 class StoredBits:
-    """Bits on disk against weights of the model.
+    """Bits on disk and number of weights of the model.
 
     Attributes:
         decoder_bits: all stored bits of the blocks' linears, every overhead included.

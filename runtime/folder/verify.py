@@ -1,4 +1,4 @@
-"""Whether a folder is a sound EXL2 checkpoint: every rule, every tensor, a line for each fault.
+"""Whether a folder is a sound EXL2 checkpoint: every rule, every tensor, one line per fault.
 
 What is wrong for every reader is a fault. What only some readers stumble on is a warning in checkpoints of
 other writers (exllamav2 leaves DBRX's RoPE base and the stop tokens as it finds them, and a stale index), and
@@ -60,7 +60,7 @@ def verify(
     Args:
         folder: the folder.
         checksums: whether to read all shards and compare their SHA-256 where `checksums.json` is there.
-        progress: told (bytes read, bytes in all) while checksums are made.
+        progress: called with (bytes read, total bytes) while checksums are computed.
     """
     folder = Path(folder)
     report = Report()
@@ -101,7 +101,7 @@ def _read_architecture(folder: Path, report: Report) -> tuple[dict[str, Any], Ar
     try:
         architecture = describe(load_config(folder))
     except Exception as error:  # transformers' config classes raise what they will on nonsense
-        report.faults.append(f"config.json: describes no known model: {error}")
+        report.faults.append(f"config.json: does not describe a known model: {error}")
         return config, None
     report.facts["family"] = architecture.family
     return config, architecture
@@ -141,7 +141,7 @@ def _read_shards(
 
 
 def _check_index(folder: Path, infos: dict[str, TensorInfo], lost: set[str], report: Report) -> set[str]:
-    """Whether the index, if any, says where each tensor is; the shards that it names and that aren't there.
+    """Check that the index, if any, says where each tensor is; returns the missing shards that it names.
 
     One that names no quantized tensor is the original's, as exllamav2 copies it along.
     """
@@ -163,15 +163,15 @@ def _check_index(folder: Path, infos: dict[str, TensorInfo], lost: set[str], rep
     absent: dict[str, int] = {}
     for name, file in sorted(weight_map.items()):
         if name in stored and stored[name] != file:
-            report.faults.append(f"{INDEX_NAME}: puts {name} in {file}; it is in {stored[name]}")
+            report.faults.append(f"{INDEX_NAME}: places {name} in {file}, but it is in {stored[name]}")
         elif name not in stored and not (folder / file).is_file():
             absent[file] = absent.get(file, 0) + 1
         elif name not in stored and file not in lost:
-            report.faults.append(f"{INDEX_NAME}: names {name} in {file}, which is not there")
+            report.faults.append(f"{INDEX_NAME}: names {name} in {file}, which does not exist")
     for file, count in absent.items():
-        report.faults.append(f"{file}: missing; {INDEX_NAME} puts {count} of the tensors in it")
+        report.faults.append(f"{file}: missing; {INDEX_NAME} places {count} of the tensors in it")
     for name in sorted(set(stored) - set(weight_map)):
-        report.faults.append(f"{INDEX_NAME}: leaves out {name}, which is in {stored[name]}")
+        report.faults.append(f"{INDEX_NAME}: omits {name}, which is in {stored[name]}")
     return set(absent)
 
 
@@ -225,11 +225,13 @@ def _check_tensors(
     for name in checkpoint.names():
         if name not in used and not name.endswith("rotary_emb.inv_freq"):
             file = checkpoint.info(name).file.name
-            report.faults.append(f"{file}: {name}: {architecture.family} has no place for this tensor")
+            report.faults.append(
+                f"{file}: {name}: this tensor does not belong to a {architecture.family} model"
+            )
     if some_lost:
         report.facts["unchecked"] = unchecked
         report.warnings.append(
-            f"not checked, since not all shards can be read: {len(unchecked)} linears and 16-bit tensors, "
+            f"not checked, because some shards are unreadable: {len(unchecked)} linears and 16-bit tensors, "
             f"{', '.join(unchecked[:_SHOWN])}{' and others' if len(unchecked) > _SHOWN else ''}"
         )
 
@@ -261,8 +263,8 @@ def _linear_faults(checkpoint: Checkpoint, spec: LinearSpec) -> list[str]:
     faults = []
     k, n = tensors["q_invperm"].shape[0], tensors["q_weight"].shape[1]
     if (k, n) != (spec.shape[0], padded_columns(spec.shape[1])):
-        wanted = (spec.shape[0], padded_columns(spec.shape[1]))
-        faults.append(f"{file}: {spec.name}: is {(k, n)} (K, N as stored), the model's is {wanted}")
+        expected = (spec.shape[0], padded_columns(spec.shape[1]))
+        faults.append(f"{file}: {spec.name}: is {(k, n)} (K, N as stored), the model requires {expected}")
     if ("bias" in tensors) != spec.bias:
         state, rule = ("present", "none") if "bias" in tensors else ("missing", "one")
         faults.append(f"{file}: {spec.name}.bias: {state}, the model's linear has {rule}")
@@ -280,7 +282,7 @@ def _float_faults(checkpoint: Checkpoint, kept: FloatSpec) -> list[str]:
     if info.dtype != "F16":
         faults.append(f"{where}: dtype {info.dtype}, expected F16")
     if info.shape != kept.shape:
-        return [*faults, f"{where}: shape {info.shape}, the model's is {kept.shape}"]
+        return [*faults, f"{where}: shape {info.shape}, the model requires {kept.shape}"]
     row_bytes = max(1, info.nbytes // max(1, info.shape[0]))
     step = max(1, _CHUNK_BYTES // row_bytes)
     for begin in range(0, info.shape[0], step):
@@ -319,16 +321,16 @@ def _check_checksums(
     folder: Path, compare: bool, progress: Callable[[int, int], None] | None, report: Report
 ) -> None:
     try:
-        wanted = read_checksums(folder)
+        listed = read_checksums(folder)
     except (CheckpointError, OSError) as error:
         report.faults.append(f"{CHECKSUMS_NAME}: not readable ({error})")
         return
     for file in sorted(folder.glob("*.safetensors")):
-        if file.name not in wanted:
-            report.faults.append(f"{CHECKSUMS_NAME}: leaves out {file.name}")
-    total = sum(checksum.size for checksum in wanted.values())
+        if file.name not in listed:
+            report.faults.append(f"{CHECKSUMS_NAME}: omits {file.name}")
+    total = sum(checksum.size for checksum in listed.values())
     done = 0
-    for name, checksum in sorted(wanted.items()):
+    for name, checksum in sorted(listed.items()):
         file = folder / name
         if not file.is_file():
             report.faults.append(f"{name}: missing; {CHECKSUMS_NAME} names it")

@@ -90,7 +90,7 @@ def linear_input(x: Tensor, stored: Stored) -> None:
 def each_linear(
     tensors: Sequence[Tensor], biases: Sequence[Tensor | None], out_features: Sequence[int]
 ) -> list[tuple[Stored, Tensor | None, int]]:
-    """The arguments of `linear`, but for x, of each of the linears of `linears`."""
+    """The arguments of `linear` other than x, for each linear of `linears`."""
     count = len(out_features)
     if not count or len(tensors) != 5 * count or len(biases) != count:
         raise ValueError(

@@ -38,7 +38,7 @@ class DeviceLinear:
     made: tuple[Tensor, ...]
 
     def described(self, out_features: int, bias: Tensor | None = None) -> _abi.CudaLinear:
-        """The struct with `out_features` columns wanted and a bias."""
+        """The struct for `out_features` output columns and an optional bias."""
         struct = _abi.CudaLinear.from_buffer_copy(self.struct)
         struct.out_features = out_features
         struct.bias = None if bias is None else bias.data_ptr()
@@ -66,7 +66,7 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
 def require_no_capture(device: torch.device, what: str) -> None:
     """Refuse what must be prepared before a graph is captured."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{what} is not in device layout yet: run the model once before capturing a graph")
+        raise RuntimeError(f"{what} is not in device layout yet; run the model once before capturing a graph")
 
 
 def tile(stored: Stored) -> Tensor:
@@ -150,7 +150,7 @@ def _make(stored: Stored) -> DeviceLinear:
     require_no_capture(device, "a linear")
     rows = torch.arange(struct.k, device=device, dtype=torch.int32)
     if not torch.equal(stored.q_invperm.sort().values, rows):
-        raise ValueError("linear.q_invperm: does not name every row once")
+        raise ValueError("linear.q_invperm: is not a permutation of the rows")
     permutation = torch.full((_UNIT * struct.units,), -1, dtype=torch.int32, device=device)
     permutation[stored.q_invperm.long()] = rows
     units = torch.tensor(_units(_groups(stored)))

@@ -1,4 +1,4 @@
-"""Shape and dtype of what every op gives, for graphs that are traced."""
+"""Shape and dtype of every op's result, for graph tracing."""
 
 import torch
 from torch import Tensor

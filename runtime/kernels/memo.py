@@ -19,7 +19,7 @@ def version_sum(tensors: Sequence[Tensor]) -> int:
 
 
 def remember(cache: dict[Any, Any], key: Any, tensors: Sequence[Tensor], made: Any) -> None:
-    """Put `made` into a cache under a key that names the tensors by their ids; it goes when one is freed.
+    """Cache `made` under a key of the tensors' ids; the entry goes away when one of them is freed.
 
     For that, `made` must not hold the tensors themselves.
     """

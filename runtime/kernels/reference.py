@@ -1,4 +1,4 @@
-"""Every op in plain torch, for any device: slow, and the yardstick of the fast kernels.
+"""Every op in plain torch, for any device: slow, and the reference for the fast kernels.
 
 Axes: T tokens, K input channels, N output channels, E experts, D hidden, A experts per token.
 The dequantized weight is exact (`runtime/exl2/format.py` has the rule); sums are in fp32.

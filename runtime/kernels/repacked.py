@@ -40,7 +40,7 @@ _cache: dict[tuple[int, ...], Repacked | None] = {}
 
 
 def _pack(struct: _abi.Linear) -> Tensor | None:
-    """The block of one linear; None where scales are not finite, or so large that weights may not be."""
+    """The block of one linear; None where scales are not finite, or so large that weights might overflow."""
     library = _native.library()
     size = ctypes.c_int64()
     _native.check(library.dbrxq_repacked_bytes(ctypes.byref(struct), ctypes.byref(size)), "repack")

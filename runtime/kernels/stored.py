@@ -23,7 +23,7 @@ class Stored(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Stored":
-        """The stored tensors among those of a linear keyed by suffix."""
+        """Pick the stored tensors out of those of a linear keyed by suffix."""
         return cls._make(map(tensors.__getitem__, cls._fields))
 
     @property
@@ -44,7 +44,7 @@ class Stored(NamedTuple):
 
 
 class StoredList:
-    """Several linears in one list, five tensors each, as operators take them; split where one is asked for.
+    """Several linears in one list, five tensors each, as operators take them; split on access.
 
     Kernels ask when a list is new to them: splitting those of 16 experts in every call would cost a tenth.
 

@@ -52,6 +52,6 @@ def describe_experts(x: Tensor, gate: StoredList, up: StoredList, down: StoredLi
 
 
 def _table(linears: StoredList, widths: Sequence[int]) -> Any:
-    """An array of structs; widths[e] columns are wanted of linear e."""
+    """An array of structs; widths[e] is the number of output columns of linear e."""
     structs = (describe_linear(stored, None, width) for stored, width in zip(linears, widths, strict=True))
     return (_abi.Linear * len(linears))(*structs)

@@ -1,4 +1,4 @@
-"""The package's C libraries: each found, checked and typed when it is first asked for."""
+"""The package's C libraries: each is located, checked and typed at first use."""
 
 import ctypes
 import importlib.resources
@@ -19,7 +19,7 @@ class SharedLibrary:
         compiler: what an installation that has it needs, for messages.
         version_function: the function that says its ABI version.
         functions: all functions that are called.
-        version: the ABI version wanted.
+        version: the ABI version required.
         loaded: the typed library once it is there.
     """
 
@@ -56,15 +56,15 @@ class SharedLibrary:
         try:
             handle = ctypes.CDLL(str(path))
         except OSError as error:
-            raise RuntimeError(f"{path} does not load: {error}") from error
+            raise RuntimeError(f"{path} cannot be loaded: {error}") from error
         try:
             found = int(getattr(handle, self.version_function)())
         except AttributeError as error:
             raise RuntimeError(f"{path} is not {self.title}: {error}") from error
         if found != self.version:
-            wanted = self.version
+            needed = self.version
             raise RuntimeError(
-                f"{path} has ABI version {found}, this package needs {wanted}; install the package again"
+                f"{path} has ABI version {found}, this package needs {needed}; install the package again"
             )
         for name, (result, arguments) in self.functions.items():
             function = getattr(handle, name)
@@ -72,7 +72,7 @@ class SharedLibrary:
         return handle
 
     def get(self) -> ctypes.CDLL:
-        """The installed library, or the one that `use` took.
+        """The installed library, or the one that `use` set.
 
         Raises:
             RuntimeError: `find` or `load` failed; remembered once it happened.
@@ -90,7 +90,7 @@ class SharedLibrary:
         return self.loaded
 
     def use(self, path: Path) -> None:
-        """Take the library at `path` instead of the installed one: for benchmarks and tests.
+        """Use the library at `path` instead of the installed one: for benchmarks and tests.
 
         Raises:
             RuntimeError: `load` refuses it.

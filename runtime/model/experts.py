@@ -17,7 +17,7 @@ from dbrx_quant.runtime.model.linear import QuantLinear
 
 
 class _Expert(nn.Module):
-    """The three linears of one expert, under the names they have in the file."""
+    """The three linears of one expert, under their names in the file."""
 
 
 class QuantExperts(nn.Module):

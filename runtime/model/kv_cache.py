@@ -1,4 +1,4 @@
-"""A layer of transformers' `DynamicCache` with room to grow: a new token's key and value are one row each.
+"""A layer of transformers' `DynamicCache` with spare capacity: appending a token writes one row each.
 
 Imports transformers' caches: import it where a model exists already.
 """
@@ -27,7 +27,7 @@ class _Rows:
         return self.tensor if self.length == self.tensor.shape[-2] else self.tensor[..., : self.length, :]
 
     def reserve(self, length: int) -> int:
-        """Make room for `length` positions, and some more whenever the rows must move; the room there is."""
+        """Reserve room for `length` positions, with spare when rows must move; returns the capacity."""
         tensor = self.tensor
         writable = torch.is_inference_mode_enabled() or not tensor.is_inference()
         if self.own and writable and length <= tensor.shape[2]:
@@ -78,7 +78,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     @classmethod
     def like(cls, layer: Any) -> "GrowingLayer":
-        """A layer that holds what another holds."""
+        """A layer with the contents of another."""
         made = cls()
         for name, value in vars(layer).items():
             setattr(made, name, value)
@@ -111,7 +111,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return 0 if self._keys is None or not self._keys.tensor.numel() else self._keys.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -tokens_to_remove positions."""
+        """Drop the last -tokens_to_remove positions."""
         if tokens_to_remove > 0 or self._keys is None or self._values is None:
             super().crop(tokens_to_remove)
             return
@@ -119,7 +119,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             rows.length = max(0, rows.length + tokens_to_remove)
 
     def place(self, shape: tuple[int, int, int], dtype: torch.dtype, length: int) -> tuple[int, ...] | None:
-        """Addresses of keys and values with room for `length` positions, and the room; None: they don't fit.
+        """Addresses of keys and values with room for `length` positions, and the capacity; None: no fit.
 
         Args:
             shape: (B, J, head_dim) that keys and values must have, if there are any yet.

@@ -1,4 +1,4 @@
-"""Linear layers over packed weights: `QuantLinear`, and `FusedLinear` for what the file keeps in parts.
+"""Linear layers over packed weights: `QuantLinear`, and `FusedLinear` for what the file stores in parts.
 
 Axes: K input channels, N output channels as stored (a multiple of 32), G groups, R word rows.
 """
@@ -121,7 +121,7 @@ class QuantLinear(nn.Module):
             return dict(self.named_buffers(recurse=False))
 
     def tile(self) -> None:
-        """Keep q_weight in the layout of the CUDA kernels, if it is on a GPU and they are there.
+        """Put q_weight into the layout of the CUDA kernels, if it is on a GPU and they are available.
 
         The file's words are let go; while the new ones are made, both are there.
         """
@@ -130,14 +130,14 @@ class QuantLinear(nn.Module):
             self._buffers["q_weight"] = cuda_tiles.tile(stored)
 
     def untile(self) -> None:
-        """Keep q_weight as the file has it again."""
+        """Put q_weight back into the file's layout."""
         stored = self.stored()
         if stored.tiled:
             self._buffers["q_weight"] = cuda_tiles.untile(stored)
 
     @contextmanager
     def _as_stored(self) -> Iterator[None]:
-        """Within it, q_weight is a copy of the file's words where it is tiled."""
+        """Inside the block, a tiled q_weight is replaced by a copy of the file's words."""
         kept = self._buffers["q_weight"]
         self.untile()
         try:

@@ -1,4 +1,4 @@
-"""The front door: a folder or repository of EXL2 tensors in, a transformers model ready to generate out."""
+"""The front door: from a folder or repository of EXL2 tensors to a transformers model ready to generate."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.errors import CheckpointError
-from dbrx_quant.runtime.folder.contents import DERIVED, read_layout
+from dbrx_quant.runtime.folder.contents import DERIVED, read_contents
 from dbrx_quant.runtime.folder.find import find_folder
-from dbrx_quant.runtime.model.quantizer import METHOD, given_layout
+from dbrx_quant.runtime.model.quantizer import METHOD, use_contents
 from dbrx_quant.runtime.tokenizer.ids import special_ids
 
 
@@ -48,16 +48,16 @@ def load_model(
     folder = find_folder(source, revision)
     config = load_config(folder)
     architecture = describe(config)
-    layout = read_layout(architecture, architecture.open(folder))
+    contents = read_contents(architecture, architecture.open(folder))
     config.quantization_config = _quantization(config, folder)
     if device_map is None:
         device_map = {"": torch.device(device)}
         on_cpu = torch.device(device).type == "cpu"
     else:
         on_cpu = not torch.accelerator.is_available()
-    checkpoint = layout.checkpoint
+    checkpoint = contents.checkpoint
     names = [name for name in checkpoint.names() if not name.endswith(DERIVED)]
-    with given_layout(layout):
+    with use_contents(contents):
         model = getattr(transformers, config.architectures[0]).from_pretrained(
             None,
             config=config,

@@ -1,4 +1,4 @@
-"""The original of a quantized model, loaded whole to compare with."""
+"""The original of a quantized model, loaded whole for comparison."""
 
 import os
 from typing import Any
@@ -13,7 +13,7 @@ from dbrx_quant.runtime.folder.find import find_folder
 
 
 def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """The original, unquantized model of a folder, its configuration mended as by `load_config`.
+    """The original, unquantized model of a folder, its configuration fixed as by `load_config`.
 
     Takes every naming that the converter takes, also those that transformers does not.
 
@@ -29,7 +29,7 @@ def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float3
 
     folder = find_folder(folder, None)
     if "quantization_config" in read_config(folder):
-        raise CheckpointError(f"{folder}: is quantized; load_model loads it, this loads the original")
+        raise CheckpointError(f"{folder}: is quantized; use load_model for it, this loads the original")
     config = load_config(folder)
     architecture = describe(config)
     checkpoint = architecture.open(folder)

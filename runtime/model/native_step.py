@@ -95,7 +95,7 @@ def layer_parts(model: Any) -> tuple[list[LayerParts], Tensor] | None:
 
 
 class _Rotations:
-    """Cosines and sines of the positions, by the model's own module; kept where they never change."""
+    """Cosines and sines of the positions, from the model's own module; cached where they never change."""
 
     def __init__(self, module: Any, head_dim: int) -> None:
         self._module, self._head_dim = module, head_dim
@@ -120,11 +120,11 @@ class _Rotations:
 
 
 class _NotNativeError(Exception):
-    """The model has something that the native step cannot take."""
+    """The model has a feature that the native step does not support."""
 
 
 class _Built:
-    """A model's layers as the native library takes them.
+    """A model's layers in the form that the native library takes.
 
     Attributes:
         decoder: the struct.
@@ -198,7 +198,7 @@ class _Built:
 
 
 def _build(model: Any, mode: str) -> _Built | Snapshot:
-    """The native form of a model; its snapshot alone where it has none as it is now."""
+    """The native form of a model; only its snapshot if it has none in its current state."""
     snapshot = Snapshot(model)
     found = layer_parts(model) if snapshot.all_on_cpu() else None
     if found is None or not _native.available():
@@ -218,7 +218,7 @@ def _build(model: Any, mode: str) -> _Built | Snapshot:
 
 
 class NativeForward:
-    """The `forward` of a decoder: `dbrxq_decode` for steps that it can take, else that of its class.
+    """The `forward` of a decoder: `dbrxq_decode` for steps that it supports, else that of its class.
 
     Args:
         model: the decoder, whose attribute `forward` this becomes.
@@ -236,7 +236,7 @@ class NativeForward:
 
     @property
     def __wrapped__(self) -> Any:
-        """What it stands for, so that its signature is found."""
+        """The original forward, so that its signature is found."""
         return MethodType(type(self.model).forward, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -250,7 +250,7 @@ class NativeForward:
         return self._output(last_hidden_state=states, **{name: kwargs[name]})
 
     def _ready(self, mode: str) -> _Built | None:
-        """The native form of the model as it is now."""
+        """The native form of the model in its current state."""
         built = self._built
         if built is not None:
             snapshot = built if isinstance(built, Snapshot) else built.snapshot
@@ -294,7 +294,7 @@ class NativeForward:
             return None
         mode = activations()
         model = self.model
-        if mode == "float" or model.training or _asks_for_more(model.config, options):
+        if mode == "float" or model.training or _requests_extra_outputs(model.config, options):
             return None
         built = self._ready(mode)
         if built is None or torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None:
@@ -308,7 +308,7 @@ class NativeForward:
         if (
             layers is None
             or past is None
-            or not _goes_on(attention_mask, position_ids, sequences, tokens, past)
+            or not _is_continuation(attention_mask, position_ids, sequences, tokens, past)
         ):
             return None
         shape, length = (sequences, *built.shape), past + tokens
@@ -338,8 +338,8 @@ class NativeForward:
         return y.to(embedded.dtype)
 
 
-def _asks_for_more(config: Any, options: dict[str, Any]) -> bool:
-    """Whether a call wants other outputs than states and cache, or says anything that is not known here."""
+def _requests_extra_outputs(config: Any, options: dict[str, Any]) -> bool:
+    """Whether a call requests outputs besides states and cache, or has arguments unknown here."""
     for name, value in options.items():
         if value and not (name == "return_dict" and value is True):
             return True
@@ -352,8 +352,10 @@ def _asks_for_more(config: Any, options: dict[str, Any]) -> bool:
     return options.get("return_dict") is None and not config.return_dict
 
 
-def _goes_on(mask: Tensor | None, positions: Tensor | None, sequences: int, tokens: int, past: int) -> bool:
-    """Whether mask and positions say nothing but: `tokens` new ones after `past`, in every sequence."""
+def _is_continuation(
+    mask: Tensor | None, positions: Tensor | None, sequences: int, tokens: int, past: int
+) -> bool:
+    """Whether mask and positions just append `tokens` new tokens after `past`, in every sequence."""
     if mask is not None and (mask.shape != (sequences, past + tokens) or not bool(mask.all())):
         return False
     if positions is None:

@@ -29,30 +29,30 @@ from dbrx_quant.runtime.families import describe, family_of
 from dbrx_quant.runtime.families.config import read_config
 from dbrx_quant.runtime.families.facts import to_half
 from dbrx_quant.runtime.files.errors import CheckpointError
-from dbrx_quant.runtime.folder.contents import Layout, read_layout
+from dbrx_quant.runtime.folder.contents import Contents, read_contents
 from dbrx_quant.runtime.folder.index import unnamed_shard
 
 METHOD = "exl2"
 
-_given: ContextVar[Layout | None] = ContextVar("given", default=None)
+_in_use: ContextVar[Contents | None] = ContextVar("in_use", default=None)
 
 
 @contextmanager
-def given_layout(layout: Layout) -> Iterator[None]:
-    """Within it, `from_pretrained(None, state_dict=...)` loads a model of this layout, checked already."""
-    token = _given.set(layout)
+def use_contents(contents: Contents) -> Iterator[None]:
+    """Have `from_pretrained(None, state_dict=...)` load these contents, already checked, inside the block."""
+    token = _in_use.set(contents)
     try:
         yield
     finally:
-        _given.reset(token)
+        _in_use.reset(token)
 
 
 @register_quantization_config(METHOD)
 class Exl2Config(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of an EXL2 model's config.json.
 
-    Its keys (`bits`, `head_bits`, `calibration`, `version`) only inform: what is quantized how is told by the
-    tensors themselves. All are kept and saved again.
+    Its keys (`bits`, `head_bits`, `calibration`, `version`) only inform: what is quantized and how follows
+    from the tensors themselves. All are kept and saved again.
     """
 
     def __init__(self, **keys: Any) -> None:
@@ -89,13 +89,13 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Names the weights of a folder where transformers would not find them, such as exllamav2's.
+        """Report weights that transformers would not find by itself, such as exllamav2's.
 
         The only hook that is given the configuration before transformers looks for files; it has nothing to
         do with attention.
         """
         folder = Path(config.name_or_path)
-        if _given.get() is None and folder.is_dir() and (name := unnamed_shard(folder)):
+        if _in_use.get() is None and folder.is_dir() and (name := unnamed_shard(folder)):
             config.transformers_weights = name
         return config
 
@@ -111,19 +111,19 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{type(model).__name__} is not what config.json names, {architectures}; "
                 "load EXL2 models with AutoModelForCausalLM or load_model"
             )
-        layout = _given.get() or _open_layout(model, checkpoint_files)
-        saving = swap_modules(model, layout)
+        contents = _in_use.get() or _open_contents(model, checkpoint_files)
+        saving = swap_modules(model, contents)
         loading = dict(saving)
         for file in checkpoint_files or ():  # which may use the names of the original model
-            known = {name: layout.architecture.normalise(name) for name in read_header(Path(file))}
+            known = {name: contents.architecture.normalise(name) for name in read_header(Path(file))}
             loading |= {name: saving[key] for name, key in known.items() if key in saving}
         self._keys = KeyTable(loading, saving)
-        if any(block.experts for block in layout.architecture.blocks):
+        if any(block.experts for block in contents.architecture.blocks):
             model._can_compile_fullgraph = True  # what couldn't was the loop over experts, which is gone
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Our table of names instead of transformers' patterns, which would merge the experts."""
+        """Use our table of names instead of transformers' patterns, which would merge the experts."""
         return [self._keys]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -154,28 +154,28 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _PackedOnHost(OrderedDict[str, Tensor]):
-    """A state dict that moves each q_weight to the host as it comes."""
+    """A state dict that moves each q_weight to the host as it is added."""
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         super().__setitem__(name, tensor.cpu() if name.endswith(".q_weight") else tensor)
 
 
-def _open_layout(model: Any, checkpoint_files: list[str] | None) -> Layout:
-    """The layout of the files that transformers is about to load; also mends the model's configuration."""
+def _open_contents(model: Any, checkpoint_files: list[str] | None) -> Contents:
+    """The contents of the files that transformers is about to load; also fixes the model's configuration."""
     if not checkpoint_files:
         raise ValueError("an EXL2 model loads from its folder, not from a state_dict")
     folder = Path(checkpoint_files[0]).parent
     architecture = describe(model.config)
-    layout = read_layout(architecture, architecture.open(folder))
+    contents = read_contents(architecture, architecture.open(folder))
     loaded = {Path(file).name for file in checkpoint_files}
-    for name in layout.names:
-        file = layout.checkpoint.info(name).file
+    for name in contents.names:
+        file = contents.checkpoint.info(name).file
         if file.name not in loaded:
             raise CheckpointError(
-                f"{folder}: {name} is in {file.name}, which transformers would not read; write the index "
-                f"anew with `dbrx-quant index {folder}`, or load it with dbrx_quant.runtime.load_model"
+                f"{folder}: {name} is in {file.name}, which transformers would not read; rewrite the index "
+                f"with `dbrx-quant index {folder}`, or load it with dbrx_quant.runtime.load_model"
             )
     fix = family_of(model.config.model_type).fix_config
     if fix is not None:  # transformers has filled in its defaults by now; what the caller chose stays
         fix(model.config, read_config(folder), True)
-    return layout
+    return contents

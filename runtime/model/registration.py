@@ -1,4 +1,4 @@
-"""Makes transformers know EXL2: at once if its quantizers are loaded already, else as soon as they are.
+"""Registers EXL2 with transformers: at once if its quantizers are loaded already, else as soon as they are.
 
 `import dbrx_quant.runtime` has to be enough for `from_pretrained` to load EXL2, but most of what imports it
 (the command, the converter's workers) never loads a model, and importing transformers' quantizers takes

@@ -1,4 +1,4 @@
-"""A conversation with a chat model: what was said, what of it the model still sees, and what it answers.
+"""A conversation with a chat model: its messages, the part that the model still sees, and the answers.
 
 The keys and values of what the model has read are kept from answer to answer: a new prompt begins like the
 one before it, and only what follows the common beginning is computed. Where that ends is seen by comparing
@@ -20,7 +20,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and what it took.
+    """An answer, with its token counts and times.
 
     Attributes:
         text: the answer.
@@ -44,7 +44,7 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the tokens after the first, which waited for the prompt to be read; 0 where there are none."""
+        """Speed of the tokens after the first, which waits for the prompt; 0 if there are none."""
         rest = self.seconds - self.first_seconds
         return (self.tokens - 1) / rest if self.tokens > 1 and rest > 0 else 0.0
 
@@ -77,7 +77,7 @@ class Conversation:
         temperature: float = 0.0,
     ) -> None:
         if not tokenizer.chat_template:
-            raise ValueError("this model has no chat template: it was not made to chat")
+            raise ValueError("this model has no chat template: it was not trained to chat")
         self.messages: list[Message] = []
         self.system, self.max_new_tokens, self.temperature = system, max_new_tokens, temperature
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
@@ -113,7 +113,7 @@ class Conversation:
         return self._answer(write)
 
     def undo(self) -> str:
-        """Take the last message and its answer back; returns the message.
+        """Remove the last message and its answer; returns the message.
 
         Raises:
             ValueError: there is none.
@@ -123,7 +123,7 @@ class Conversation:
         return self.messages.pop()["content"]
 
     def reset(self, messages: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Begin anew, or go on from other messages, which may begin with a system prompt.
+        """Start over, or continue from other messages, which may begin with a system prompt.
 
         Raises:
             ValueError: they are no user's and assistant's messages in turns, an answer last; nothing changes.
@@ -132,7 +132,7 @@ class Conversation:
         for index, message in enumerate(messages):
             role = ("user", "assistant")[(index - offset) % 2] if index >= offset else "system"
             if message.get("role") != role or not isinstance(message.get("content"), str):
-                raise ValueError(f"message {index + 1} is no message of the {role}: {str(message)[:60]}")
+                raise ValueError(f"message {index + 1} is not a message of the {role}: {str(message)[:60]}")
         if (len(messages) - offset) % 2:
             raise ValueError("the last message has no answer")
         if messages:
@@ -141,7 +141,7 @@ class Conversation:
         self._first = 0
 
     def all_messages(self) -> list[Message]:
-        """What was said, with the system prompt in front."""
+        """All messages, with the system prompt in front."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
@@ -152,7 +152,7 @@ class Conversation:
         return [int(number) for number in ids]
 
     def _prompt(self) -> list[int]:
-        """The ids to answer to, and `_first` behind the turns that don't fit.
+        """The ids of the prompt, with `_first` moved past the turns that don't fit.
 
         Raises:
             ValueError: not even the last message fits.
@@ -167,21 +167,21 @@ class Conversation:
                 return ids
             else:
                 raise ValueError(
-                    f"that is {len(ids)} tokens, the model takes {self.context} with the answer; be brief"
+                    f"that is {len(ids)} tokens, the model takes {self.context} with the answer; shorten it"
                 )
 
     def _reuse(self, ids: list[int]) -> int:
-        """Cut the cache back to what it has in common with a prompt; returns how much that is."""
+        """Cut the cache back to the prefix it shares with a prompt; returns its length."""
         same = 0
-        for held, wanted in zip(self._held, ids[:-1], strict=False):
-            if held != wanted:
+        for held, token in zip(self._held, ids[:-1], strict=False):
+            if held != token:
                 break
             same += 1
         self._cut(same)
         return same
 
     def _cut(self, length: int) -> None:
-        """Keep the first `length` positions, which every layer has, also where others are incomplete."""
+        """Keep the first `length` positions, which every layer has, even if later ones are incomplete."""
         from transformers import DynamicCache
 
         if length == 0 or self._cache is None:
@@ -194,7 +194,7 @@ class Conversation:
 
     def _take_answer_back(self) -> None:
         if not self.messages:
-            raise ValueError("nothing was asked yet")
+            raise ValueError("there is no message yet")
         if self.messages[-1]["role"] == "assistant":
             self.messages.pop()
 
@@ -249,7 +249,7 @@ class Conversation:
 
 
 def sampling(temperature: float) -> dict[str, Any]:
-    """The options of `generate` for a temperature; at 0 the model's own ways of sampling are switched off."""
+    """The options of `generate` for a temperature; at 0 the model's own sampling settings are disabled."""
     if temperature:
         return {"do_sample": True, "temperature": temperature}
     return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -262,6 +262,6 @@ def _cache_argument() -> str:
 
 
 def end_ids(model: Any) -> list[int]:
-    """The ids at which a model's generation ends."""
+    """The ids that end a model's generation."""
     eos = model.generation_config.eos_token_id
     return eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -42,7 +42,7 @@ _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 class OneModel(ModelManager):  # type: ignore[misc]
-    """Knows one model, from a folder, under one name.
+    """Serves a single model, from a folder, under one name.
 
     Args:
         folder: the EXL2 folder.
@@ -91,7 +91,7 @@ class OneModel(ModelManager):  # type: ignore[misc]
             raise RuntimeError("the server is stopping")
 
     def shutdown(self) -> None:
-        """End what is being generated: Python must not exit while another thread computes."""
+        """Stop all generation: Python must not exit while another thread computes."""
         self._closing = True
         with suppress(TimeoutError):  # a very long prompt is being read
             manager: Any = self._state.get_manager(self.name)
@@ -100,7 +100,7 @@ class OneModel(ModelManager):  # type: ignore[misc]
 
 
 class _Checked(ABC):
-    """A handler's requests, looked at before transformers does."""
+    """Checks a handler's requests before transformers sees them."""
 
     model_manager: OneModel
 
@@ -117,7 +117,7 @@ class _Checked(ABC):
 
     @abstractmethod
     def _prompt(self, body: dict[str, Any], tokenizer: Any) -> int:
-        """The number of tokens that a request has."""
+        """The number of prompt tokens in a request."""
 
     def _bound(self, body: dict[str, Any], prompt: int, config: Any) -> None:
         """Keep prompt and answer within the model's context."""
@@ -126,7 +126,7 @@ class _Checked(ABC):
             return
         if prompt >= context:
             raise HTTPException(
-                400, f"the request has {prompt} tokens, the model's context is {context} with the answer"
+                400, f"the request has {prompt} tokens, the model's context is {context} including the answer"
             )
         given = [key for key in _LIMITS if body.get(key) is not None]
         for key in given or [self._limit]:
@@ -155,7 +155,7 @@ class _Responses(_Checked, ResponseHandler):  # type: ignore[misc]
     _limit = "max_output_tokens"
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """As for all; only on demand as a stream, which transformers makes the rule here."""
+        """As the others, but streaming only on request, where transformers streams by default."""
         body.setdefault("stream", False)
         return await super().handle_request(body, request_id)
 
@@ -168,7 +168,7 @@ class _Responses(_Checked, ResponseHandler):  # type: ignore[misc]
 class _Completions(_Checked, CompletionHandler):  # type: ignore[misc]
     def _prompt(self, body: dict[str, Any], tokenizer: Any) -> int:
         if not isinstance(body.get("prompt"), str) or not body["prompt"]:
-            raise HTTPException(400, "prompt must be a text that is not empty")
+            raise HTTPException(400, "prompt must be a non-empty string")
         return len(tokenizer(body["prompt"])["input_ids"])
 
 
@@ -205,7 +205,7 @@ def build_app(folder: Path, name: str, device: str, api_key: str | None = None) 
 
     async def reject(request: Request, error: Any) -> JSONResponse:
         faults = "; ".join(f"{fault['msg']} {fault.get('ctx') or ''}".strip() for fault in error.errors())
-        return _error(400, f"no JSON object: {faults}")
+        return _error(400, f"not a valid JSON object: {faults}")
 
     async def fail(request: Request, error: Exception) -> JSONResponse:
         return _error(500, f"{type(error).__name__}: {error}")
@@ -214,7 +214,7 @@ def build_app(folder: Path, name: str, device: str, api_key: str | None = None) 
         given = request.headers.get("authorization", "").encode()
         if request.url.path in _OPEN_PATHS or secrets.compare_digest(given, f"Bearer {api_key}".encode()):
             return await call_next(request)
-        return _error(401, "a wrong API key, or none")
+        return _error(401, "missing or wrong API key")
 
     app.add_exception_handler(AnyHTTPException, refuse)
     app.add_exception_handler(RequestValidationError, reject)
@@ -225,7 +225,7 @@ def build_app(folder: Path, name: str, device: str, api_key: str | None = None) 
 
 
 def check_numbers(body: dict[str, Any]) -> None:
-    """Look at the numbers of a request.
+    """Check the numeric fields of a request.
 
     Raises:
         HTTPException: 400, one is no number or outside of what it can be.
@@ -250,18 +250,18 @@ def _chat_tokens(body: dict[str, Any], key: str, tokenizer: Any) -> int:
     """
     messages = body.get(key)
     if not isinstance(messages, list) or not messages:
-        raise HTTPException(400, f"{key} must be a list of messages that is not empty")
+        raise HTTPException(400, f"{key} must be a non-empty list of messages")
     plain = []
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise HTTPException(400, f"{key}[{index}] must be an object with a role and content")
+            raise HTTPException(400, f"{key}[{index}] must be an object with role and content")
         plain.append({"role": message["role"], "content": _text(message.get("content"), f"{key}[{index}]")})
     if not tokenizer.chat_template:
         raise HTTPException(400, "the model has no chat template; use /v1/completions")
     try:
         return len(tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False))
     except Exception as error:  # a template is a program, it can refuse in any way
-        raise HTTPException(400, f"the chat template refuses the messages: {error}") from error
+        raise HTTPException(400, f"the chat template rejects the messages: {error}") from error
 
 
 def _text(content: Any, where: str) -> str:
@@ -273,11 +273,13 @@ def _text(content: Any, where: str) -> str:
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
         return " ".join(part["text"] for part in content)
-    raise HTTPException(400, f"{where}.content must be a text or a list of texts: {json.dumps(content)[:80]}")
+    raise HTTPException(
+        400, f"{where}.content must be a string or a list of texts: {json.dumps(content)[:80]}"
+    )
 
 
 def _error(status: int, message: str) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
+    """An error in the form that OpenAI's clients expect."""
     kinds = {401: "authentication_error", 404: "not_found_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)

@@ -1,4 +1,4 @@
-"""The text of new tokens while they are made, in whole characters."""
+"""The text of new tokens as they are generated, in whole characters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ class TextStream:
         self._prompt_seen = False
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, then token after token."""
+        """Receive the prompt, then one token after another."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -42,7 +42,7 @@ class TextStream:
                 self._pass_on(piece)
 
     def end(self) -> None:
-        """Pass on what is left: a character that never became complete."""
+        """Pass on the rest: a character that was never completed."""
         whole = self._tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if len(whole) > len(self.text):
             self._pass_on(whole[len(self.text) :])

@@ -46,7 +46,7 @@ class Problem:
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> list[Problem]:
-    """Everything wrong with the tokenizer files of `folder`, nothing when all is well.
+    """Everything wrong with the tokenizer files of `folder`; empty if all is well.
 
     Ids: none outside the embedding, none twice, each token exactly where `tokenizer.json` says, which the
     tokenizers library does not grant: it ignores the declared ids of added tokens and hands out the next free
@@ -61,7 +61,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> list[Problem]:
     if not path.is_file():
         return [
             Problem(
-                "tokenizer.json", "missing; 'dbrx-quant tokenizer' makes it from other files where it can"
+                "tokenizer.json", "missing; 'dbrx-quant tokenizer' creates it from other files where possible"
             )
         ]
     problems: list[Problem] = []
@@ -81,7 +81,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> list[Problem]:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises the bare class
-        return [*problems, Problem("tokenizer.json", f"the tokenizers library refuses it: {error}")]
+        return [*problems, Problem("tokenizer.json", f"the tokenizers library rejects it: {error}")]
     problems += _check_effective_ids(tokenizer, vocabulary)
     problems += _check_chat(folder, tokenizer, vocabulary)
     try:
@@ -143,14 +143,14 @@ def _check_side_files(folder: Path, vocabulary: Vocabulary) -> list[Problem]:
     ]
     decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
-        return [Problem("tokenizer_config.json", "added_tokens_decoder is no object")]
+        return [Problem("tokenizer_config.json", "added_tokens_decoder is not an object")]
     for number, entry in decoder.items():
         content = entry.get("content") if isinstance(entry, dict) else entry
         declared.append(("tokenizer_config.json", str(content), int(number) if number.isdigit() else number))
     for file, content, number in declared:
         known = vocabulary.id_of(content)
         if known != number:
-            problems.append(Problem(file, f"{content!r} is {number}, tokenizer.json says {known}"))
+            problems.append(Problem(file, f"{content!r} is {number}, but {known} in tokenizer.json"))
     for role in ("bos", "eos", "pad", "unk"):
         named = special_token(folder, role)
         if named is not None and vocabulary.id_of(named) is None:
@@ -161,7 +161,7 @@ def _check_side_files(folder: Path, vocabulary: Vocabulary) -> list[Problem]:
 
 
 def _check_class(folder: Path, tokenizer: dict[str, Any]) -> list[Problem]:
-    """Whether transformers' AutoTokenizer loads something else than `tokenizer.json` says."""
+    """Whether transformers' AutoTokenizer loads anything other than what `tokenizer.json` says."""
     config = read_object(folder / "tokenizer_config.json")
     if "AutoTokenizer" in (config.get("auto_map") or {}):
         message = "auto_map asks for remote code, which loads another tokenizer than tokenizer.json"
@@ -178,7 +178,7 @@ def _check_class(folder: Path, tokenizer: dict[str, Any]) -> list[Problem]:
 
 
 def _check_chat(folder: Path, tokenizer: "Tokenizer", vocabulary: Vocabulary) -> list[Problem]:
-    """Faults of a rendered chat's way to ids and back."""
+    """Faults in encoding a rendered chat and decoding it again."""
     file = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"
     try:
         text = render_chat(folder, _CHAT, generation_prompt=True)
@@ -190,11 +190,11 @@ def _check_chat(folder: Path, tokenizer: "Tokenizer", vocabulary: Vocabulary) ->
     problems = []
     for content in sorted(vocabulary.special):
         number = vocabulary.added[content]
-        wanted, found = text.count(content), ids.count(number)
+        expected, found = text.count(content), ids.count(number)
         nested = any(other != content and content in other for other in vocabulary.added)
-        if wanted != found and not nested:
+        if expected != found and not nested:
             problems.append(
-                Problem(file, f"a chat has {content!r} {wanted} times, its ids have {number} {found} times")
+                Problem(file, f"a chat has {content!r} {expected} times, its ids have {number} {found} times")
             )
     if "<|im_start|>" in text:
         for marker in ("<|im_start|>", "<|im_end|>"):
@@ -202,7 +202,8 @@ def _check_chat(folder: Path, tokenizer: "Tokenizer", vocabulary: Vocabulary) ->
                 pieces = len(tokenizer.encode(marker, add_special_tokens=False).ids)
                 problems.append(
                     Problem(
-                        file, f"the chat marker {marker!r} is no added token; it is split into {pieces} ids"
+                        file,
+                        f"the chat marker {marker!r} is not an added token; it is split into {pieces} ids",
                     )
                 )
         back = tokenizer.decode(ids, skip_special_tokens=False)
@@ -214,7 +215,7 @@ def _check_chat(folder: Path, tokenizer: "Tokenizer", vocabulary: Vocabulary) ->
             problems.append(
                 Problem(
                     file,
-                    f"a ChatML conversation does not come back from its ids: at character {at} "
+                    f"a ChatML conversation does not survive encoding and decoding: at character {at} "
                     f"{text[at : at + 16]!r} became {back[at : at + 16]!r}",
                 )
             )
@@ -228,8 +229,8 @@ def _check_configs(folder: Path, vocabulary: Vocabulary, vocab_size: int) -> lis
             problems.append(
                 Problem(file, f"{key} {number} is outside the embedding, which has {vocab_size} rows")
             )
-    wanted = special_ids(folder)
-    problems += [Problem("config.json", note, fatal=False) for note in wanted.notes]
+    special = special_ids(folder)
+    problems += [Problem("config.json", note, fatal=False) for note in special.notes]
     for file in ("config.json", "generation_config.json"):
         if not (folder / file).is_file():
             if file == "generation_config.json":
@@ -237,7 +238,7 @@ def _check_configs(folder: Path, vocabulary: Vocabulary, vocab_size: int) -> lis
             continue
         value = read_object(folder / file).get("eos_token_id")
         eos = value if isinstance(value, list) else [] if value is None else [value]
-        missing = [number for number in wanted.eos if number not in eos]
+        missing = [number for number in special.eos if number not in eos]
         if missing:
             why = "a chat turn never ends" if _ends_turn(folder, vocabulary, missing) else "a text never ends"
             problems.append(

@@ -1,6 +1,6 @@
 """The tokenizer files of a quantized checkpoint: complete, with exact ids, and agreeing with each other.
 
-What is mended, and why:
+What is fixed, and why:
 
 * Holes in the id range get placeholders. The tokenizers library gives added tokens the next free id whatever
   `tokenizer.json` declares, so DBRX's unused id 100256 would move <|endoftext|> and every token behind it.
@@ -35,7 +35,7 @@ from dbrx_quant.runtime.tokenizer.tiktoken_source import (
     wraps_tiktoken,
 )
 
-__all__ = ["TOKENIZER_FILES", "Problem", "check_tokenizer", "mend_tokenizer", "write_tokenizer"]
+__all__ = ["TOKENIZER_FILES", "Problem", "check_tokenizer", "fix_tokenizer", "write_tokenizer"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,7 +50,7 @@ _REBUILT_CLASSES = ("GPT2Tokenizer", "TokenizersBackend")
 
 
 def write_tokenizer(source: Path, out: Path, vocab_size: int) -> list[str]:
-    """Write the tokenizer files of `source` to `out`, mended, and return what was changed, a sentence each.
+    """Write the tokenizer files of `source` to `out`, fixed, and return what was changed, a sentence each.
 
     Args:
         source: the original checkpoint's folder.
@@ -64,18 +64,18 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int) -> list[str]:
     config = read_object(source / "tokenizer_config.json")
     declared = _declared_tokens(source, config)
     text, notes = _tokenizer_text(source, declared)
-    mended, changes = mend_tokenizer(json.loads(text), declared, vocab_size, str(source))
+    fixed, changes = fix_tokenizer(json.loads(text), declared, vocab_size, str(source))
     notes += changes
-    vocabulary = read_vocabulary(mended, str(source / "tokenizer.json"))
+    vocabulary = read_vocabulary(fixed, str(source / "tokenizer.json"))
     if changes:
-        text = json.dumps(mended, ensure_ascii=False, indent=1) + "\n"
+        text = json.dumps(fixed, ensure_ascii=False, indent=1) + "\n"
 
     template = chat_template(source)
     if template is None and not (source / "tokenizer.json").is_file():
         template = wrapped_template(source, vocabulary.added)
         if template is not None:
             notes.append("took ChatML's template, which the wrapper has in its code, without a system prompt")
-    config, changes = _mended_config(config, mended, template)
+    config, changes = _fixed_config(config, fixed, template)
     notes += changes
     write_text(out / "tokenizer.json", text)
     write_json(out / "tokenizer_config.json", config)
@@ -92,7 +92,7 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int) -> list[str]:
     return notes
 
 
-def mend_tokenizer(
+def fix_tokenizer(
     tokenizer: Mapping[str, Any], declared: Mapping[str, int], vocab_size: int, where: str
 ) -> tuple[dict[str, Any], list[str]]:
     """A `tokenizer.json` whose tokens get exactly the declared ids, and what was changed.
@@ -107,7 +107,7 @@ def mend_tokenizer(
         CheckpointError: a token has two ids, an id two tokens, or an id is not below `vocab_size`.
     """
     vocabulary = read_vocabulary(tokenizer, f"{where}/tokenizer.json")
-    mended = dict(tokenizer)
+    fixed = dict(tokenizer)
     base = dict(vocabulary.base)
     entries = [dict(entry) for entry in tokenizer.get("added_tokens") or []]
     added = dict(vocabulary.added)
@@ -123,7 +123,7 @@ def mend_tokenizer(
         elif known != number:
             taken = f"is token {known}" if known is not None else f"would take the id of {owners[number]!r}"
             raise CheckpointError(
-                f"{where}/tokenizer.json: {content!r} {taken}, another file of the folder says {number}; "
+                f"{where}/tokenizer.json: {content!r} {taken}, another file in the folder says {number}; "
                 "the files belong to different models"
             )
 
@@ -148,13 +148,13 @@ def mend_tokenizer(
         text = ", ".join(map(str, holes[:6])) + (" …" if len(holes) > 6 else "")
         changes.append(f"filled {len(holes)} unused id{'s' * (len(holes) > 1)} with placeholders: {text}")
         if len(base) > len(vocabulary.base):
-            mended["model"] = {**tokenizer["model"], "vocab": base}
+            fixed["model"] = {**tokenizer["model"], "vocab": base}
     by_id = sorted(entries, key=lambda entry: entry["id"])
     if changes or by_id != entries:  # ids are handed out in file order
-        mended["added_tokens"] = by_id
+        fixed["added_tokens"] = by_id
         changes = changes or ["sorted the added tokens by id"]
 
-    result = read_vocabulary(mended, f"{where}/tokenizer.json")
+    result = read_vocabulary(fixed, f"{where}/tokenizer.json")
     seen: dict[int, str] = {}
     for content, number in (*result.base.items(), *result.added.items()):
         if seen.setdefault(number, content) != content:
@@ -165,7 +165,7 @@ def mend_tokenizer(
             raise CheckpointError(
                 f"{where}/tokenizer.json: {content!r} has the ids {number} and {result.id_of(content)}"
             )
-    return mended, changes
+    return fixed, changes
 
 
 def _tokenizer_text(source: Path, declared: Mapping[str, int]) -> tuple[str, list[str]]:
@@ -183,7 +183,7 @@ def _tokenizer_text(source: Path, declared: Mapping[str, int]) -> tuple[str, lis
             p.name for p in source.glob("*.tiktoken")
         )
         raise CheckpointError(
-            f"{source}: no tokenizer.json and nothing it could be made from"
+            f"{source}: no tokenizer.json and nothing to make it from"
             + (f" (found {', '.join(dict.fromkeys(found))})" if found else "")
             + "; put the tokenizer.json of the model's current release there"
         )
@@ -215,30 +215,30 @@ def _declared_tokens(source: Path, config: Mapping[str, Any]) -> dict[str, int]:
     return declared
 
 
-def _mended_config(
+def _fixed_config(
     config: Mapping[str, Any], tokenizer: Mapping[str, Any], template: str | None
 ) -> tuple[dict[str, Any], list[str]]:
     """`tokenizer_config.json` that loads `tokenizer.json` as it is, and what was changed."""
-    mended = dict(config)
+    fixed = dict(config)
     changes = []
-    original = mended.get("tokenizer_class")
-    remote = mended.pop("auto_map", None) is not None
+    original = fixed.get("tokenizer_class")
+    remote = fixed.pop("auto_map", None) is not None
     rebuilt = str(original).removesuffix("Fast") in _REBUILT_CLASSES
     if remote or rebuilt or original is None or is_wrapper(str(original)):
-        mended["tokenizer_class"] = _GENERIC_CLASS
+        fixed["tokenizer_class"] = _GENERIC_CLASS
         if original != _GENERIC_CLASS:
             changes.append(f"set tokenizer_class to {_GENERIC_CLASS} (was {original})")
     for key in ("backend", "is_local", "local_files_only", "name_or_path"):
-        mended.pop(key, None)  # traces of the process that saved it
-    if mended.get("added_tokens_decoder"):
-        mended["added_tokens_decoder"] = {
+        fixed.pop(key, None)  # traces of the process that saved it
+    if fixed.get("added_tokens_decoder"):
+        fixed["added_tokens_decoder"] = {
             str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
             for entry in tokenizer.get("added_tokens") or []
         }
     # Readers older than chat_template.jinja look here; where both exist, both say the same.
-    if template is not None and not isinstance(mended.get("chat_template"), list):
-        mended["chat_template"] = template
-    return mended, changes
+    if template is not None and not isinstance(fixed.get("chat_template"), list):
+        fixed["chat_template"] = template
+    return fixed, changes
 
 
 def _special_tokens_map(

@@ -2,8 +2,8 @@
 
 `tokenizer.json` is the one truth about ids; `tokenizer_config.json`, `special_tokens_map.json`, `config.json`
 and `generation_config.json` only say which tokens play a part. For chat models the token that ends a turn is
-found by rendering the chat template, because nothing else tells it: DBRX's config names no eos at all, its
-tokenizer names <|endoftext|>, and chat turns end with <|im_end|>. A checkpoint that passes this on unmended
+found by rendering the chat template, because nothing else reveals it: DBRX's config names no eos at all, its
+tokenizer names <|endoftext|>, and chat turns end with <|im_end|>. A checkpoint that passes this on as it is
 never stops talking.
 """
 
@@ -43,13 +43,13 @@ class Vocabulary:
         return self.added.get(content, self.base.get(content))
 
     def holes(self) -> list[int]:
-        """Ids below `size` that no token has; `size` must be sane."""
+        """Ids below `size` that no token has; `size` must be reasonable."""
         return sorted(set(range(self.size)) - set(self.base.values()) - set(self.added.values()))
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The ids with a part to play.
+    """The ids with a special role.
 
     Attributes:
         bos: begins a text, or None.
@@ -102,7 +102,7 @@ def read_vocabulary(tokenizer: Mapping[str, Any], file: str) -> Vocabulary:
     added: dict[str, int] = {}
     entries = tokenizer.get("added_tokens") or []
     if not isinstance(entries, list):
-        raise CheckpointError(f"{file}: added_tokens is no list")
+        raise CheckpointError(f"{file}: added_tokens is not a list")
     for entry in entries:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
             raise CheckpointError(f"{file}: added_tokens has an entry without content: {entry!r}")
@@ -203,7 +203,7 @@ def config_ids(folder: Path) -> Iterator[tuple[str, str, int]]:
 
 
 def special_ids(folder: Path, configs: Path | None = None) -> SpecialIds:
-    """The bos, eos and pad ids that the files of a folder give together.
+    """The bos, eos and pad ids according to all files of a folder.
 
     A config's own word comes first, then the tokenizer's; for eos all of them count, and the token that ends
     a chat turn. An eos in a config is kept only if it's an added token or named by the tokenizer's side

@@ -1,4 +1,4 @@
-"""Tokenizers of model folders, never fetched from anywhere."""
+"""Tokenizers of model folders, always loaded locally."""
 
 import hashlib
 from pathlib import Path
@@ -24,19 +24,19 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder, so no tokenizer")
+        raise CheckpointError(f"{folder}: no such folder, hence no tokenizer")
     try:
         kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
         return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{folder}: transformers cannot read a tokenizer here: {error}; "
-            "'dbrx-quant tokenizer' repairs some that it cannot"
+            f"{folder}: transformers cannot load a tokenizer from here: {error}; "
+            "'dbrx-quant tokenizer' can repair some of these"
         ) from error
 
 
 def tokenizer_fingerprint(folder: str | Path) -> str:
-    """Hash of the vocabulary files of a model folder: equal where text becomes the same ids.
+    """Hash of the vocabulary files of a model folder: equal where text encodes to the same ids.
 
     Raises:
         CheckpointError: no vocabulary file that we know.
@@ -48,12 +48,12 @@ def tokenizer_fingerprint(folder: str | Path) -> str:
             for path in paths:
                 digest.update(path.read_bytes())
             return digest.hexdigest()[:32]
-    wanted = ", ".join(" + ".join(names) for names in _VOCABULARY_FILES)
-    raise CheckpointError(f"{folder}: no vocabulary file (one of {wanted})")
+    known = ", ".join(" + ".join(names) for names in _VOCABULARY_FILES)
+    raise CheckpointError(f"{folder}: no vocabulary file (one of {known})")
 
 
 def model_limits(folder: str | Path) -> tuple[int | None, int | None]:
-    """(rows of the embedding, longest sequence in tokens) of a folder's config.json; None: it is silent.
+    """(rows of the embedding, longest sequence in tokens) by a folder's config.json; None: not stated.
 
     Raises:
         CheckpointError: config.json is no JSON object.

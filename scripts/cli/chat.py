@@ -8,7 +8,7 @@ from typing import Any
 from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, natural, positive, temperature
 from dbrx_quant.scripts.terminal.chat_screen import PlainScreen, TerminalScreen
 from dbrx_quant.scripts.terminal.chat_session import Screen, Session
-from dbrx_quant.scripts.terminal.output import hush_loading, model_title, print_json
+from dbrx_quant.scripts.terminal.output import hide_loading_bar, model_title, print_json
 from dbrx_quant.scripts.terminal.verb import Verb
 
 _PROMPT = "\001\033[1;36m\002> \001\033[0m\002"  # \001 … \002: no columns, for readline
@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         type=temperature,
         default=0.7,
-        help="0 takes the likeliest token (default: %(default)s)",
+        help="0 picks the most likely token (default: %(default)s)",
     )
     parser.add_argument("--seed", type=natural, default=0, help="of sampling (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
-    parser.add_argument("--plain", action="store_true", help="show answers as they are, not as Markdown")
+    parser.add_argument("--plain", action="store_true", help="show answers as plain text, not as Markdown")
     add_quiet_argument(parser)
 
 
@@ -45,9 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
     folder = find_folder(arguments.folder, None)
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
-        raise ValueError(f"{folder}: no chat template; 'dbrx-quant generate' goes on from a text")
+        raise ValueError(f"{folder}: no chat template; 'dbrx-quant generate' continues a text")
     typed = sys.stdin.isatty() and sys.stdout.isatty() and not arguments.json
-    hush_loading(arguments.quiet or typed)
+    hide_loading_bar(arguments.quiet or typed)
     model = load_model(folder, device=arguments.device)
     torch.manual_seed(arguments.seed)
     conversation = Conversation(
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not typed and session.answers and session.answers[-1].stopped == "interrupted":
             raise KeyboardInterrupt  # nobody is there to go on
     if arguments.json:
-        print_json(_told(session))
+        print_json(_as_json(session))
     return 0
 
 
@@ -116,7 +116,7 @@ def _piped_lines() -> Iterator[str]:
         yield line.rstrip("\n")
 
 
-def _told(session: Session) -> dict[str, Any]:
+def _as_json(session: Session) -> dict[str, Any]:
     """The conversation and its answers, for --json."""
     return {
         "messages": session.conversation.all_messages(),

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """The script for one of SHELLS; bash and fish source it, zsh wants it as `_dbrx-quant` in its fpath.
+    """The script for one of SHELLS; bash and fish source it, zsh expects it as `_dbrx-quant` in its fpath.
 
     Args:
         parser: of the whole command.

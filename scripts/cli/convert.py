@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bits per weight of the decoder's linears, overhead included; several share one measurement",
     )
     goal.add_argument("--size", type=size, help="as many bits as fit in a checkpoint of, say, 40GB")
-    goal.add_argument("--vram", type=size, metavar="SIZE", help="as many as run in, say, 48GB; see --context")
+    goal.add_argument(
+        "--vram", type=size, metavar="SIZE", help="as many bits as run in, say, 48GB; see --context"
+    )
     parser.add_argument(
         "--context", type=positive, default=8192, help="tokens of cache for --vram (default: %(default)s)"
     )
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, or tell what converting would take."""
+    """Convert, or say what converting would take."""
     from dbrx_quant.quantize.conversion import convert
     from dbrx_quant.quantize.estimate.plan import plan
     from dbrx_quant.quantize.estimate.sizes import bpw_for_size, bpw_for_vram
@@ -86,7 +88,7 @@ def _print_results(results: "list[Converted]") -> None:
             ]
             for result in results
         ],
-        note="KL: on held-out rows, which were not calibrated on; most memory: "
+        note="KL: on held-out rows, not used for calibration; peak memory: "
         + bytes_text(max(result.peak_bytes for result in results)),
     )
 
@@ -101,22 +103,22 @@ def _print_plan(planned: "Plan") -> None:
         ],
     )
     print_table(
-        "what it takes, roughly",
+        "rough estimate",
         ["", ""],
         [
             ["bits per weight within reach", f"{planned.lowest_bpw:.3f} to {planned.highest_bpw:.3f}"],
-            ["memory at a time", bytes_text(planned.peak_bytes)],
+            ["peak memory", bytes_text(planned.peak_bytes)],
             ["work folder", bytes_text(planned.disk_bytes)],
             ["measuring, once", seconds_text(planned.measure_seconds)],
             ["quantizing, each target", seconds_text(planned.quantize_seconds)],
         ],
-        note="Times are for a machine with nothing else to do, and may be off by a factor of two.",
+        note="Times assume an otherwise idle machine and may be off by a factor of two.",
     )
 
 
 VERB = Verb(
     "convert",
-    "quantize a model to EXL2 at the bits per weight asked for",
+    "quantize a model to EXL2 at the requested bits per weight",
     "dbrx-quant convert models/dbrx-instruct out/dbrx --bpw 2.25,3.0,4.25",
     add_arguments,
     run,

@@ -66,7 +66,7 @@ def _native() -> dict[str, Any]:
 
 
 def _memory() -> dict[str, int | None]:
-    """Bytes of main memory: all, and what could be taken now (None where the system doesn't tell)."""
+    """Bytes of main memory: all, and what could be taken now (None where the system doesn't say)."""
     available = None
     try:
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
@@ -106,7 +106,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _flat(found: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Entries one below the other, `memory total`; packages go by their names."""
+    """Nested entries as flat rows, such as `memory total`; packages keep their names."""
     rows = []
     for key, value in found.items():
         if isinstance(value, dict):

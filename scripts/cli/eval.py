@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbrx_quant.runtime.progress import counter
 from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, positive
 from dbrx_quant.scripts.terminal.output import (
-    counter,
-    hush_loading,
+    hide_loading_bar,
     print_json,
     print_table,
     say,
@@ -31,21 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=Path,
         metavar="DIR",
-        help="keep the original's log-probabilities here, so that the two models are not in memory together; "
+        help="keep the original's log-probabilities here, so that the two models are never loaded together; "
         "filled from --reference, and enough without it later",
     )
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="a UTF-8 text")
     parser.add_argument("--windows", type=positive, default=40, help="(default: %(default)s)")
     parser.add_argument("--length", type=positive, default=512, help="tokens a window (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
-    parser.add_argument("--no-save", action="store_true", help="leave DIR/evaluation.json as it is")
+    parser.add_argument("--no-save", action="store_true", help="leave DIR/evaluation.json unchanged")
     add_quiet_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the scores and keep them in the folder."""
     if not arguments.reference and not arguments.cache:
-        raise UsageError("no original to compare with: give --reference MODEL, or a --cache filled before")
+        raise UsageError("no original to compare with: give --reference MODEL, or a filled --cache")
     from dbrx_quant.runtime.evaluation.record import read_evaluations
     from dbrx_quant.runtime.evaluation.scores import evaluate, windows
     from dbrx_quant.runtime.folder.find import find_folder
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.runtime.model.load import load_model
 
     started = time.monotonic()
-    hush_loading(arguments.quiet)
+    hide_loading_bar(arguments.quiet)
     folder = find_folder(arguments.folder, None)
     facts = inspect_folder(folder)
     save = not arguments.no_save
@@ -81,11 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _save(arguments: argparse.Namespace, folder: Path, result: dict[str, Any]) -> None:
-    """Keep the scores in the folder, or say on stderr why not: they are printed, so nothing is lost."""
+    """Save the scores in the folder, or say on stderr why not: they are printed, so nothing is lost."""
     from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME, save_evaluation
 
     if not Path(arguments.folder).is_dir() or _in_hub_cache(folder):
-        say(f"not saved: {arguments.folder} lies in the Hub's cache, which is no place for other files")
+        say(f"not saved: {arguments.folder} is in the Hub's cache, where nothing else should be written")
         return
     same = ("ppl", "kl", "kl_stderr", "top1", "router_topk", "bpw")
     entry = {name: result[name] for name in same} | {
@@ -108,7 +108,7 @@ def _in_hub_cache(folder: Path) -> bool:
 
 
 def _reference(arguments: argparse.Namespace, rows: "Tensor") -> Any:
-    """The original, or the cache of what it says."""
+    """The original, or its cached outputs."""
     from dbrx_quant.runtime.evaluation.scores import ReferenceCache, cache_reference
     from dbrx_quant.runtime.model.load_dense import load_dense
 

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, natural, positive, temperature
-from dbrx_quant.scripts.terminal.output import hush_loading, print_json
+from dbrx_quant.scripts.terminal.output import hide_loading_bar, print_json
 from dbrx_quant.scripts.terminal.verb import Verb
 
 if TYPE_CHECKING:
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads it from stdin")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="(default: %(default)s)")
     parser.add_argument(
-        "--temperature", type=temperature, default=0.0, help="0 takes the likeliest token (default: 0)"
+        "--temperature", type=temperature, default=0.0, help="0 picks the most likely token (default: 0)"
     )
     parser.add_argument("--seed", type=natural, default=0, help="of sampling (default: %(default)s)")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn of a chat")
+    parser.add_argument("--chat", action="store_true", help="treat the prompt as a user's turn in a chat")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     add_quiet_argument(parser)
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.runtime.talk.text_stream import TextStream
     from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
-    hush_loading(arguments.quiet)
+    hide_loading_bar(arguments.quiet)
     folder = find_folder(arguments.folder, None)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     tokenizer = load_tokenizer(folder)

@@ -10,7 +10,7 @@ from dbrx_quant.scripts.terminal.verb import Verb
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "folder", metavar="DIR", type=Path, help="a quantized folder, such as exllamav2 writes"
+        "folder", metavar="DIR", type=Path, help="a quantized folder, for example from exllamav2"
     )
 
 
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 VERB = Verb(
     "index",
-    "write the index of an EXL2 folder's shards, which exllamav2 leaves out and transformers needs",
+    "write the index of an EXL2 folder's shards, which exllamav2 omits and transformers needs",
     "dbrx-quant index out/dbrx",
     add_arguments,
     run,

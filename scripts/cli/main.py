@@ -1,7 +1,7 @@
 """The `dbrx-quant` command: finds the verb, runs it, turns what goes wrong into one line and an exit code.
 
     0   done
-    1   an error, told in one line
+    1   an error, reported in one line
     2   not used as documented
     3   a check failed
     75  SIGTERM; the work done so far is kept
@@ -36,7 +36,7 @@ from dbrx_quant.scripts.cli import (
 from dbrx_quant.scripts.cli import eval as evaluate
 from dbrx_quant.scripts.cli import inspect as inspection
 from dbrx_quant.scripts.terminal.arguments import add_output_arguments
-from dbrx_quant.scripts.terminal.output import ends_with_its_reader, say
+from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe, say
 from dbrx_quant.scripts.terminal.verb import UsageError, Verb
 
 VERBS: tuple[Verb, ...] = (
@@ -60,10 +60,10 @@ OK, FAILED, USAGE, CHECK_FAILED, TERMINATED, CTRL_C = 0, 1, 2, 3, 75, 130
 
 
 class _Terminated(BaseException):
-    """SIGTERM came."""
+    """SIGTERM was received."""
 
 
-@ends_with_its_reader
+@quiet_on_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code (bad usage raises SystemExit(2), as argparse does)."""
     arguments = make_parser().parse_args(argv)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminable():
             code = verb.run(arguments)
-            sys.stdout.flush()  # so that a full disk is told as any error
+            sys.stdout.flush()  # so that a full disk is reported like any error
         return code
     except (KeyboardInterrupt, _Terminated) as stop:
         say(f"dbrx-quant: {_interrupted(verb, arguments)}")
@@ -147,8 +147,8 @@ def _interrupted(verb: Verb, arguments: argparse.Namespace) -> str:
     if not verb.resumable or getattr(arguments, "dry_run", False):
         return "interrupted"
     if getattr(arguments, "resume", "auto") == "never":
-        return "interrupted; run it again with --resume auto to go on"
-    return "interrupted; run the same command again to go on"
+        return "interrupted; run it again with --resume auto to continue"
+    return "interrupted; run the same command again to continue"
 
 
 def _one_line(error: BaseException) -> str:

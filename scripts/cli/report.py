@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folders",
         metavar="DIR",
         nargs="+",
-        help="a quantized folder, or its id on the Hub; several: compared",
+        help="a quantized folder, or its id on the Hub; several are compared",
     )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help=f"the page (default: {PAGE_NAME}; none with --json)"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dbrx_quant.scripts.terminal.arguments import add_quiet_argument
-from dbrx_quant.scripts.terminal.output import hush_loading, model_title, print_json, say
+from dbrx_quant.scripts.terminal.output import hide_loading_bar, model_title, print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb
 
 API_KEY = "DBRXQ_API_KEY"
@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
-    parser.add_argument("--port", type=port, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--port", type=port, default=8000, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--name", help="what clients call the model (default: the folder's name, or the id)")
     parser.add_argument(
-        "--api-key", metavar="KEY", help=f"what clients must send (default: ${API_KEY}, or nothing)"
+        "--api-key", metavar="KEY", help=f"the key that clients must send (default: ${API_KEY}, or nothing)"
     )
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     add_quiet_argument(parser)
@@ -46,12 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
-        raise ImportError("serving wants fastapi, uvicorn and openai: pip install 'dbrx-quant[serve]'")
+        raise ImportError("serving needs fastapi, uvicorn and openai: pip install 'dbrx-quant[serve]'")
     listening = _bind(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
     with listening:
         from dbrx_quant.runtime.folder.find import find_folder
 
-        hush_loading(arguments.quiet)
+        hide_loading_bar(arguments.quiet)
         folder = find_folder(arguments.folder, None)
         name = arguments.name or model_title(arguments.folder)
         try:
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             ) from error
         api_key = arguments.api_key or os.environ.get(API_KEY) or None
         if api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
-            say("warning: everybody who reaches this machine can use the model; --api-key asks for a key")
+            say("warning: everyone who can reach this machine can use the model; --api-key requires a key")
         app = build_app(folder, name, arguments.device, api_key)
         host, number = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def example(url: str, name: str, api_key: str | None) -> str:
-    """A command line that asks the server something."""
+    """A command line that sends the server a request."""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     key = f' -H "Authorization: Bearer ${API_KEY}"' if api_key else ""
     return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"

@@ -13,8 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("folder", metavar="DIR", type=Path, help="a model folder, quantized or not")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="change nothing; exit 3 with one line a fault")
-    what.add_argument("--dry-run", action="store_true", help="say what would be changed, change nothing")
+    what.add_argument(
+        "--check", action="store_true", help="change nothing; print one line per fault, exit with 3 if any"
+    )
+    what.add_argument("--dry-run", action="store_true", help="show what would be changed, change nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_json({"ok": not faults, "faults": faults})
         else:
-            print("\n".join(faults) or f"{folder}: sound: every token has its id, and a chat turn its end")
+            print("\n".join(faults) or f"{folder}: sound: every token has its id, and chat turns end")
         return CHECK_FAILED if faults else 0
 
     repair = plan_repair(folder)
@@ -51,13 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
     for change in repair.changes:
         print(change)
     if not repair.files:
-        print(f"{folder}: nothing to repair" + (" that could be" if remaining else ""))
+        print(f"{folder}: " + ("no repairable fault" if remaining else "nothing to repair"))
     elif arguments.dry_run:
         print(f"{folder}: would write {', '.join(repair.files)}")
     else:
         print(
             f"{folder}: wrote {', '.join(repair.files)}"
-            + (f"; the files as they were are in {kept.name}/" if kept else "")
+            + (f"; the original files are in {kept.name}/" if kept else "")
         )
     for fault in remaining:
         say(f"still wrong: {fault}")

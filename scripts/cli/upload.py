@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbrx_quant.runtime.progress import counter
 from dbrx_quant.scripts.terminal.arguments import add_quiet_argument
-from dbrx_quant.scripts.terminal.output import bytes_text, counter, print_json, print_table, say
+from dbrx_quant.scripts.terminal.output import bytes_text, print_json, print_table, say
 from dbrx_quant.scripts.terminal.verb import UsageError, Verb
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="quantized folders, or the parent of several that convert --bpw a,b,c wrote",
     )
-    parser.add_argument("repository", metavar="REPO", help="NAMESPACE/NAME on the Hub; made if needed")
+    parser.add_argument("repository", metavar="REPO", help="NAMESPACE/NAME on the Hub; created if needed")
     parser.add_argument("--revision", metavar="BRANCH", help="of one DIR (default: its target, like 3.0bpw)")
     parser.add_argument(
         "--base-model", metavar="ORG/NAME", help="the original's id (default: as the folders say)"
@@ -37,16 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--card", type=Path, metavar="FILE", help="the original's README.md (default: that in DIR)"
     )
-    parser.add_argument("--private", action="store_true", help="make a new repository a private one")
-    parser.add_argument("--replace-card", action="store_true", help="write over a README.md that isn't ours")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--replace-card", action="store_true", help="overwrite a README.md that isn't ours")
     parser.add_argument(
-        "--dry-run", action="store_true", help="show branches, files and card; ask nobody, send nothing"
+        "--dry-run", action="store_true", help="show branches, files and card; contact nobody, send nothing"
     )
     add_quiet_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Upload, or tell what uploading would do; 3 where a folder is not sound."""
+    """Upload, or say what uploading would do; 3 where a folder is not sound."""
     if not _REPOSITORY.fullmatch(arguments.repository) or Path(arguments.repository).is_dir():
         raise UsageError(f"the last argument is a repository, NAMESPACE/NAME: {arguments.repository}")
     from dbrx_quant.quantize.publish.release import find_checkpoints, gather
@@ -55,14 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.revision and len(folders) > 1:
         raise UsageError("--revision names the branch of one folder; without it each gets its own")
     release = gather(arguments.repository, folders, arguments.base_model, arguments.card, arguments.revision)
-    _tell_surprises(release)
+    _warn_of_surprises(release)
     if not _all_sound(folders, arguments.quiet):
         return CHECK_FAILED
     return _dry_run(arguments, release) if arguments.dry_run else _upload(arguments, release)
 
 
-def _tell_surprises(release: "Release") -> None:
-    """What stays behind, and what others learn about this machine."""
+def _warn_of_surprises(release: "Release") -> None:
+    """Note what is not uploaded, and what the files reveal about this machine."""
     from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
     from dbrx_quant.quantize.publish.release import files_that_mention
 
@@ -73,9 +74,9 @@ def _tell_surprises(release: "Release") -> None:
             say(f"note: {folder}: folders in it are not uploaded: {', '.join(inner)}")
         home = f"{Path.home()}/"
         if found := files_that_mention(folder, home):
-            say(f"note: {folder}: names a folder below {home}, for all to see: {', '.join(found)}")
+            say(f"note: {folder}: reveals paths below {home}: {', '.join(found)}")
     if not release.measurement and all((folder / MEASUREMENT_NAME).exists() for folder in folders):
-        say(f"note: the folders' {MEASUREMENT_NAME} differ: each goes to its branch, none to main")
+        say(f"note: the folders' {MEASUREMENT_NAME} differ: each goes to its own branch, none to main")
 
 
 def _all_sound(folders: list[Path], quiet: bool) -> bool:
@@ -92,7 +93,7 @@ def _all_sound(folders: list[Path], quiet: bool) -> bool:
             print(f"{folder}: {fault}")
         sound &= report.ok
     if not sound:
-        say("dbrx-quant: nothing was uploaded: what `verify` rejects is not published")
+        say("dbrx-quant: nothing was uploaded: folders that `verify` rejects are not published")
     return sound
 
 
@@ -125,8 +126,8 @@ def _dry_run(arguments: argparse.Namespace, release: "Release") -> int:
         for branch in contents:
             print(f"{'=' * 20} {CARD_NAME} of {branch.name} {'=' * 20}\n{branch.card}")
     kind = "private" if arguments.private else "public"
-    gate = "; access has to be asked for, as for the original" if release.model.card.gate else ""
-    print(f"dry run: nothing was sent or asked; a new repository would be {kind}{gate}")
+    gate = "; access must be requested, as for the original" if release.model.card.gate else ""
+    print(f"dry run: nothing was sent or requested; a new repository would be {kind}{gate}")
     return 0
 
 
@@ -158,7 +159,7 @@ def _upload(arguments: argparse.Namespace, release: "Release") -> int:
     hub = Hub(release.repository, say)
     for folder in release.folders.values():
         if hub.token and (found := files_that_mention(folder, hub.token)):
-            raise ValueError(f"{folder / found[0]}: holds your token; take it out before this is published")
+            raise ValueError(f"{folder / found[0]}: contains your token; remove it before publishing")
     with _huggingface_tidied(hub.clean, arguments.quiet):
         try:
             remote = look(release, hub, private=arguments.private, replace_card=arguments.replace_card)
@@ -202,7 +203,7 @@ def _row(sent: "Sent") -> list[str]:
 
 @contextmanager
 def _huggingface_tidied(clean: Callable[[str], str], quiet: bool) -> Iterator[None]:
-    """Have huggingface_hub say what it says without tokens and signed addresses, and no bars when quiet."""
+    """Strip tokens and signed URLs from huggingface_hub's messages, and show no bars when quiet."""
     import logging
 
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars

@@ -1,10 +1,11 @@
-"""`dbrx-quant verify`: every rule that a quantized folder has to keep; a line for each that it breaks."""
+"""`dbrx-quant verify`: check a quantized folder against every rule; a line for each violation."""
 
 import argparse
 from pathlib import Path
 
+from dbrx_quant.runtime.progress import counter
 from dbrx_quant.scripts.terminal.arguments import add_quiet_argument
-from dbrx_quant.scripts.terminal.output import bytes_text, counter, print_json, say
+from dbrx_quant.scripts.terminal.output import bytes_text, print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb
 
 CHECK_FAILED = 3
@@ -13,7 +14,7 @@ CHECK_FAILED = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("folder", metavar="DIR", type=Path, help="a quantized folder")
-    parser.add_argument("--no-checksums", action="store_true", help="don't read the shards as a whole")
+    parser.add_argument("--no-checksums", action="store_true", help="don't read whole shards")
     add_quiet_argument(parser)
 
 

@@ -4,7 +4,7 @@
         [--record DIR]
 
 Runs transformers' `generate` (greedy, no end of text) on a quantized folder in turns with and without
-native steps, with 1 and 2 threads unless told otherwise, and counts the fastest run of each. Further runs
+native steps, with 1 and 2 threads by default, and counts the fastest run of each. Further runs
 with native steps are timed from inside: the native call, the head, our Python around them, and the rest,
 which is transformers'. Beside it stands what reading the active weights takes at the memory's speed.
 llama.cpp's figure to set beside these comes from `llama-bench -m MODEL.gguf -t N -p 0 -n 128`.
@@ -25,7 +25,7 @@ from dbrx_quant.runtime.library import _native
 from dbrx_quant.runtime.model.linear import QuantLinear
 from dbrx_quant.runtime.model.native_step import layer_parts, use_native_step
 from dbrx_quant.scripts.dev.bench_record import add_record_argument, record
-from dbrx_quant.scripts.terminal.output import ends_with_its_reader, print_json, print_table
+from dbrx_quant.scripts.terminal.output import print_json, print_table, quiet_on_closed_pipe
 
 PROMPT = torch.arange(1, 17)[None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,7 +44,9 @@ def active_bytes(model: Any) -> int:
 
     found = layer_parts(model.base_model)
     if found is None:
-        raise ValueError(f"{type(model).__name__}: its layers do not run natively, or not as they are set up")
+        raise ValueError(
+            f"{type(model).__name__}: its layers do not run natively, at least not in this setup"
+        )
     total = size(model.get_output_embeddings())
     for part in found[0]:
         total += sum(map(size, (*part.qkv, part.output, *(part.mlp or ()))))
@@ -130,9 +132,7 @@ def measure(model: Any, threads: int, tokens: int, runs: int) -> dict[str, Any]:
                 "python": seconds_of["_step"] - seconds_of["dbrxq_decode"],
             }
     if not parts["layers"]:
-        raise ValueError(
-            "no native step was taken; see dbrx_quant.runtime.model.native_step for what it needs"
-        )
+        raise ValueError("no native step ran; see dbrx_quant.runtime.model.native_step for what it needs")
     milliseconds = {name: 1e3 * seconds / tokens for name, seconds in parts.items()}
     milliseconds["transformers"] = 2 * milliseconds["total"] - sum(milliseconds.values())
     return {
@@ -165,7 +165,7 @@ def show(report: dict[str, Any]) -> None:
     )
 
 
-@ends_with_its_reader
+@quiet_on_closed_pipe
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

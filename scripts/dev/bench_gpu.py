@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.scripts.terminal.output import ends_with_its_reader
+from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 HIDDEN, FFN, EXPERTS, ACTIVE = 6144, 10752, 16, 4
@@ -159,8 +159,8 @@ def check() -> list[str]:
         for tokens in (1, 8, 9, 16, 17, 64, 65, 300):
             x = torch.randn(tokens, 1040, device=DEVICE).to(dtype)
             ours = cuda.linear(x, stored, None, 1050).double()
-            wanted = reference.linear(x.float(), stored, None, 1050).double()
-            error = ((ours - wanted).abs().max() / wanted.abs().max()).item()
+            expected = reference.linear(x.float(), stored, None, 1050).double()
+            error = ((ours - expected).abs().max() / expected.abs().max()).item()
             if not error <= tolerance:
                 faults.append(f"linear: {dtype}, {tokens} tokens: error {error:.2e} of the largest output")
         lists = _experts(4, 256, 416, lambda k: uniform(k, 3))
@@ -169,8 +169,8 @@ def check() -> list[str]:
             index = torch.randint(0, 5, (tokens, 2), device=DEVICE)
             weights = torch.rand(tokens, 2, device=DEVICE)
             ours = cuda.experts(x, index, weights, *lists, "silu").double()
-            wanted = reference.experts(x.float(), index, weights, *lists, "silu").double()
-            error = ((ours - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+            expected = reference.experts(x.float(), index, weights, *lists, "silu").double()
+            error = ((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
             if not error <= 2 * tolerance:
                 faults.append(f"experts: {dtype}, {tokens} tokens: error {error:.2e} of the largest output")
     return faults
@@ -263,14 +263,14 @@ def print_rows(rows: list[dict[str, Any]], bandwidth: float) -> None:
         )
 
 
-@ends_with_its_reader
+@quiet_on_closed_pipe
 def main(arguments: list[str] | None = None) -> int:
     """Build, check, time; the exit status."""
     parser = argparse.ArgumentParser(
         description="Build, check and time the CUDA kernels on this machine's GPU."
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--check-only", action="store_true", help="leave out the timing")
+    parser.add_argument("--check-only", action="store_true", help="skip the timing")
     options = parser.parse_args(arguments)
     import torch
 

@@ -3,7 +3,7 @@
     python -m dbrx_quant.scripts.dev.bench_kernels [--threads N] [--json] [--record DIR] [--plot FILE]
         [--llama FOLDER]
 
-One run measures, with 1 and 2 threads unless told otherwise:
+One run measures, with 1 and 2 threads by default:
 
 * decoding one token: matrices that rotate over more than 200 MB, so that weights come from memory, at every
   width; beside each figure the machine's own read bandwidth over the same bytes, measured in between;
@@ -33,7 +33,7 @@ from dbrx_quant.runtime.kernels.stored import Stored
 from dbrx_quant.runtime.kernels.structs import describe_linear
 from dbrx_quant.runtime.library import _abi, _native
 from dbrx_quant.scripts.dev.bench_record import add_record_argument, record
-from dbrx_quant.scripts.terminal.output import ends_with_its_reader, print_json, print_table
+from dbrx_quant.scripts.terminal.output import print_json, print_table, quiet_on_closed_pipe
 
 HIDDEN, FFN, EXPERTS, ACTIVE = 6144, 10752, 16, 4  # DBRX
 SHAPES = ((HIDDEN, FFN), (FFN, HIDDEN))  # K, N
@@ -360,7 +360,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     figure.savefig(file)
 
 
-@ends_with_its_reader
+@quiet_on_closed_pipe
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks that the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

@@ -50,7 +50,7 @@ from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
 from dbrx_quant.scripts.dev.bench_record import add_record_argument, record
 from dbrx_quant.scripts.dev.quality_report import compare, plot, show
 from dbrx_quant.scripts.dev.quality_variants import LENGTH, STUDIES, Setting, Variant
-from dbrx_quant.scripts.terminal.output import ends_with_its_reader, hush_loading, print_json, say
+from dbrx_quant.scripts.terminal.output import hide_loading_bar, print_json, quiet_on_closed_pipe, say
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class Bench:
             kept = json.loads(self._file.read_text(encoding="utf-8"))
             if kept["facts"] != self.facts:
                 raise ValueError(
-                    f"{self._file}: of another model, other texts or settings; take another --work"
+                    f"{self._file}: made with another model, other texts or settings; use another --work"
                 )
             self.results = kept["results"]
 
@@ -115,7 +115,7 @@ class Bench:
             raise ValueError(f"{setting.name}: give --calibration-text to take the tokens from")
         ids = load_tokens(source, self.arguments.model, rows, LENGTH).input_ids
         if len(ids) < rows:
-            raise ValueError(f"{source}: {ids.numel()} tokens, {setting.tokens} wanted; give more text")
+            raise ValueError(f"{source}: {ids.numel()} tokens, {setting.tokens} required; give more text")
         return ids
 
     def rows(self, setting: Setting) -> tuple[Tensor, Tensor]:
@@ -229,11 +229,11 @@ def read_peers(file: Path, name: str) -> dict[str, Any]:
     everything: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
     found = [models for model, models in everything.items() if model.startswith(name)]
     if len(found) != 1:
-        raise ValueError(f"{file}: figures for {', '.join(everything)}; which of them? give --name")
+        raise ValueError(f"{file}: figures for {', '.join(everything)}; choose one with --name")
     return {tool: rows for tool, rows in found[0].items() if isinstance(rows, list)}
 
 
-@ends_with_its_reader
+@quiet_on_closed_pipe
 def main(argv: list[str] | None = None) -> int:
     """Run the studies that the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calibration", type=Path, required=True, metavar="FILE", help="tokens.safetensors")
     parser.add_argument("--held-out", type=Path, required=True, metavar="FILE", help="text for choices")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="text of the table of sizes")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for results, to go on with")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for results, also to resume")
     parser.add_argument("--study", type=lambda s: s.split(","), default=["sizes"], help=",".join(STUDIES))
     parser.add_argument(
         "--targets", type=lambda s: [float(t) for t in s.split(",")], default=[2.5, 3.0, 4.25]
@@ -264,12 +264,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments.name = arguments.name or arguments.model.resolve().name
     unknown = [study for study in arguments.study if study not in STUDIES]
     if unknown:
-        parser.error(f"no study {', '.join(unknown)}; there are {', '.join(STUDIES)}")
+        parser.error(f"unknown study {', '.join(unknown)}; known are {', '.join(STUDIES)}")
     arguments.peers = read_peers(arguments.peers, arguments.name) if arguments.peers else {}
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
         _native.set_threads(arguments.threads)
-    hush_loading(quiet=True)
+    hide_loading_bar(quiet=True)
     report = measure_all(arguments)
     record(f"quality-{arguments.name}", arguments, report)
     if arguments.plot and report["studies"].get("sizes"):

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dbrx_quant.scripts.terminal.output import ends_with_its_reader
+from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BROKEN, MISSING = 3, 2
@@ -298,7 +298,7 @@ def print_kernels(arch: str, kernels: dict[str, Measured]) -> None:
             print(f"  {name:<18} {k.registers:>6} {k.spills:>7} {k.shared:>7}  {costs}")
 
 
-@ends_with_its_reader
+@quiet_on_closed_pipe
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, compare; the exit status."""
     parser = argparse.ArgumentParser(description="Hold the compiled CUDA kernels against their budgets.")

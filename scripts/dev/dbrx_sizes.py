@@ -18,7 +18,7 @@ from dbrx_quant.quantize.estimate.sizes import (
 )
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.facts import Architecture
-from dbrx_quant.scripts.terminal.output import ends_with_its_reader, print_json
+from dbrx_quant.scripts.terminal.output import print_json, quiet_on_closed_pipe
 
 BPWS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.25, 5.0, 6.0)
 CONTEXTS = (4096, 8192)
@@ -48,8 +48,8 @@ def dbrx() -> Architecture:
 
 def memory_bytes(architecture: Architecture, bpw: float, context: int) -> int:
     """Memory for all weights, embedding included, and a cache of `context` tokens, with some to spare."""
-    wanted = total_bytes(architecture, bpw, HEAD_BITS) + cache_bytes(architecture, context)
-    return int(wanted / (1 - SPARE))
+    needed = total_bytes(architecture, bpw, HEAD_BITS) + cache_bytes(architecture, context)
+    return int(needed / (1 - SPARE))
 
 
 def most_bpw(architecture: Architecture, memory: int, context: int) -> float | None:
@@ -60,7 +60,7 @@ def most_bpw(architecture: Architecture, memory: int, context: int) -> float | N
     return bpw if bpw >= low else None
 
 
-@ends_with_its_reader
+@quiet_on_closed_pipe
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     architecture = dbrx()
     low, high = shape_range(architecture)
     sizes = {bpw: total_bytes(architecture, bpw, HEAD_BITS) for bpw in BPWS}
-    wanted = {bpw: [memory_bytes(architecture, bpw, context) for context in CONTEXTS] for bpw in BPWS}
+    needed = {bpw: [memory_bytes(architecture, bpw, context) for context in CONTEXTS] for bpw in BPWS}
     most = {gib: [most_bpw(architecture, gib * GIB, context) for context in CONTEXTS] for gib in MEMORIES}
     if as_json:
         print_json(
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "highest_bpw": high,
                 "cache_bytes": {context: cache_bytes(architecture, context) for context in CONTEXTS},
                 "bytes": sizes,
-                "memory_bytes": wanted,
+                "memory_bytes": needed,
                 "most_bpw": most,
                 "conversion": [
                     {
@@ -99,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| bits per weight | checkpoint | memory to run, 4k tokens | 8k tokens | fits into |")
     print("|---|---|---|---|---|")
     for bpw in BPWS:
-        smallest = next((f"{gib} GiB" for gib in MEMORIES if gib * GIB >= wanted[bpw][-1]), "more")
-        cells = " | ".join(f"{count / 1e9:.1f} GB" for count in wanted[bpw])
+        smallest = next((f"{gib} GiB" for gib in MEMORIES if gib * GIB >= needed[bpw][-1]), "more")
+        cells = " | ".join(f"{count / 1e9:.1f} GB" for count in needed[bpw])
         print(f"| {bpw} | {sizes[bpw] / 1e9:.1f} GB | {cells} | {smallest} |")
     print("\n| memory | most bits per weight, 4k tokens | 8k tokens |\n|---|---|---|")
     for gib, values in most.items():

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dbrx_quant.scripts.terminal.output import ends_with_its_reader
+from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "ARCHITECTURE.md"
@@ -105,7 +105,7 @@ def _sentence(file: Path) -> str:
     return first[0] if first else paragraph
 
 
-@ends_with_its_reader
+@quiet_on_closed_pipe
 def main() -> int:
     """Print or renew the list."""
     parser = argparse.ArgumentParser(description="List the files of the project with their first sentences.")

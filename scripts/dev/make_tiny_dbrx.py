@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dbrx_quant.runtime.files.atomic import save_tensors, write_json, write_text
-from dbrx_quant.scripts.terminal.output import ends_with_its_reader
+from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe
 
 BASE_VOCABULARY = 672  # byte-level BPE entries, the counterpart of DBRX's 100256
 SPECIAL_TOKENS = (  # ids BASE_VOCABULARY + 0, 1, ...: the order of DBRX's ids 100256 ... 100279
@@ -403,7 +403,7 @@ def write_folder(folder: Path, model: Any, tokenizer: Any, held: list[Document])
     write_text(folder / "heldout.txt", excerpt(held))
 
 
-@ends_with_its_reader
+@quiet_on_closed_pipe
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train the small DBRX of tests/data/tiny-dbrx.")
     parser.add_argument("out", type=Path, metavar="OUT")

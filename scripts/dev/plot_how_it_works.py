@@ -36,7 +36,7 @@ from dbrx_quant.quantize.solve.ldlq import EFFORTS, Factor, quantize_matrix
 from dbrx_quant.quantize.solve.prepare import Prepared, prepare
 from dbrx_quant.runtime.exl2.format import uniform_groups
 from dbrx_quant.runtime.families.facts import LinearSpec
-from dbrx_quant.scripts.terminal.output import ends_with_its_reader
+from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe
 
 TARGETS = (2.35, 2.5, 2.75, 3.0, 3.5, 4.25)
 SHOWN = 3.0  # the target that pictures of one checkpoint show
@@ -346,7 +346,7 @@ def _save(figure: Any, axes: Any, title: str, file: Path, grid: bool = True) -> 
     figure.savefig(file, dpi=110, facecolor="white")  # white: to be read on a dark page, too
 
 
-@ends_with_its_reader
+@quiet_on_closed_pipe
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert, measure, draw."""
     root = Path(__file__).resolve().parents[2]

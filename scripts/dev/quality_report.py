@@ -26,7 +26,7 @@ def interpolate(points: Sequence[Point], x: float) -> tuple[float, bool]:
     """
     ordered = sorted(points)
     if len(ordered) < 2 or any(a[0] == b[0] for a, b in pairwise(ordered)):
-        raise ValueError(f"two points or more are needed, all at different places; got {ordered}")
+        raise ValueError(f"expected two or more points at different places, got {ordered}")
     after = min(max(sum(point[0] < x for point in ordered), 1), len(ordered) - 1)
     (x0, y0), (x1, y1) = ordered[after - 1], ordered[after]
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0), not ordered[0][0] <= x <= ordered[-1][0]

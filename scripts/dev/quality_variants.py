@@ -183,7 +183,7 @@ def block_of(name: str) -> int:
     """The block that a linear belongs to: the first number in its name."""
     found = re.search(r"\.(\d+)\.", name)
     if found is None:
-        raise ValueError(f"{name}: no number of a block in the name")
+        raise ValueError(f"{name}: the name has no block number")
     return int(found[1])
 
 

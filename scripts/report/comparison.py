@@ -184,7 +184,7 @@ def differences(comparison: Report) -> str:
     for number, found in enumerate(comparison["differences"]):
         name = f"{called[number + 1]} minus {called[0]}"
         if found["bpw"] is None:
-            parts.append(f"<h3>{escape(name)}</h3><p>Other linears: there is nothing to subtract.</p>")
+            parts.append(f"<h3>{escape(name)}</h3><p>The linears differ: there is nothing to subtract.</p>")
             continue
         values = [value if use else None for value, use in zip(found["bpw"], inside, strict=True)]
         reach = max((abs(value) for value in values if value is not None), default=0.0) or 1.0
@@ -204,5 +204,5 @@ def differences(comparison: Report) -> str:
             f'<div data-difference="{number}"><h3>{escape(name)}</h3>{keys}'
             f'<div class="maps">{"".join(tables)}</div></div>'
         )
-    said = "Bits per weight that each one gives more or less than the first, matrix by matrix."
+    said = "How many more or fewer bits per weight each one has than the first, matrix by matrix."
     return section("differences", "Differences in bits", said, "".join(parts), wide=True)

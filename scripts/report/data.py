@@ -28,7 +28,7 @@ from dbrx_quant.runtime.folder.inspect import FolderFacts, LinearFacts, inspect_
 REPORT_VERSION = 1
 
 HEAD_KIND = "head"
-HELD_OUT = "held-out calibration rows"  # what the conversion measured itself on, unless it was told a text
+HELD_OUT = "held-out calibration rows"  # what the conversion measured itself on, unless it was given a text
 ATTENTION = "attention"  # the kind of the linears with these roles; others are called by their own names
 
 _SIZE_NAME = re.compile(r"[\d.]+bpw")
@@ -230,7 +230,7 @@ def _frontier(folder: Folder) -> list[FrontierPoint]:
     linears, found = folder.measurement.linears, {linear.name for linear in folder.facts.linears}
     if linears.keys() != found:
         missing = sorted(linears.keys() ^ found)
-        raise CheckpointError(f"measurement.json: of another model than the shards: {missing[0]}")
+        raise CheckpointError(f"measurement.json: made from another model than the shards: {missing[0]}")
     bpw = folder.facts.bpw
     last = max(_LEAST_END, bpw + 1)
     targets = [round(2 + _STEP * i, 1) for i in range(round((last - 2) / _STEP) + 1)]

@@ -25,7 +25,7 @@ from dbrx_quant.scripts.terminal.output import bytes_text
 
 
 def masthead(report: Report) -> str:
-    """Title, a sentence that says it all, and the model as a line of stripes."""
+    """Title, a one-sentence summary, and the model as a line of stripes."""
     model, headline = report["model"], report["headline"]
     blocks = f"{model['blocks']} blocks"
     if model["experts"]:

@@ -28,15 +28,15 @@ def size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 40GB, 22.5GB or 22GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 40GB, 22.5GB or 22GiB")
     number, prefix, binary, _ = match.groups()
     if binary and not prefix:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 40GB, 22.5GB or 22GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 40GB, 22.5GB or 22GiB")
     value = int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])
     if not prefix and value < _LEAST_BARE_SIZE:
         raise argparse.ArgumentTypeError(f"{text!r} is {value} bytes; for gigabytes write {number}GB")
     if value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: a size of nothing; write it like 40GB or 22GiB")
+        raise argparse.ArgumentTypeError(f"{text!r}: the size is zero; write it like 40GB or 22GiB")
     return value
 
 
@@ -51,13 +51,15 @@ def bpw_list(text: str) -> tuple[float, ...]:
         try:
             target = float(part)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{part!r} is no number; write 3.0 or 2.25,3.0,4.25") from None
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not a number; write 3.0 or 2.25,3.0,4.25"
+            ) from None
         if not LOWEST_BPW <= target <= HIGHEST_BPW:
             raise argparse.ArgumentTypeError(
-                f"{part.strip()} bits per weight; the format has {LOWEST_BPW:g} to {HIGHEST_BPW:g}"
+                f"{part.strip()} bits per weight; the format allows {LOWEST_BPW:g} to {HIGHEST_BPW:g}"
             )
         if target in targets:
-            raise argparse.ArgumentTypeError(f"{target} is there twice")
+            raise argparse.ArgumentTypeError(f"{target} is given twice")
         targets.append(target)
     return tuple(targets)
 

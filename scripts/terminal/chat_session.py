@@ -18,13 +18,13 @@ T = TypeVar("T")
 COMMANDS = {
     "/help": ("", "this list"),
     "/system": ("[TEXT]", "show or set the system prompt; /system - removes it"),
-    "/temp": ("X", "sample at temperature X; 0 takes the likeliest token"),
-    "/tokens": ("N", "the longest answer"),
+    "/temp": ("X", "sample at temperature X; 0 picks the most likely token"),
+    "/tokens": ("N", "the maximum length of an answer"),
     "/retry": ("", "another answer to the last message"),
     "/undo": ("", "take the last message and its answer back"),
     "/reset": ("", "begin anew"),
     "/save": ("FILE", "write the conversation as JSON"),
-    "/load": ("FILE", "go on with a saved one"),
+    "/load": ("FILE", "continue a saved one"),
     "/quit": ("", "leave, as Ctrl-D does"),
 }
 HELP = "\n".join(
@@ -48,7 +48,7 @@ class Screen(Protocol):
 
 
 class Session:
-    """A conversation led by lines of text.
+    """A conversation driven by lines of text.
 
     Attributes:
         conversation: what is said.
@@ -60,7 +60,7 @@ class Session:
         self._screen = screen
 
     def handle(self, line: str) -> bool:
-        """Do what a line says; False where it says to leave."""
+        """Handle one line; False where it asks to leave."""
         text = line.strip()
         if not text:
             return True
@@ -77,7 +77,7 @@ class Session:
     def _command(self, name: str, value: str = "") -> bool:
         conversation, note = self.conversation, self._screen.note
         if name not in COMMANDS:
-            raise ValueError(f"{name} is no command; /help shows them, //{name[1:]} sends it to the model")
+            raise ValueError(f"{name} is not a command; /help shows them, //{name[1:]} sends it to the model")
         if COMMANDS[name][0] and not value and name != "/system":
             raise ValueError(f"{name} {COMMANDS[name][0]}: {COMMANDS[name][1]}")
         if name == "/quit":
@@ -114,7 +114,7 @@ class Session:
         if answer.dropped:
             turns = "turn is" if answer.dropped == 1 else f"{answer.dropped} turns are"
             self._screen.note(
-                f"the oldest {turns} no longer seen: the model takes {self.conversation.context} tokens"
+                f"the oldest {turns} no longer visible: the model takes {self.conversation.context} tokens"
             )
         self._screen.note(summary(answer))
 
@@ -130,10 +130,10 @@ class Session:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: no JSON ({error})") from None
+            raise ValueError(f"{path}: not JSON ({error})") from None
         messages = content.get("messages") if isinstance(content, dict) else content
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise ValueError(f"{path}: no conversation; /save writes one")
+            raise ValueError(f"{path}: not a saved conversation; /save writes one")
         self.conversation.reset(messages)
         turns = len(self.conversation.messages) // 2
         self._screen.note(f"{turns} turn{'s' * (turns != 1)} from {path}")

@@ -1,21 +1,20 @@
-"""What the command prints: results on stdout, for people or as JSON; progress on stderr."""
+"""What the command prints: results on stdout, for people or as JSON; remarks on stderr."""
 
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol
+from typing import Any, ParamSpec
 
 P = ParamSpec("P")
 _PIPE_WIDTH = 200  # columns where no terminal sets them: wide enough that nothing is cut off
 
 
-def ends_with_its_reader(main: Callable[P, int]) -> Callable[P, int]:
-    """Makes a `main` return 1 without a word once whoever reads its output has seen enough (`| head`)."""
+def quiet_on_closed_pipe(main: Callable[P, int]) -> Callable[P, int]:
+    """Have a `main` return 1 silently when the reader of its output closes the pipe (`| head`)."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -99,43 +98,9 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def hush_loading(quiet: bool) -> None:
-    """Switch off transformers' bar of loaded weights when quiet or where nobody watches it."""
+def hide_loading_bar(quiet: bool) -> None:
+    """Hide transformers' bar of loaded weights when quiet or where stderr is not a terminal."""
     from transformers.utils import logging
 
     if quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()
-
-
-class Counter(Protocol):
-    """Told how far something is: (done, in all)."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show it."""
-
-
-@contextmanager
-def counter(title: str, unit: str, quiet: bool) -> Iterator[Counter]:
-    """Progress as a bar with the time left on stderr; nothing when quiet."""
-    if quiet:
-        yield lambda done, total: None
-        return
-    from tqdm import tqdm
-
-    bars: list[Any] = []  # made by the first step: the total isn't known before, and there may be none
-
-    def show(done: int, total: int) -> None:
-        if not bars:
-            scale = unit == "B"
-            bars.append(
-                tqdm(
-                    desc=title, total=total, unit=unit, unit_scale=scale, file=sys.stderr, dynamic_ncols=True
-                )
-            )
-        bars[0].update(done - bars[0].n)
-
-    try:
-        yield show
-    finally:
-        for bar in bars:
-            bar.close()

@@ -65,7 +65,7 @@ def test_a_priced_linear_has_its_errors_multiplied(made):
         (("linears",), [], "linears is list, expected an object"),
         (("coverage",), {"x": []}, "coverage is not by number of block"),
         (("coverage", "2"), [{"tokens": 1}], "share is missing"),
-        (("model", "config.json"), 3, "expected a text"),
+        (("model", "config.json"), 3, "expected a string"),
         (("linears", NAME, "shape"), [96], "expected input and output channels"),
         (("linears", NAME, "shape"), [96, 1 << 40], "expected input and output channels"),
         (("linears", NAME, "options"), [], "not a list of rising bits"),

@@ -184,7 +184,7 @@ def test_a_full_disk_is_one_clear_error_and_a_later_run_finishes(where, small, t
         for module in ("dbrx_quant.runtime.files.atomic", "dbrx_quant.runtime.folder.shards"):
             if hasattr(sys.modules[module], "write_parts"):
                 patch.setattr(f"{module}.write_parts", full)
-        with pytest.raises(OSError, match=r"disk full: \d+ bytes wanted, \d+ free") as caught:
+        with pytest.raises(OSError, match=r"disk full: \d+ bytes required, \d+ free") as caught:
             convert(options(small, tmp_path / "out", tokens, 4.0))
     assert caught.value.errno == errno.ENOSPC
     assert str(caught.value.filename).endswith(where)
@@ -202,7 +202,7 @@ def test_states_without_room_are_one_clear_error_and_a_later_run_finishes(small,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         patch.setattr(os, "posix_fallocate", no_room)
-        with pytest.raises(OSError, match=r"disk full: \d+ bytes wanted"):
+        with pytest.raises(OSError, match=r"disk full: \d+ bytes required"):
             convert(options(small, tmp_path / "out", tokens, 4.0))
     (result,) = convert(options(small, tmp_path / "out", tokens, 4.0, resume="must"))
     assert verify(result.folder).ok
@@ -240,7 +240,7 @@ def test_ctrl_c_and_sigterm_are_one_line_each_and_the_work_goes_on(tmp_path, tok
         process.send_signal(number)
         _, stderr = process.communicate(timeout=300)
         assert process.returncode == code
-        assert stderr == "dbrx-quant: interrupted; run the same command again to go on\n"
+        assert stderr == "dbrx-quant: interrupted; run the same command again to continue\n"
         assert not [path for path in work.rglob(".*.part")]
     finish(start(out, tokens))
     assert all(verify(out / f"{target}bpw").ok for target in TARGETS.split(","))

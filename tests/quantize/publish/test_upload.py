@@ -214,7 +214,7 @@ def test_a_file_that_holds_the_token_stays_here(both, hub, upload):
     (both / "4.0bpw" / "notes.txt").write_text(f"HF_TOKEN={TOKEN}\n", encoding="utf-8")
     code, _, error = upload(both)
     assert code == 1
-    assert "notes.txt: holds your token" in error
+    assert "notes.txt: contains your token" in error
     assert hub.requests == []
 
 
@@ -227,7 +227,7 @@ def test_what_may_surprise_is_told_before_anything_is_sent(both, hub, upload, mo
     code, _, error = upload(both)
     assert code == 0
     assert "folders in it are not uploaded: figures" in error
-    assert "below /home/someone/, for all to see: notes.txt" in error
+    assert "reveals paths below /home/someone/: notes.txt" in error
     assert "measurement.json differ" in error
     assert "measurement.json" not in hub.repos[REPO].files("main")
     assert "measurement.json" in hub.repos[REPO].files("4.0bpw")

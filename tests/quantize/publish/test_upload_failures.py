@@ -34,7 +34,7 @@ def test_a_signal_amid_a_shard_ends_with_what_to_do_and_the_same_command_goes_on
     hub.fail("PUT", "/lfs/", -number)
     code, _, error = upload(made / "3.0bpw")
     assert code == expected
-    assert error.splitlines()[-1] == "dbrx-quant: interrupted; run the same command again to go on"
+    assert error.splitlines()[-1] == "dbrx-quant: interrupted; run the same command again to continue"
     assert "3.0bpw" not in [b for b, commits in hub.repos[REPO].history.items() if len(commits) > 1]
     assert upload(made / "3.0bpw")[0] == 0
     assert hub.repos[REPO].files("3.0bpw")["NOTICE.txt"] == b"the notice\n"

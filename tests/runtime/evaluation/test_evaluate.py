@@ -81,7 +81,7 @@ def test_what_cannot_be_compared_is_refused():
     rows, original, quantized, model = tables(3)
     with pytest.raises(ValueError, match="vocabulary of 40 tokens against the original's 50"):
         evaluate(model(quantized[..., :40]), model(original), rows)
-    with pytest.raises(ValueError, match=r"logits of shape \[70, V\] wanted, got \[69, 50\]"):
+    with pytest.raises(ValueError, match=r"expected logits of shape \[70, V\], got \[69, 50\]"):
         evaluate(model(quantized[:, :69]), model(original), rows)
     quantized[1, 3, 4] = math.nan
     with pytest.raises(ValueError, match="quantized model, window 1: logits are not finite"):
@@ -207,7 +207,7 @@ def test_windows_are_the_first_tokens_without_special_ones(tmp_path):
     assert rows.dtype == torch.int64
     assert torch.equal(rows[0], rows[2])
     assert 1 not in rows  # no BOS
-    with pytest.raises(ValueError, match="30 tokens hold 2 windows of 12, 3 asked for"):
+    with pytest.raises(ValueError, match="30 tokens hold 2 windows of 12, 3 requested"):
         windows(folder, text, 3, 12)
     with pytest.raises(ValueError, match="at least one window of two tokens"):
         windows(folder, text, 3, 1)

@@ -45,13 +45,13 @@ def test_an_entry_is_replaced_by_the_next_one_of_the_same_text_and_windows(tmp_p
     ("content", "message"),
     [
         ("{", "not a list of evaluations"),
-        ("[]", "list instead of an object"),
+        ("[]", "list, expected an object"),
         ('{"format_version": 2, "evaluations": []}', "version 2, this program reads 1"),
         ('{"format_version": 1, "evaluations": {}}', "evaluations is dict, expected a list"),
         ('{"format_version": 1, "evaluations": [1]}', r"evaluations\[0\] is int, expected an object"),
         (
             json.dumps({"format_version": 1, "evaluations": [ENTRY, ENTRY | {"kl": "low"}]}),
-            r"evaluations\[1\] is not sound: kl is",
+            r"evaluations\[1\] is invalid: kl is",
         ),
         (json.dumps({"format_version": 1, "evaluations": [ENTRY | {"ppl": float("nan")}]}), "ppl is nan"),
         (json.dumps({"format_version": 1, "evaluations": [ENTRY | {"windows": 0}]}), "windows is 0"),

@@ -181,7 +181,7 @@ def replace(suffix, function):
         (put("q_invperm", 3, -1), r"q_invperm: entry 3 is -1"),
         (
             lambda t: t["q_invperm"].__setitem__(0, int(t["q_invperm"][1])),
-            r"q_invperm: row \d+ is named 2",
+            r"q_invperm: row \d+ occurs 2",
         ),
         (lambda t: t.update(q_extra=torch.zeros(1)), r"q_extra: is not a tensor of the format"),
         (lambda t: t.update(bias=torch.zeros(65).half()), r"bias: 65 entries, expected 64"),

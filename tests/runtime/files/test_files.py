@@ -88,7 +88,7 @@ def test_a_failed_write_keeps_the_old_file_and_no_leftover(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(atomic.os, "fsync", full)
-    with pytest.raises(OSError, match=r"disk full: 4\d\d\d bytes wanted.*x\.safetensors") as caught:
+    with pytest.raises(OSError, match=r"disk full: 4\d\d\d bytes required.*x\.safetensors") as caught:
         atomic.save_tensors(path, {"a": torch.zeros(1000)})
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == before

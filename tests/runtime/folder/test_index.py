@@ -90,5 +90,5 @@ def test_no_index_is_written_for_an_incomplete_folder(made, capsys):
     (folder / "output-00002-of-00002.safetensors").unlink()
     code, _, error = run(capsys, "index", folder)
     assert code == 1
-    assert "missing; config.json asks for it" in error
+    assert "missing; config.json requires it" in error
     assert not (folder / INDEX_NAME).exists()

@@ -126,7 +126,9 @@ def test_a_dbrx_config_that_names_two_rope_bases_is_reported(folder):
 
 def test_a_linear_that_is_stored_twice_is_a_fault(folder):
     change(folder, lambda t: t.update({f"{EXPERT}.weight": torch.zeros(64, 96, dtype=torch.float16)}))
-    assert faults(folder) == [f"model.safetensors: {EXPERT}.weight: dbrx has no place for this tensor"]
+    assert faults(folder) == [
+        f"model.safetensors: {EXPERT}.weight: this tensor does not belong to a dbrx model"
+    ]
 
 
 def test_both_naming_styles_of_dbrx_are_read(folder):
@@ -226,7 +228,7 @@ def test_each_broken_rule_names_file_tensor_and_reason(folder, edit, tensor, rea
 def test_a_linear_of_another_shape_than_the_config_says_is_a_fault(folder):
     change(folder, other_shape)
     assert faults(folder) == [
-        f"model.safetensors: {Q_PROJ}: is (64, 32) (K, N as stored), the model's is (64, 64)"
+        f"model.safetensors: {Q_PROJ}: is (64, 32) (K, N as stored), the model requires (64, 64)"
     ]
 
 
@@ -279,7 +281,7 @@ def test_attention_is_quantized_whole_or_not_at_all(folder):
 def test_a_tensor_without_a_place_is_a_fault(folder):
     change(folder, lambda t: t.update({"model.layers.0.adapter.weight": torch.zeros(2)}))
     assert faults(folder) == [
-        "model.safetensors: model.layers.0.adapter.weight: dbrx has no place for this tensor"
+        "model.safetensors: model.layers.0.adapter.weight: this tensor does not belong to a dbrx model"
     ]
 
 
@@ -298,7 +300,7 @@ def test_16_bit_tensors_have_their_dtype_and_shape(folder):
     change(folder, lambda t: t.update({name: torch.ones(64, dtype=torch.bfloat16)}))
     assert faults(folder) == [f"model.safetensors: {name}: dtype BF16, expected F16"]
     change(folder, lambda t: t.update({name: torch.ones(63, dtype=torch.float16)}))
-    assert faults(folder) == [f"model.safetensors: {name}: shape (63,), the model's is (64,)"]
+    assert faults(folder) == [f"model.safetensors: {name}: shape (63,), the model requires (64,)"]
     change(folder, lambda t: t.pop(name))
     assert faults(folder) == [f"{name}: missing"]
 
@@ -352,7 +354,7 @@ def test_the_other_shards_are_checked_where_one_is_lost(sharded, lose, indexed):
     assert len(found) == 3 + indexed, found
     assert any(lost.name in fault for fault in found)
     assert any(fault.startswith(f"{first.name}: {Q_PROJ}.q_scale_max: group 1 is nan") for fault in found)
-    assert f"{first.name}: adapter: dbrx has no place for this tensor" in found
+    assert f"{first.name}: adapter: this tensor does not belong to a dbrx model" in found
     assert {name.removesuffix(".weight") for name in report.facts["unchecked"]} == inside
     (warning,) = (line for line in report.warnings if "not checked" in line)
     assert f"{len(inside)} linears and 16-bit tensors" in warning
@@ -364,7 +366,7 @@ def test_a_missing_shard_is_reported(sharded):
     file.unlink()
     found = verify(sharded).faults
     assert len(found) == 2
-    assert re.fullmatch(rf"{file.name}: missing; {INDEX_NAME} puts \d+ of the tensors in it", found[0])
+    assert re.fullmatch(rf"{file.name}: missing; {INDEX_NAME} places \d+ of the tensors in it", found[0])
     assert found[1] == f"{file.name}: missing; checksums.json names it"
 
 
@@ -376,8 +378,8 @@ def test_a_missing_shard_is_reported(sharded):
             lambda m: m.update({"model.extra": "x.safetensors"}),
             "x.safetensors: missing; model.safetensors.in",
         ),
-        (lambda m: m.pop(f"{Q_PROJ}.q_weight"), f"leaves out {Q_PROJ}.q_weight"),
-        (lambda m: m.update({f"{Q_PROJ}.q_weight": "elsewhere.safetensors"}), f"puts {Q_PROJ}.q_weight in"),
+        (lambda m: m.pop(f"{Q_PROJ}.q_weight"), f"omits {Q_PROJ}.q_weight"),
+        (lambda m: m.update({f"{Q_PROJ}.q_weight": "elsewhere.safetensors"}), f"places {Q_PROJ}.q_weight in"),
     ],
 )
 def test_an_index_that_disagrees_with_the_shards_is_a_fault(sharded, edit, reason):
@@ -474,7 +476,7 @@ def test_config_and_tokenizer_must_agree_with_the_model(folder, name, edit, reas
 
 def test_a_missing_tokenizer_is_a_fault(folder):
     (folder / "tokenizer.json").unlink()
-    message = "tokenizer.json: missing; 'dbrx-quant tokenizer' makes it from other files where it can"
+    message = "tokenizer.json: missing; 'dbrx-quant tokenizer' creates it from other files where possible"
     assert verify(folder).faults == [message]
 
 

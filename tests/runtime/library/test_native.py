@@ -188,7 +188,7 @@ def test_a_library_with_another_interface_version_is_refused(unloaded, monkeypat
 def test_a_file_that_is_no_library_is_refused(unloaded, monkeypatch, tmp_path):
     (tmp_path / "broken.so").write_bytes(b"not a library")
     monkeypatch.setattr(_native.LIBRARY, "find", lambda: tmp_path / "broken.so")
-    with pytest.raises(RuntimeError, match="does not load"):
+    with pytest.raises(RuntimeError, match="cannot be loaded"):
         _native.library()
 
 

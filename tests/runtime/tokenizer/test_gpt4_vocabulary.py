@@ -217,14 +217,14 @@ def test_declared_ids_win_over_the_order_of_names(ranks_file, tmp_path):
 
 def test_another_vocabulary_is_refused(tmp_path):
     source = old_repository(tmp_path / "old", {**WRAPPER, "model_name": "gpt-4o"})
-    with pytest.raises(CheckpointError, match=r"wraps tiktoken's 'gpt-4o'; only cl100k_base is known"):
+    with pytest.raises(CheckpointError, match=r"wraps tiktoken's 'gpt-4o'; only cl100k_base is supported"):
         write_tokenizer(source, tmp_path, VOCABULARY)
     source = old_repository(tmp_path / "other")
     (source / "qwen.tiktoken").write_text("IQ== 0\nIg== 1\n")
-    with pytest.raises(CheckpointError, match=r"qwen\.tiktoken: other ranks than cl100k_base's"):
+    with pytest.raises(CheckpointError, match=r"qwen\.tiktoken: ranks differ from cl100k_base's"):
         write_tokenizer(source, tmp_path, VOCABULARY)
     (source / "qwen.tiktoken").write_text("not ranks\n")
-    with pytest.raises(CheckpointError, match="no file of tiktoken ranks"):
+    with pytest.raises(CheckpointError, match="not a file of tiktoken ranks"):
         write_tokenizer(source, tmp_path, VOCABULARY)
 
 

@@ -204,7 +204,7 @@ def broken(folder, change):
         ),
         (lambda t: t["model"]["vocab"].update({"<|im_end|>": 5}), "'<|im_end|>' is added token 260"),
         (lambda t: t["model"]["vocab"].update({"zz": 7}), "id 7 belongs to"),
-        (lambda t: t["added_tokens"].pop(), "the chat marker '<|im_end|>' is no added token"),
+        (lambda t: t["added_tokens"].pop(), "the chat marker '<|im_end|>' is not an added token"),
     ],
 )
 def test_the_check_finds_what_is_wrong_with_the_ids(source, out, change, message):
@@ -216,7 +216,7 @@ def test_the_check_finds_what_is_wrong_with_the_ids(source, out, change, message
 def test_the_check_finds_a_chat_that_does_not_come_back(source, out):
     write_tokenizer(source, out, VOCABULARY)
     broken(out, lambda t: t.update(normalizer={"type": "Lowercase"}))
-    assert any("does not come back" in problem for problem in fatal(out))
+    assert any("does not survive" in problem for problem in fatal(out))
 
 
 def test_the_check_finds_special_tokens_and_side_files_that_disagree(source, out):
@@ -224,7 +224,7 @@ def test_the_check_finds_special_tokens_and_side_files_that_disagree(source, out
     write_json(out / "added_tokens.json", {"<|im_end|>": 7})
     write_json(out / "tokenizer_config.json", TOKENIZER_CONFIG | {"eos_token": "</s>"})
     problems = fatal(out)
-    assert "added_tokens.json: '<|im_end|>' is 7, tokenizer.json says 260" in problems
+    assert "added_tokens.json: '<|im_end|>' is 7, but 260 in tokenizer.json" in problems
     assert "tokenizer_config.json: eos_token '</s>' is not in tokenizer.json" in problems
 
 

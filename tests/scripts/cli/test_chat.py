@@ -110,7 +110,7 @@ def test_undo_and_retry(session, screen):
     assert screen.answers == [SCRIPT] * 3
     session.handle("/undo")
     session.handle("/undo")
-    assert screen.problems == ["nothing was asked yet"]
+    assert screen.problems == ["there is no message yet"]
 
 
 def test_settings_are_set_and_told(session, screen):
@@ -153,14 +153,14 @@ def test_a_conversation_is_saved_and_loaded(session, screen, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/frobnicate", "/frobnicate is no command; /help shows them, //frobnicate sends it"),
+        ("/frobnicate", "/frobnicate is not a command; /help shows them, //frobnicate sends it"),
         ("/temp", "/temp X: sample at temperature"),
         ("/temp hot", "'hot': expected a number"),
         ("/tokens 0", "'0': expected a whole number of at least 1"),
         ("/save", "/save FILE"),
         ("/save /none/where.json", "/none: no such folder"),
         ("/load /none/where.json", "/none/where.json: No such file"),
-        ("/retry", "nothing was asked yet"),
+        ("/retry", "there is no message yet"),
         ("x" * 300, "the model takes 128"),
     ],
 )
@@ -173,19 +173,19 @@ def test_what_goes_wrong_is_told_and_the_chat_goes_on(session, screen, line, mes
 
 
 @pytest.mark.parametrize("content", ["{", "3", '{"a": 1}', "[1]", '[{"role": "user", "content": "a"}]'])
-def test_files_that_are_no_conversation_are_refused(session, screen, tmp_path, content):
+def test_files_that_are_not_conversations_are_refused(session, screen, tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     session.handle(f"/load {tmp_path}/a.json")
     assert len(screen.problems) == 1
     assert session.conversation.messages == []
 
 
-def test_dropped_turns_are_told(session, screen):
+def test_dropped_turns_are_reported(session, screen):
     for number in range(4):
         session.handle(f"a long message, number {number}")
-    told = [note for note in screen.notes if "no longer seen" in note]
+    told = [note for note in screen.notes if "no longer visible" in note]
     assert told
-    assert told[0] == "the oldest turn is no longer seen: the model takes 128 tokens"
+    assert told[0] == "the oldest turn is no longer visible: the model takes 128 tokens"
 
 
 def test_a_summary_has_what_there_is_to_tell():
@@ -212,7 +212,7 @@ def test_piped_lines_are_answered_on_stdout_and_the_rest_is_on_stderr(folder, mo
     assert [note.split(",")[0] for note in notes] == [
         "12 tokens",
         "temperature 0",
-        "dbrx-quant chat: /nope is no command; /help shows them",
+        "dbrx-quant chat: /nope is not a command; /help shows them",
         "12 tokens",
     ]
 
@@ -237,7 +237,7 @@ def test_chat_refuses_a_model_without_a_template(tmp_path, monkeypatch, capsys):
     make_tokenizer(out, config=config)
     code, _, err = chat(out, monkeypatch, capsys, "Hello\n")
     assert code == 1
-    assert "no chat template; 'dbrx-quant generate' goes on from a text" in err
+    assert "no chat template; 'dbrx-quant generate' continues a text" in err
 
 
 # --- the screen ---

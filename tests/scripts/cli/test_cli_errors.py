@@ -53,18 +53,21 @@ def convert_that(monkeypatch, action):
 
 def test_a_full_disk_is_one_line(monkeypatch, folders, tmp_path, capsys):
     def fail(options):
-        raise OSError(errno.ENOSPC, "disk full: 12 bytes wanted, 3 free", str(tmp_path / "x"))
+        raise OSError(errno.ENOSPC, "disk full: 12 bytes required, 3 free", str(tmp_path / "x"))
 
     convert_that(monkeypatch, fail)
     code, out, err = run(capsys, "convert", folders / "source", tmp_path / "o", "--bpw", "3")
     assert (code, out) == (1, "")
-    assert err == f"dbrx-quant: error: {tmp_path / 'x'}: disk full: 12 bytes wanted, 3 free\n"
+    assert err == f"dbrx-quant: error: {tmp_path / 'x'}: disk full: 12 bytes required, 3 free\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 @pytest.mark.parametrize(
     ("resume", "hint"),
-    [("auto", "run the same command again to go on"), ("never", "run it again with --resume auto to go on")],
+    [
+        ("auto", "run the same command again to continue"),
+        ("never", "run it again with --resume auto to continue"),
+    ],
 )
 def test_an_interruption_is_one_line(number, code, resume, hint, monkeypatch, folders, tmp_path, capsys):
     unwound = []
@@ -105,5 +108,5 @@ def test_a_reader_that_leaves_early_is_no_error(folders, module):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_every_script_ends_with_its_reader(path):
-    assert "@ends_with_its_reader\ndef main(" in path.read_text("utf-8")
+def test_every_script_is_quiet_on_a_closed_pipe(path):
+    assert "@quiet_on_closed_pipe\ndef main(" in path.read_text("utf-8")

@@ -64,10 +64,10 @@ def test_a_repair_mends_all_that_the_check_found(source, capsys):
     assert (code, err) == (0, "")
     assert "filled 1 unused id with placeholders: 256" in out
     assert "config.json: eos_token_id missing → [257, 260]" in out
-    assert "generation_config.json: missing, made anew" in out
+    assert "generation_config.json: missing, created" in out
     assert run(capsys, source, "--check") == (
         0,
-        f"{source}: sound: every token has its id, and a chat turn its end\n",
+        f"{source}: sound: every token has its id, and chat turns end\n",
         "",
     )
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -90,7 +90,7 @@ def test_a_second_repair_has_nothing_to_do(source, capsys):
 def test_replaced_files_are_kept_as_they_were(source, capsys):
     before = contents(source)
     _, out, _ = run(capsys, source)
-    assert "the files as they were are in tokenizer-before-repair/" in out
+    assert "the original files are in tokenizer-before-repair/" in out
     kept = contents(source / "tokenizer-before-repair")
     assert kept == {name: before[name] for name in ("config.json", "tokenizer.json", "tokenizer_config.json")}
     write_json(source / "generation_config.json", {"eos_token_id": 257, "temperature": 0.6})
@@ -143,14 +143,14 @@ def test_an_interrupted_repair_is_finished_by_the_next(source, capsys, monkeypat
     assert not list(source.glob(".*.part"))
 
 
-def test_what_cannot_be_mended_stays_reported(source, capsys):
+def test_what_cannot_be_fixed_stays_reported(source, capsys):
     broken = {**TOKENIZER_CONFIG, "chat_template": "{{ nothing.at.all }}"}
     write_json(source / "tokenizer_config.json", broken)
     code, _, err = run(capsys, source)
     assert code == 3
     assert "still wrong: tokenizer_config.json" in err or "still wrong: chat_template.jinja" in err
     code, out, _ = run(capsys, source)
-    assert (code, out) == (3, f"{source}: nothing to repair that could be\n")
+    assert (code, out) == (3, f"{source}: no repairable fault\n")
 
 
 @pytest.mark.parametrize(
