@@ -52,7 +52,7 @@ from dbrx_quant.runtime.tokenizer.check import check_tokenizer
 from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
 from dbrx_quant.runtime.tokenizer.ids import read_object, special_ids
 
-_PREDICTED = JsonFile("a prediction", version=1, remedy="start anew with --resume never")
+_PREDICTED = JsonFile("a prediction", version=1, remedy="start over with --resume never")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
     check_targets(options.targets, *shape_range(model.architecture))
     with open_job(options.work, _facts(options), options.resume) as resumed:
         if resumed and not options.quiet:
-            print(f"going on with the work in {options.work}", file=sys.stderr)
+            print(f"resuming the work in {options.work}", file=sys.stderr)
         _clean(options.work)
         rows = load_rows(options)
         check_memory(model.architecture, rows.count, options.max_memory)
@@ -233,7 +233,7 @@ def _one_target(
     if not (done.exists() and _holds(out, strategy)):
         strategy_path = work / STRATEGY_NAME
         if strategy_path.exists() and read_strategy(strategy_path)[0] != strategy:
-            raise ValueError(f"{strategy_path}: made by another version; start anew with --resume never")
+            raise ValueError(f"{strategy_path}: made by another version; start over with --resume never")
         write_strategy(strategy_path, strategy)
         groups = {name: option.groups for name, option in strategy.choices.items()}
         title = f"quantize {strategy.target_bpw}"
@@ -256,13 +256,13 @@ def _one_target(
         write_measurement(out / MEASUREMENT_NAME, measurement)
         report = verify(out)
         if not report.ok:
-            raise CheckpointError(f"{out}: the result does not verify: {'; '.join(report.faults[:3])}")
+            raise CheckpointError(f"{out}: the result fails verification: {'; '.join(report.faults[:3])}")
         write_json(done, {"bpw": report.facts["bpw"]})
         for leftover in work.glob("*.npy"):  # first, since states say that the linears before them are there
             leftover.unlink()
         shutil.rmtree(work / "linears")
     elif not options.quiet:
-        print(f"{out}: finished earlier; kept as it is, with the shards that it has", file=sys.stderr)
+        print(f"{out}: already finished; kept as it is, with the shards it has", file=sys.stderr)
     _, outcome = read_strategy(out / STRATEGY_NAME)
     measured_kl = outcome.measured["kl"] if outcome is not None and outcome.measured else None
     shards = sum(file.stat().st_size for file in out.glob("*.safetensors"))

@@ -186,7 +186,7 @@ def read_measurement(path: Path) -> Measurement:
     blocks = fields.object("coverage")
     numbered = [block for block in blocks.values if block.isdecimal()]
     if len(numbered) < len(blocks.values):
-        raise fields.fault("coverage", "not by number of block")
+        raise fields.fault("coverage", "not keyed by block number")
     coverage = {int(block): read_coverage(blocks, block) for block in sorted(numbered, key=int)}
     model = fields.object("model")
     return Measurement(

@@ -62,13 +62,17 @@ class ConvertOptions:
     )
     length: int | None = option(
         "whole",
-        "tokens a row (default: 2048 or the model's most)",
+        "tokens per row (default: 2048, or the model's limit)",
         changes="everything",
         group="calibration",
         least=1,
     )
     seed: int = option(
-        "whole", "of everything drawn (default: %(default)s)", 0, changes="everything", group="calibration"
+        "whole",
+        "seed of all random draws (default: %(default)s)",
+        0,
+        changes="everything",
+        group="calibration",
     )
     effort: "Effort" = option(
         "choice",
@@ -80,13 +84,13 @@ class ConvertOptions:
     )
     refit: bool = option(
         "switch",
-        "fit the scales of groups once more when their codes are fixed",
+        "fit the scales of groups again once their codes are fixed",
         False,
         changes="everything",
         measuring=False,
     )
     measurement: Path | None = option(
-        "file", "of this model, to use again", changes="everything", measuring=False, metavar="FILE"
+        "file", "a measurement of this model to reuse", changes="everything", measuring=False, metavar="FILE"
     )
     held_out: str | None = option(
         "text",
@@ -99,7 +103,7 @@ class ConvertOptions:
     )
     held_out_rows: int | None = option(
         "whole",
-        "rows of --held-out (default: 16; of tokens all)",
+        "rows of --held-out (default: 16; of ready tokens all)",
         changes="everything",
         group="calibration",
         least=1,
@@ -108,18 +112,18 @@ class ConvertOptions:
     work_dir: Path | None = option("folder", "for resuming (default: OUT.work)", group="work", metavar="DIR")
     resume: "Resume" = option(
         "choice",
-        "auto goes on with earlier work, must insists on it, never discards it (default: %(default)s)",
+        "auto resumes earlier work, must requires it, never discards it (default: %(default)s)",
         "auto",
         group="work",
         choices=("auto", "never", "must"),
     )
     max_memory: int | None = option(
-        "size", "refuse to start above it, e.g. 24GB", group="work", metavar="SIZE"
+        "size", "refuse to start if more is needed, e.g. 24GB", group="work", metavar="SIZE"
     )
     device: str = option("text", "where to compute (default: %(default)s)", "cpu", group="work")
     max_shard_bytes: int = option(
         "size",
-        "of a file (default: 8GB); a result that is finished already keeps its files",
+        "largest file (default: 8GB); a finished result keeps its files",
         8_000_000_000,
         measuring=False,
         least=1,

@@ -13,7 +13,7 @@ from dbrx_quant.runtime.files.json_file import JsonFile
 Resume = Literal["auto", "never", "must"]
 
 JOB_NAME = "job.json"
-_FILE = JsonFile("a job file", version=1, remedy="start anew with --resume never")
+_FILE = JsonFile("a job file", version=1, remedy="start over with --resume never")
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def open_job(folder: Path, facts: Mapping[str, Any], resume: Resume) -> Iterator
     Args:
         folder: the work folder, made if needed.
         facts: everything that decides the results, JSON-ready.
-        resume: "auto" goes on with earlier work of the same facts, "must" insists on it, "never" discards it.
+        resume: "auto" resumes earlier work of the same facts, "must" requires it, "never" discards it.
 
     Raises:
         ValueError: earlier work was started with other facts (each difference is named), there is none though
@@ -37,7 +37,9 @@ def open_job(folder: Path, facts: Mapping[str, Any], resume: Resume) -> Iterator
         except OSError:
             raise ValueError(f"{folder}: another process is working in this folder") from None
         if not path.exists() and any(p.name != ".lock" for p in folder.iterdir()):
-            raise ValueError(f"{folder}: not empty and no work folder of ours; choose another --work-dir")
+            raise ValueError(
+                f"{folder}: not empty, and not a work folder of dbrx-quant; choose another --work-dir"
+            )
         if resume == "never":
             for child in folder.iterdir():
                 if child.name != ".lock":

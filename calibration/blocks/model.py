@@ -194,7 +194,7 @@ class StreamedModel:
         weight = load_linear(self.checkpoint, spec).to(torch.float32, copy=True)
         self.checkpoint.release(find_source(self.checkpoint, spec).tensor)
         if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError(f"{self.folder}: {spec.name}: the weight holds NaN or infinity")
+            raise CheckpointError(f"{self.folder}: {spec.name}: the weight contains NaN or infinity")
         return weight
 
     def embed(self, input_ids: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Moments:
         if not bool(torch.isfinite(self.matrix.diagonal()).all()):
             channel = int((~torch.isfinite(self.matrix.diagonal())).nonzero()[0])
             raise ValueError(
-                f"{name}: its calibration inputs hold NaN or infinity (input channel {channel}); "
+                f"{name}: its calibration inputs contain NaN or infinity (input channel {channel}); "
                 "the source model overflows on this text in float32, or its weights are damaged"
             )
 

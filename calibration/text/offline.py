@@ -139,7 +139,7 @@ def _paths() -> tuple[tuple[str, Path], ...]:
                 found.append((".".join(part for part in parts if part != "__init__"), path))
     if not found:
         raise RuntimeError(
-            f"no sources of the standard library under {library}: this Python carries no text to calibrate"
+            f"no sources of the standard library under {library}: this Python has no text to calibrate"
             " on; choose a file or a dataset as calibration source"
         )
     return tuple(sorted(found))

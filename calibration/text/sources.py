@@ -52,7 +52,7 @@ _NETWORK_LIBRARIES = frozenset(
 
 
 class SourceUnreachable(RuntimeError):
-    """A remote dataset cannot be had: no network, no such dataset, no permission."""
+    """A remote dataset is unavailable: no network, no such dataset, no permission."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def open_texts(source: str | Path, seed: int) -> Texts:
     Raises:
         ValueError: the source is none of these.
         CheckpointError: a file cannot be read as what its name says.
-        SourceUnreachable: the dataset cannot be had, also later, while documents are drawn.
+        SourceUnreachable: the dataset is unavailable, also later, while documents are drawn.
     """
     path = Path(source)
     if path.is_file():
@@ -205,7 +205,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
             raise CheckpointError(f"{where}: not JSON: {error}") from error
         fields = {key: record[key] for key in _FIELDS if key in record} if isinstance(record, dict) else {}
         if not fields:
-            raise CheckpointError(f"{where}: a JSON object with messages or text expected, got {line[:80]}")
+            raise CheckpointError(f"{where}: expected a JSON object with messages or text, got {line[:80]}")
         document = document_of(fields, None, where)
         if document is not None:
             yield document
@@ -296,6 +296,6 @@ def _patience(name: str, ours: bool) -> Iterator[None]:
         if not (remote or isinstance(error, OSError) or (ours and isinstance(error, ValueError))):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise SourceUnreachable(f"dataset {name} cannot be had: {reason}") from error
+        raise SourceUnreachable(f"dataset {name} is unavailable: {reason}") from error
     finally:
         config.STREAMING_READ_MAX_RETRIES, config.STREAMING_READ_RETRY_INTERVAL = known

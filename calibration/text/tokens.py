@@ -55,13 +55,13 @@ def load_tokens(
         seed: decides the order of documents.
 
     Returns:
-        The rows. Where "default" cannot be had, "offline" is used, and where a named set has too little text
+        The rows. Where "default" is unavailable, "offline" is used, and where a named set has too little text
         there are fewer rows; both are said on stderr and in the description's `notices`.
 
     Raises:
         ValueError: an unknown source, or text too short for the rows asked for.
         CheckpointError: a file that breaks its format; ids outside the model's vocabulary.
-        SourceUnreachable: a dataset that was asked for by name cannot be had.
+        SourceUnreachable: a dataset that was asked for by name is unavailable.
     """
     vocabulary, longest = model_limits(tokenizer_folder)
     for name, value in (("rows", rows), ("length", length)):

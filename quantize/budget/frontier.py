@@ -69,7 +69,7 @@ def frontier(
     return points
 
 
-def anchored(
+def rescaled(
     curve: Sequence[tuple[float, float]], known: Sequence[tuple[float, float]]
 ) -> list[tuple[float, float]]:
     """A curve that adds up the errors of all linears, moved to where all of them act at once.

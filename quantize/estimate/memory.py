@@ -50,7 +50,7 @@ def check_memory(architecture: Architecture, tokens: int, limit: int | None) -> 
     wanted = peak_bytes(architecture, tokens)
     if limit is not None and wanted > limit:
         raise ValueError(
-            f"about {wanted / 1e9:.2f} GB of memory are needed at a time, --max-memory allows "
+            f"about {wanted / 1e9:.2f} GB of memory are needed at the peak, --max-memory allows "
             f"{limit / 1e9:.2f} GB; fewer calibration tokens need less"
         )
 

@@ -53,8 +53,8 @@ def check_channels(architecture: Architecture) -> None:
     for spec in architecture.linears():
         if spec.shape[0] % UNIT:
             raise CheckpointError(
-                f"{spec.name}: {spec.shape[0]} input channels are no multiple of {UNIT}; the quantizer gives "
-                f"bits to {UNIT} of them at a time"
+                f"{spec.name}: {spec.shape[0]} input channels are not a multiple of {UNIT}; the quantizer "
+                f"gives bits to {UNIT} of them at a time"
             )
 
 
@@ -113,7 +113,7 @@ def _bpw(architecture: Architecture, head_bits: int, size: int, what: str) -> fl
     if bpw < low:
         needed = total_bytes(architecture, low, head_bits)
         raise ValueError(
-            f"{what} is too little: at {low:.3f} bits per weight, the fewest, the weights take "
+            f"{what} is not enough: at {low:.3f} bits per weight, the fewest, the weights take "
             f"{needed / 1e9:.3g} GB"
         )
     return math.floor(min(bpw, high) * 1e4) / 1e4

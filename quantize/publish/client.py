@@ -103,11 +103,11 @@ class Hub:
 
         endpoint = self.api.endpoint
         tokens = f"{endpoint}/settings/tokens"
-        later = "run the same command again: what is up already is kept"
+        later = "run the same command again: what is already uploaded is kept"
         if isinstance(error, LocalTokenNotFoundError):
             return f"no token for {endpoint}: run `hf auth login`, or set HF_TOKEN, with one of {tokens}"
         if isinstance(error, OfflineModeIsEnabled):
-            return f"no upload to {endpoint} in offline mode: HF_HUB_OFFLINE is set"
+            return f"cannot upload to {endpoint} in offline mode: HF_HUB_OFFLINE is set"
         if _is_transport(error):
             return f"no connection to {endpoint} ({error or type(error).__name__}); {later}"
         status = _status(error)
@@ -120,8 +120,8 @@ class Hub:
             return f"{where} is gated{said}: ask for access on its page, with the account of this token"
         if status == 401:
             return (
-                f"{endpoint} does not accept the token{said}: make one with write access at {tokens} and run "
-                "`hf auth login` again, or put it into HF_TOKEN, which goes first"
+                f"{endpoint} does not accept the token{said}: create one with write access at {tokens} and "
+                "run `hf auth login` again, or put it into HF_TOKEN, which takes precedence"
             )
         if status == 403:
             return (
@@ -129,7 +129,7 @@ class Hub:
                 f"{self.repository.split('/')[0]}; see {tokens}"
             )
         if status == 404:
-            return f"{where} is not there, or hidden from this token{said}"
+            return f"{where} does not exist, or is hidden from this token{said}"
         if status == 429:
             return f"{endpoint} limits the rate of requests{said}; {later}"
         if status >= 500:

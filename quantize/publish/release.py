@@ -138,7 +138,7 @@ def find_checkpoints(folders: Iterable[Path]) -> list[Path]:
 
     Raises:
         CheckpointError: a folder is none and has none.
-        ValueError: one is there twice.
+        ValueError: one is given twice.
     """
     found: list[Path] = []
     for folder in folders:
@@ -150,7 +150,7 @@ def find_checkpoints(folders: Iterable[Path]) -> list[Path]:
         inner = sorted(path.parent for path in folder.glob("*bpw/config.json"))
         if not inner:
             raise CheckpointError(
-                f"{folder}: no quantized folder: neither config.json nor *bpw folders in it"
+                f"{folder}: not a quantized folder: it has neither config.json nor *bpw folders"
             )
         found += inner
     resolved = [folder.resolve() for folder in found]
@@ -190,8 +190,8 @@ def gather(
         name = branch or target_name(_number(config["quantization_config"], "bits", folder / "config.json"))
         if name in branches:
             raise ValueError(
-                f"{folder} and {branches[name][1]} both want the branch {name}; upload one of them by itself "
-                "with --revision NAME"
+                f"{folder} and {branches[name][1]} would both become the branch {name}; upload one of "
+                "them by itself with --revision NAME"
             )
         branches[name] = (read_branch(folder, name, config, shard_bytes(folder)), folder)
         models.append(_model(folder, config, base_model, card))

@@ -60,8 +60,8 @@ def look(release: Release, hub: Hub, *, private: bool, replace_card: bool) -> Re
     access = hub.ask(api.whoami).get("auth", {}).get("accessToken", {})
     if access.get("role") == "read":
         raise HubError(
-            f"the token may only read: make one with write access at {api.endpoint}/settings/tokens and run "
-            "`hf auth login` again, or put it into HF_TOKEN, which goes first"
+            f"the token is read-only: create one with write access at {api.endpoint}/settings/tokens and run "
+            "`hf auth login` again, or put it into HF_TOKEN, which takes precedence"
         )
     gate = _original_gate(release, hub) or bool(release.model.card.gate)
     info = hub.find(lambda: api.model_info(repository))
@@ -69,8 +69,8 @@ def look(release: Release, hub: Hub, *, private: bool, replace_card: bool) -> Re
         return Remote(False, {}, (), {}, False, gate)
     if private and not info.private:
         raise ValueError(
-            f"{repository} is there and public; --private is for new repositories: make it private at "
-            f"{api.endpoint}/{repository}/settings first"
+            f"{repository} already exists and is public; --private is for new repositories: make it "
+            f"private at {api.endpoint}/{repository}/settings first"
         )
     heads = {ref.name: ref.target_commit for ref in hub.ask(lambda: api.list_repo_refs(repository)).branches}
     with tempfile.TemporaryDirectory() as name:

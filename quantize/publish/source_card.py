@@ -80,11 +80,11 @@ def front_matter(text: str, path: Path | str = CARD_NAME) -> dict[str, Any]:
     try:
         facts = yaml.load(found[1], _loader())
     except yaml.YAMLError as error:
-        raise CheckpointError(f"{path}: the front matter is no YAML: {error}") from error
+        raise CheckpointError(f"{path}: the front matter is not YAML: {error}") from error
     if facts is None:
         return {}
     if not isinstance(facts, dict):
-        raise CheckpointError(f"{path}: the front matter is no YAML mapping")
+        raise CheckpointError(f"{path}: the front matter is not a YAML mapping")
     return {str(key): value for key, value in facts.items()}
 
 
@@ -145,12 +145,10 @@ def term_faults(card: SourceCard, names: Collection[str]) -> list[str]:
     special = card.carried.get("license") == "other" or card.gate
     if special and not any(name.startswith(("licen", "copying")) for name in texts):
         faults.append(
-            f"the text of its licence ({card.license}) has to go along, and there is no LICENSE file; copy "
+            f"the text of its licence ({card.license}) must be included, and there is no LICENSE file; copy "
             "the original's LICENSE and NOTICE files there"
         )
     wanted = [family.notice_license for family in FAMILIES if family.notice_license]
     if card.license.startswith(tuple(wanted)) and not any(name.startswith("notice") for name in texts):
-        faults.append(
-            f"its licence ({card.license}) asks for the original's NOTICE file to go along; copy it there"
-        )
+        faults.append(f"its licence ({card.license}) requires the original's NOTICE file; copy it there")
     return faults

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbrx_quant.quantize.budget.frontier import anchored, frontier
+from dbrx_quant.quantize.budget.frontier import frontier, rescaled
 from dbrx_quant.quantize.measurement import MEASUREMENT_NAME, read_measurement
 from dbrx_quant.quantize.publish.card import (
     PICTURE_NAME,
@@ -126,14 +126,14 @@ def publish(release: Release, hub: Hub, remote: Remote, *, private: bool, notify
 
     Raises:
         HubError: the Hub refused something, or what is there afterwards is not what was sent. What is up
-            already stays, and the same call goes on with the rest.
+            already stays, and the same call continues with the rest.
         OSError: a file here cannot be read.
     """
     api, repository = hub.api, release.repository
     if not remote.exists:
         hub.ask(lambda: api.create_repo(repository, private=private or None, exist_ok=True))
     if remote.gate and not remote.gated:  # before the first file is there
-        hub.notify(f"{repository}: access has to be asked for, as for {release.model.base_model}")
+        hub.notify(f"{repository}: access must be requested, as for {release.model.base_model}")
         hub.ask(lambda: api.update_repo_settings(repository, gated="auto"))
     done = []
     for branch in release.branches:
@@ -184,7 +184,7 @@ def _predicted(branches: Sequence[Branch], release: Release) -> list[SizePoint]:
     curve = frontier(measurement, release.branches[0].head_bits, targets, kind=str)
     line = [(bpw, kl) for bpw, kl in {point.bpw: point.kl for point in curve}.items() if kl > 0]
     known = [(branch.bpw, branch.predicted_kl) for branch in branches if branch.predicted_kl]
-    return [SizePoint(bpw, kl) for bpw, kl in anchored(line, known)]
+    return [SizePoint(bpw, kl) for bpw, kl in rescaled(line, known)]
 
 
 def _send(hub: Hub, contents: Contents, message: str, notify: Notify) -> Sent:
@@ -222,7 +222,7 @@ def _send(hub: Hub, contents: Contents, message: str, notify: Notify) -> Sent:
             lost = _missing(contents.files, remote_files(hub, contents.name), digests)
             if lost:
                 raise HubError(
-                    f"{repository}, branch {contents.name}: {lost[0]} is not there as it was sent; run the "
+                    f"{repository}, branch {contents.name}: {lost[0]} did not arrive as it was sent; run the "
                     "same command again"
                 )
         commit = hub.ask(lambda: api.model_info(repository, revision=contents.name)).sha or ""

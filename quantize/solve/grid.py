@@ -108,7 +108,7 @@ def error_table(
     if group_rows <= 0:
         raise ValueError(f"group_rows is {group_rows}, must be positive")
     if pivots.shape != weight.shape[:1]:
-        raise ValueError(f"{weight.shape[0]} rows need as many pivots, got {tuple(pivots.shape)}")
+        raise ValueError(f"{weight.shape[0]} rows need one pivot each, got {tuple(pivots.shape)}")
     weight, pivots, column_weights = weight.contiguous(), pivots.contiguous(), _contiguous(column_weights)
     if backend == "native":
         return native.error_table(weight, pivots, column_weights, bits, group_rows)

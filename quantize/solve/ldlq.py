@@ -95,7 +95,7 @@ def factorize(hessian: Tensor, overwrite: bool = False) -> Factor:
     """
     k = hessian.shape[0]
     if hessian.shape != (k, k):
-        raise ValueError(f"a Hessian is square, got {tuple(hessian.shape)}")
+        raise ValueError(f"a Hessian must be square, got {tuple(hessian.shape)}")
     upper = hessian if overwrite else hessian.clone()
     for end in range(k, 0, -_PANEL_COLUMNS):
         start = max(0, end - _PANEL_COLUMNS)
@@ -172,7 +172,7 @@ def quantize_matrix(
     check_groups(groups, k)
     check_finite(weight, "weight")
     if factor.unit_upper.shape != (k, k):
-        raise ValueError(f"weight has {k} rows, the factor is of {factor.unit_upper.shape[0]}")
+        raise ValueError(f"weight has {k} rows, the factor is for {factor.unit_upper.shape[0]}")
     if column_weights is not None and column_weights.shape != (n,):
         raise ValueError(f"weight has {n} columns, got column_weights {tuple(column_weights.shape)}")
     weight = weight.float().contiguous()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dbrx_quant.quantize.budget.frontier import anchored
+from dbrx_quant.quantize.budget.frontier import rescaled
 from dbrx_quant.scripts.report.charts import Mark, log_chart
 from dbrx_quant.scripts.report.data import BLOCK, BPW, Report, label, measured_kl
 from dbrx_quant.scripts.report.heatmaps import Scale, grids, heat_table, key, stripes
@@ -166,7 +166,7 @@ def curves(reports: Sequence[Report]) -> list[list[tuple[float, float]]]:
             same += known
         elif line:
             found.append((line, known))
-    return [anchored(line, known) for line, known in found]
+    return [rescaled(line, known) for line, known in found]
 
 
 def _same_curve(one: Sequence[Any], other: Sequence[Any]) -> bool:

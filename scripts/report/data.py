@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.quantize.budget.frontier import FrontierPoint, anchored, frontier
+from dbrx_quant.quantize.budget.frontier import FrontierPoint, frontier, rescaled
 from dbrx_quant.quantize.budget.strategy import Outcome, Strategy, find_strategy
 from dbrx_quant.quantize.measurement import Measurement, find_measurement
 from dbrx_quant.quantize.output.record import Record, read_record
@@ -101,7 +101,7 @@ def gather(folder: Folder) -> Report:
     points = _frontier(folder)
     if strategy is not None and strategy.kl and all(point.kl > 0 for point in points):
         known = [(facts.bpw, strategy.kl)]
-        moved = anchored([(point.bpw, point.kl) for point in points], known)
+        moved = rescaled([(point.bpw, point.kl) for point in points], known)
         points = [replace(point, kl=kl) for point, (_, kl) in zip(points, moved, strict=True)]
     return {
         "format_version": REPORT_VERSION,

@@ -328,7 +328,7 @@ def test_default_falls_back_to_offline_and_says_so_when_the_hub_is_away(model, o
     assert time.monotonic() - before < 60
     described, refused = done.stdout.splitlines()
     assert_fell_back(json.loads(described), offline_description, done.stderr)
-    assert "dataset org/name cannot be had" in refused
+    assert "dataset org/name is unavailable" in refused
     assert "'offline' or a local file" in refused
 
 
@@ -347,7 +347,7 @@ def assert_fell_back(described, plain, printed):
     assert (described["source"], described["used"]) == ("default", "offline")
     assert described["content"] == plain["content"]
     assert len(described["notices"]) == 1
-    assert "HuggingFaceFW/fineweb-edu cannot be had" in described["notices"][0]
+    assert "HuggingFaceFW/fineweb-edu is unavailable" in described["notices"][0]
     assert f"notice: {described['notices'][0]}" in printed
 
 
@@ -404,8 +404,8 @@ def test_datasets_are_streamed_from_the_hub_by_config_split_and_column(tmp_path,
     assert "wrong" not in text
     assert "<|im_start|>user\n?" in text
     gone, missing, split, column = done.stdout.splitlines()
-    assert gone.startswith("SourceUnreachable dataset org/gone cannot be had")
-    assert missing.startswith("SourceUnreachable dataset org/missing cannot be had: 404")
+    assert gone.startswith("SourceUnreachable dataset org/gone is unavailable")
+    assert missing.startswith("SourceUnreachable dataset org/missing is unavailable: 404")
     assert split == "ValueError dataset HuggingFaceH4/ultrachat_200k: choose a split among train_sft"
     assert column.startswith("CheckpointError dataset codeparrot/codeparrot-clean-valid, record 0: no column")
 

@@ -138,7 +138,7 @@ def test_installed_weights_are_used(tmp_path):
 )
 def test_a_weight_that_is_not_finite_is_named(tmp_path, tensor, linear, value):
     folder = save_model(tmp_path, "dbrx", change=lambda t: t[tensor][3].fill_(value))
-    with pytest.raises(CheckpointError, match=rf"{linear}: the weight holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match=rf"{linear}: the weight contains NaN or infinity"):
         StreamedModel(folder).block(1)
 
 
@@ -149,7 +149,7 @@ def test_an_expert_weight_that_is_not_finite_is_named(tmp_path):
     model = StreamedModel(save_model(tmp_path, "dbrx", change=damage))
     gate, up, _ = model.architecture.blocks[0].experts.linears[2]
     model.dense(gate)
-    with pytest.raises(CheckpointError, match=r"experts\.2\.v1: the weight holds NaN"):
+    with pytest.raises(CheckpointError, match=r"experts\.2\.v1: the weight contains NaN"):
         model.dense(up)
 
 

@@ -132,7 +132,7 @@ def test_converting_again_finds_everything_done(tiny, capsys):
     again = convert(options(TINY, folder / "out", "offline", *TARGETS, rows=16, length=64, **other))
     told = capsys.readouterr().err
     for result in results:
-        assert f"{result.folder}: finished earlier; kept as it is, with the shards that it has" in told
+        assert f"{result.folder}: already finished; kept as it is, with the shards it has" in told
     assert [(r.bpw, r.folder) for r in again] == [(r.bpw, r.folder) for r in results]
     assert [(r.folder / "model.safetensors").stat().st_mtime_ns for r in results] == stamps
     assert {result.folder: shards(result.folder) for result in results} == before
@@ -321,7 +321,7 @@ def test_channels_that_cannot_be_quantized_are_refused_before_any_work(verb, tok
         config.intermediate_size = 80
 
     folder = save_model(tmp_path / "model", "llama", configure=odd)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj: 80 input .* no multiple of 32"):
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj: 80 input .* not a multiple of 32"):
         verb(options(folder, tmp_path / "out", tokens, 3.0))
     assert not (tmp_path / "out.work").exists()
 

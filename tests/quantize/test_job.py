@@ -82,7 +82,7 @@ def test_must_insists_on_earlier_work(tmp_path):
 @pytest.mark.parametrize("resume", ["auto", "never", "must"])
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path, resume):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="not empty and no work folder of ours"):
+    with pytest.raises(ValueError, match="not empty, and not a work folder of dbrx-quant"):
         start(tmp_path, FACTS, resume)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -63,7 +63,7 @@ def test_a_priced_linear_has_its_errors_multiplied(made):
         (("tokens",), -1, "tokens is -1"),
         (("linears",), {}, "linears is empty"),
         (("linears",), [], "linears is list, expected an object"),
-        (("coverage",), {"x": []}, "coverage is not by number of block"),
+        (("coverage",), {"x": []}, "coverage is not keyed by block number"),
         (("coverage", "2"), [{"tokens": 1}], "share is missing"),
         (("model", "config.json"), 3, "expected a string"),
         (("linears", NAME, "shape"), [96], "expected input and output channels"),

@@ -8,7 +8,7 @@ from measurements import linear
 from measurements import measurement as made
 
 from dbrx_quant.quantize.budget.allocate import allocate
-from dbrx_quant.quantize.budget.frontier import anchored, frontier
+from dbrx_quant.quantize.budget.frontier import frontier, rescaled
 
 
 def measurement(linears=30, options=20, seed=0):
@@ -55,9 +55,9 @@ def test_a_target_below_the_floor_gives_the_floor():
 
 def test_an_anchored_curve_goes_through_what_is_known():
     curve = [(2.0, 0.8), (2.5, 0.4), (3.0, 0.2), (4.0, 0.05), (5.0, 0.0125)]
-    assert anchored(curve, []) == curve
-    assert [kl for _, kl in anchored(curve, [(3.0, 0.3)])] == pytest.approx([1.2, 0.6, 0.3, 0.075, 0.01875])
-    moved = dict(anchored(curve, [(4.0, 0.05), (2.5, 0.8)]))
+    assert rescaled(curve, []) == curve
+    assert [kl for _, kl in rescaled(curve, [(3.0, 0.3)])] == pytest.approx([1.2, 0.6, 0.3, 0.075, 0.01875])
+    moved = dict(rescaled(curve, [(4.0, 0.05), (2.5, 0.8)]))
     assert moved[2.5] == pytest.approx(0.8)
     assert moved[4.0] == pytest.approx(0.05)
     assert moved[2.0] == pytest.approx(1.6), "beyond the outermost the factor stays"

@@ -67,7 +67,7 @@ def test_the_predicted_peak_is_not_below_what_a_conversion_used(tiny_converted, 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_floor_of_the_shapes_is_the_measured_floor(family, tmp_path, tokens):
-    """Also where K is no multiple of 128 (here 64, 96 and 32) and N is padded."""
+    """Also where K is not a multiple of 128 (here 64, 96 and 32) and N is padded."""
     folder = save_model(tmp_path / "model", family)
     low, high = shape_range(describe(load_config(folder)))
     file = measure_model(options(folder, tmp_path / "out", tokens), tmp_path / "measurement.json")

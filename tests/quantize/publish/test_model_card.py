@@ -108,7 +108,7 @@ def test_a_card_without_front_matter_says_nothing(tmp_path, text):
 
 def test_front_matter_that_is_no_mapping_names_the_file(tmp_path):
     for text in ("---\n- a\n---\n", "---\na: [\n---\n"):
-        with pytest.raises(ValueError, match=r"README\.md: the front matter is no YAML"):
+        with pytest.raises(ValueError, match=r"README\.md: the front matter is not (a YAML mapping|YAML)"):
             source(tmp_path, text)
     assert source(tmp_path, "\ufeff---\r\nlicense: mit\r\n---\r\n# x").carried == {"license": "mit"}
 

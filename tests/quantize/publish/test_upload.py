@@ -134,7 +134,7 @@ def test_private_makes_a_private_repository_and_does_not_pretend_for_a_public_on
     hub.repos[REPO].private = False
     code, _, error = upload(made / "3.0bpw", "--private")
     assert code == 1
-    assert "is there and public" in error
+    assert "already exists and is public" in error
 
 
 def test_revision_names_the_branch_of_one_folder(made, hub, upload):
@@ -166,7 +166,7 @@ def test_a_folder_that_does_not_verify_is_not_published(both, hub, upload):
     [
         (lambda d: (d / "README.md").unlink(), "licence is unknown"),
         (lambda d: (d / "README.md").write_text("# no front matter\n"), "licence is unknown"),
-        (lambda d: (d / "README.md").write_text("---\nlicense: [\n---\n"), "front matter is no YAML"),
+        (lambda d: (d / "README.md").write_text("---\nlicense: [\n---\n"), "front matter is not YAML"),
         (lambda d: (d / "LICENSE.txt").unlink(), "no LICENSE file"),
         (lambda d: (d / "NOTICE.txt").unlink(), "NOTICE"),
         (
@@ -249,7 +249,7 @@ def test_folders_of_different_models_do_not_go_to_one_repository(both, hub, uplo
     retarget(both / "4.0bpw", 3.0)
     code, _, error = upload(both)
     assert code == 1
-    assert "both want the branch 3.0bpw" in error
+    assert "would both become the branch 3.0bpw" in error
     code, _, error = upload(both / "3.0bpw", both / "3.0bpw")
     assert code == 1
     assert "given twice" in error
