@@ -288,7 +288,7 @@ def _holds(out: Path, strategy: Strategy) -> bool:
 
 
 def peak_memory() -> int:
-    """Most bytes of memory that this process has had.
+    """Peak memory of this process, in bytes.
 
     Not `ru_maxrss`: a child process inherits that figure from its parent.
     """

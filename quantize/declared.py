@@ -1,4 +1,4 @@
-"""What is declared of an option, and what follows from it for the command, the work folder and the record.
+"""Declarations of options, and what follows from them for the command, the work folder and the record.
 
 Imported for `--help`, so it imports nothing heavy.
 """

@@ -1,4 +1,4 @@
-"""What was measured of each linear while prices were not known yet, and the prices.
+"""What was measured of each linear before prices are known, and the prices.
 
 A linear's error is measured in its own output; its price, nats per squared error, comes from the gradients
 that reached it, and in experts from those of the whole block.

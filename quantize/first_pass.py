@@ -93,7 +93,7 @@ class MeasureJob:
 
     @property
     def backward_rows(self) -> int:
-        """How many rows gradients are summed up over: they cost twice as much as inputs."""
+        """Number of rows that gradients are summed over: these cost twice as much as inputs."""
         return len(self.tokens[:: self._stride])
 
     def states(self, block: int) -> Path:
@@ -115,7 +115,7 @@ class MeasureJob:
 
 @dataclass(frozen=True)
 class _Shared:
-    """What linears of a block that are alike have in common: of many experts only the first one pays for it.
+    """Results shared by similar linears of a block, so that they are computed for the first expert alone.
 
     Attributes:
         shrinkage: per role and tokens per channel, in steps of four times as many.
@@ -127,7 +127,7 @@ class _Shared:
 
 
 def backward_stride(tokens: int) -> int:
-    """Of how many rows one goes backward, where there are so many tokens."""
+    """Stride between rows used in the backward pass, for a number of calibration tokens."""
     return min(MOST_STRIDE, max(1, tokens // GRADIENT_TOKENS))
 
 
@@ -322,7 +322,7 @@ def _backward_experts(
 
 @dataclass(frozen=True)
 class _ExpertSums:
-    """What is summed up over the tokens of an expert.
+    """Sums over the tokens of an expert.
 
     Attributes:
         rows: the calibration row of each token of the block.

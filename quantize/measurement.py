@@ -60,7 +60,7 @@ class LinearMeasurement:
         effective_tokens: how many of equal weight would carry the same information.
         weight: sum of the tokens' weights, the squared routing weights in experts.
         price: nats per squared output error, summed over channels.
-        held_out_ratio: how many times as large as its Hessian says a squared error is on held-out text.
+        held_out_ratio: squared output error on held-out rows, relative to what its Hessian predicts.
         shrinkage: how its Hessian is regularised.
         feedback: per width, error of a real solution over the table's prediction; included in the options.
     """
@@ -115,7 +115,7 @@ class Measurement:
         coverage: block → its experts; blocks without experts are not in it.
         model: what identifies the model, file → fingerprint.
         calibration: what the tokens were made of.
-        held_out: the text that `held_out_ratio` is of; None: rows of the calibration's.
+        held_out: the text that `held_out_ratio` is of; None: calibration rows.
     """
 
     linears: Mapping[str, LinearMeasurement]
@@ -150,7 +150,7 @@ class Measurement:
     def of(
         self, model: Mapping[str, str], calibration: Mapping[str, Any], held_out: str | None
     ) -> "Measurement":
-        """The same, with what it is of."""
+        """The same, with the model and texts that it was measured on."""
         return replace(self, model=model, calibration=calibration, held_out=held_out)
 
 
@@ -271,7 +271,7 @@ def read_linear(fields: Fields) -> LinearMeasurement:
 
 
 def _read_option(fields: Fields, value: Any, k: int) -> Option:
-    """An option; its group map is read later, and held against the input channels now."""
+    """An option; its group map is read later, and checked against the input channels now."""
     if isinstance(value, list) and len(value) == 3:
         bits, error, groups = value
         if type(bits) is int and bits > 0 and type(error) in (int, float) and 0 <= error < math.inf:

@@ -1,4 +1,4 @@
-"""What a conversion is asked for: every option declared once, with what the rest of the program needs of it.
+"""The options of a conversion, each declared once with all that the rest of the program needs to know.
 
 From a declaration come the argument of the command and its help, the check of the value, whether earlier
 work can be resumed (`work_facts`), and the option's place in the result's record (`command`, `settings`).

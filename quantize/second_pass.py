@@ -174,7 +174,7 @@ def _run_original(job: QuantizeJob, index: int) -> Goals:
 
 
 def _quantize_stage(job: QuantizeJob, stage: Stage) -> None:
-    """Quantize the linears of a stage that have no file yet, and go on with what the files decode to."""
+    """Quantize the linears of a stage that have no file yet, and continue with what the files decode to."""
     if todo := job.linears.unfinished(stage.specs):
         dense, inputs, residual = stage.collect(todo)
         weights, target = job.repair.aim(dense, residual, job.refit)

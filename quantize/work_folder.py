@@ -18,7 +18,7 @@ _FILE = JsonFile("a job file", version=1, remedy="start over with --resume never
 
 @contextmanager
 def open_job(folder: Path, facts: Mapping[str, Any], resume: Resume) -> Iterator[bool]:
-    """Take hold of a work folder for as long as the `with` block runs; yields whether work is resumed.
+    """Lock a work folder while the `with` block runs; yields whether work is resumed.
 
     Args:
         folder: the work folder, made if needed.

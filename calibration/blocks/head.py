@@ -9,7 +9,7 @@ from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.calibration.statistics.fisher import GradientSum
 from dbrx_quant.runtime.evaluation.scores import Scores, evaluate
 
-TOKENS_AT_ONCE = 512  # tokens whose logits are held at a time
+TOKENS_AT_ONCE = 512  # tokens whose logits are in memory at a time
 
 
 def draw_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a block's linears, experts aside, get and what their outputs are worth, summed up while it runs."""
+"""Sums over the inputs and output gradients of a block's linears, experts aside, while it runs."""
 
 from collections.abc import Callable
 from typing import Any

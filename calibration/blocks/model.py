@@ -1,4 +1,4 @@
-"""A model of which one block at a time is in memory, run by transformers' own code.
+"""A model with one block in memory at a time, run by transformers' own code.
 
 The model is built without storage (on torch's meta device); a block gets real weights when it is asked for.
 The experts that tokens are routed to are not part of it: the block's expert module is replaced by one that

@@ -79,7 +79,7 @@ class Stage:
         return Collected([self.model.dense(spec) for spec in specs], inputs, residual)
 
     def finish(self, weight_of: WeightOf) -> None:
-        """Go on with these weights of all its linears."""
+        """Continue with these weights of all its linears."""
 
     def _look(self) -> tuple[Moments | SplitMoments, ResidualMoments | None]:
         raise NotImplementedError
@@ -138,7 +138,7 @@ class DenseStage(Stage):
 
 
 class ComparedStage(DenseStage):
-    """A linear outside of routed experts that writes into the stream, held against the original's."""
+    """A linear outside of routed experts that writes into the stream, compared with the original's."""
 
     def __init__(
         self, model: StreamedModel, specs: Sequence[LinearSpec], live: LiveBlock, states: Tensor, goal: Tensor
@@ -226,7 +226,7 @@ class DownStage(Stage):
 
 
 class ComparedDownStage(DownStage):
-    """A down projection that is held against the original's stream.
+    """A down projection that is compared with the original's stream.
 
     Args:
         before: the stage before, finished.
@@ -270,7 +270,7 @@ def block_stages(
         states: [R, L, D] before the block, the rows to calibrate on first.
         output: filled with the states after it.
         calibrated: how many rows are calibrated on.
-        goals: the original's states, where the stream is held against them.
+        goals: the original's states, where the stream is compared with them.
         scratch: folder for files while it runs.
     """
     block = live.spec

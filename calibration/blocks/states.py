@@ -37,7 +37,7 @@ def new_states(path: Path, shape: tuple[int, ...]) -> Iterator[Tensor]:
 
 
 def _reserve(temporary: Path, path: Path, shape: tuple[int, ...]) -> int:
-    """Write the header of an .npy file and ask for the room of its data; returns where the data starts.
+    """Write the header of an .npy file and reserve space for its data; returns where the data starts.
 
     Without the room, a write to the mapped file would kill the process instead of raising.
     """

@@ -1,1 +1,1 @@
-"""What is summed up of a linear's inputs and gradients, and made of the sums."""
+"""Sums over a linear's inputs and gradients, and what is computed from them."""

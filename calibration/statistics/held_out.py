@@ -7,7 +7,7 @@ HELD_OUT_TOKENS = 2048  # as many tokens' inputs are kept, unsummed
 
 
 class HeldOutInputs:
-    """Inputs of one linear, or of several that share theirs, with the weights that its tokens have."""
+    """Inputs of one linear, or of several that share theirs, with the weights of their tokens."""
 
     def __init__(self) -> None:
         self._inputs: list[Tensor] = []
@@ -20,7 +20,7 @@ class HeldOutInputs:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens."""
         return sum(len(x) for x in self._inputs)
 
     def error(self, error: Tensor) -> float:

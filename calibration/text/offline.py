@@ -57,7 +57,7 @@ def documents() -> Iterator[str]:
 
 def prose() -> Iterator[str]:
     """Pydoc's topics and the docstrings of modules and classes, cleaned of their indentation."""
-    from pydoc_data import topics  # half a megabyte, wanted here only
+    from pydoc_data import topics  # half a megabyte, needed here only
 
     told = iter(dict.fromkeys(topics.topics[name] for name in sorted(topics.topics)))  # some have two names
     for module, source in _modules(1):

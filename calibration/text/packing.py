@@ -29,7 +29,7 @@ class Packed:
 
 @dataclass
 class _Supply:
-    """What is still to be had of one part."""
+    """What is left of one part."""
 
     part: Part
     left: deque[list[int]] = field(default_factory=deque)  # rests of documents that earlier rows began
@@ -38,7 +38,7 @@ class _Supply:
     dry: bool = False  # no fresh document any more
 
     def take(self, fresh: bool, encode: "Encoder") -> tuple[list[int], bool] | None:
-        """Ids of a document (True) or of the rest of one (False), of the wanted kind if there is one."""
+        """Ids of a document (True) or of the rest of one (False), of the requested kind if there is one."""
         if not fresh and self.left:
             return self.left.popleft(), False
         while not self.dry:

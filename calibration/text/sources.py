@@ -35,7 +35,7 @@ _SEPARATOR = re.compile(r"\f|^[ \t]*<\|endoftext\|>[ \t\r]*$\n?", re.MULTILINE) 
 _PASSAGE = 16_000  # characters after which a .txt without separators is cut at the next blank line
 _SHUFFLE_BUFFER = 1_000  # documents of a streamed dataset that are shuffled together, beside its shards
 _TIMEOUT_S = 10.0
-# Names of libraries whose exceptions mean that a remote dataset could not be had.
+# Names of libraries whose exceptions mean that a remote dataset is unavailable.
 _NETWORK_LIBRARIES = frozenset(
     {
         "aiohttp",
@@ -242,7 +242,7 @@ def _decoded(path: Path) -> str:
 
 
 def _open_dataset(name: str, seed: int, *, ours: bool = False) -> tuple[Iterator[Document], dict[str, Any]]:
-    """Documents of a dataset on the Hub as a seeded stream, and what it takes to fetch the same ones again.
+    """Documents of a dataset on the Hub as a seeded stream, and what identifies them for fetching them again.
 
     `ours`: the caller has not chosen this dataset, so that anything wrong with it makes it unreachable.
     """
@@ -284,7 +284,7 @@ def _drawn(
 
 @contextmanager
 def _patience(name: str, ours: bool) -> Iterator[None]:
-    """Retry for seconds, not minutes, and turn whatever keeps the dataset from us into SourceUnreachable."""
+    """Retry for seconds, not minutes, and turn whatever fails then into SourceUnreachable."""
     from datasets import config
 
     known = config.STREAMING_READ_MAX_RETRIES, config.STREAMING_READ_RETRY_INTERVAL

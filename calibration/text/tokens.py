@@ -50,7 +50,7 @@ def load_tokens(
             file, "default" (`texts.DEFAULT_MIX`, from the Hub), "offline" (text of the Python installation),
             or a dataset `org/name[@revision][:config[:split[:column]]]`.
         tokenizer_folder: the model's folder; its config.json bounds ids and length.
-        rows: rows wanted; None: 128, of ready tokens all.
+        rows: number of rows; None: 128, of ready tokens all.
         length: tokens a row; None: 2048 or the model's longest sequence if that is less, of ready tokens all.
         seed: decides the order of documents.
 
@@ -80,7 +80,7 @@ def load_tokens(
 
 
 def split_held_out(input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows to calibrate on, and rows (maybe none) that nothing is chosen on, to see what quantizing costs."""
+    """Calibration rows, and held-out rows (maybe none): nothing is chosen on these, they show the cost."""
     rows = torch.arange(len(input_ids))
     held_out = (rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) & (len(rows) >= _FEWEST_ROWS)
     return input_ids[~held_out], input_ids[held_out]
@@ -118,9 +118,9 @@ def load_saved(
         raise CheckpointError(
             f"{path}: input_ids must be I64 [rows, length], got {ids.dtype} {list(ids.shape)}"
         )
-    for axis, name, wanted in ((0, "rows", rows), (1, "length", length)):
-        if wanted is not None and wanted > ids.shape[axis]:
-            raise ValueError(f"{path}: {name} {wanted} asked for, but the file has {ids.shape[axis]}")
+    for axis, name, requested in ((0, "rows", rows), (1, "length", length)):
+        if requested is not None and requested > ids.shape[axis]:
+            raise ValueError(f"{path}: {name} {requested} asked for, but the file has {ids.shape[axis]}")
     ids = ids[:rows, :length].contiguous()
     wrong = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[ids < 0]
     if wrong.numel():
@@ -137,7 +137,7 @@ def load_saved(
 
 
 def reopen_tokens(path: Path) -> TokenRows:
-    """What `save_tokens` wrote, with the description that it had then: not a source, but work to go on with.
+    """What `save_tokens` wrote, with the description that it had then: not a source, but work to resume.
 
     Raises:
         CheckpointError: as in `load_saved`.
@@ -189,7 +189,7 @@ def _facts(ids: Tensor) -> dict[str, Any]:
 
 
 def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """Our own metadata; a file of another maker has none that we could read, and needs none."""
+    """Our own metadata; a file from elsewhere has none that we can read, and needs none."""
     version = metadata.get("format_version")
     if version is None:
         return {}
@@ -202,6 +202,6 @@ def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def _notice(description: dict[str, Any], text: str) -> None:
-    """Say it now and keep it for the report."""
+    """Print a notice now and keep it for the report."""
     description["notices"] = [*description["notices"], text]
     print(f"notice: {text}", file=sys.stderr)

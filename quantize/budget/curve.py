@@ -42,7 +42,7 @@ class Curve:
 
 
 def held_out_ratio(weight: Tensor, prepared: Prepared, held_out: HeldOutInputs) -> float:
-    """How many times as large as the Hessian says an error of the output is on held-out tokens, squared.
+    """Squared output error on held-out tokens, relative to what the Hessian predicts.
 
     Args:
         weight: [N, K] float32, one of the linears that share these inputs.

@@ -72,7 +72,7 @@ def frontier(
 def rescaled(
     curve: Sequence[tuple[float, float]], known: Sequence[tuple[float, float]]
 ) -> list[tuple[float, float]]:
-    """A curve that adds up the errors of all linears, moved to where all of them act at once.
+    """A curve of summed errors, rescaled to known figures in which all linears act at once.
 
     Args:
         curve: (bits per weight, KL), both positive, of rising bits.
@@ -82,6 +82,6 @@ def rescaled(
     if not curve or not known:
         return list(curve)
     bpw, logs = np.array([x for x, _ in curve]), np.log([y for _, y in curve])
-    at, wanted = np.array(sorted(known)).T
-    factors = np.exp(np.interp(bpw, at, np.log(wanted) - np.interp(at, bpw, logs)))
+    at, expected = np.array(sorted(known)).T
+    factors = np.exp(np.interp(bpw, at, np.log(expected) - np.interp(at, bpw, logs)))
     return [(x, float(y * factor)) for (x, y), factor in zip(curve, factors, strict=True)]

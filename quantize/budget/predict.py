@@ -30,7 +30,7 @@ UNREPAIRED = (1.05, 1.17, 1.22)
 
 
 def over_noise(bpw: float, repaired: bool) -> float:
-    """How many times the KL of noise a finished model of so many bits per weight has."""
+    """KL of a finished model relative to that of noise, at a number of bits per weight."""
     return float(np.interp(bpw, SIZES, REPAIRED if repaired else UNREPAIRED))
 
 

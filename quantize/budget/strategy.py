@@ -47,7 +47,7 @@ class Outcome:
     """What became of a strategy.
 
     Attributes:
-        held_out: the text that `measured` is of; None: rows of the calibration.
+        held_out: the text that `measured` is of; None: calibration rows.
         measured: scores of the finished model on it (`evaluation.scores`); None: it was not measured.
         notes: what people should know about the result.
     """

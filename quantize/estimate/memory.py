@@ -1,4 +1,4 @@
-"""Memory and disk that a conversion takes, and whether this machine has them, before hours go into it."""
+"""Memory and disk that a conversion takes, checked before hours go into it."""
 
 import math
 import os
@@ -18,7 +18,7 @@ def states_bytes(architecture: Architecture, tokens: int) -> int:
 
 
 def peak_bytes(architecture: Architecture, tokens: int) -> int:
-    """Estimate of the most memory that a conversion takes at a time.
+    """Estimate of the peak memory of a conversion.
 
     One block's attention (or whole dense block) in float32, or one expert, with the moments and the factor of
     the linear being solved; experts' inputs and their gradients for all tokens.
@@ -47,10 +47,10 @@ def _solving(spec: LinearSpec) -> int:
 
 def check_memory(architecture: Architecture, tokens: int, limit: int | None) -> None:
     """Raise ValueError if a conversion is expected to take more memory than `limit` bytes."""
-    wanted = peak_bytes(architecture, tokens)
-    if limit is not None and wanted > limit:
+    needed = peak_bytes(architecture, tokens)
+    if limit is not None and needed > limit:
         raise ValueError(
-            f"about {wanted / 1e9:.2f} GB of memory are needed at the peak, --max-memory allows "
+            f"about {needed / 1e9:.2f} GB of memory are needed at the peak, --max-memory allows "
             f"{limit / 1e9:.2f} GB; fewer calibration tokens need less"
         )
 
@@ -74,12 +74,12 @@ def check_disk(
         measured: whether the measurement is there already.
     """
     states = 4 * tokens * architecture.hidden * 6 if measured else states_bytes(architecture, tokens)
-    wanted, there = states + max(results, default=0), _bytes_in(work)
+    needed, there = states + max(results, default=0), _bytes_in(work)
     folder = _existing(work)
     free = shutil.disk_usage(folder).free + there
-    if wanted > free:
+    if needed > free:
         raise ValueError(
-            f"{work}: about {wanted / 1e9:.2f} GB of disk are needed for states and linears, "
+            f"{work}: about {needed / 1e9:.2f} GB of disk are needed for states and linears, "
             f"{free / 1e9:.2f} GB are free; fewer calibration tokens (--rows, --length) need less, or put "
             "--work-dir on another disk"
         )

@@ -1,4 +1,4 @@
-"""What a conversion will take, told before it starts: sizes, reachable bits, memory and time."""
+"""What a conversion will take, estimated before it starts: sizes, reachable bits, memory and time."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ class Plan:
         lowest_bpw: least bits per weight that its shapes allow.
         highest_bpw: most.
         targets: the targets and their sizes.
-        peak_bytes: estimate of the most memory at a time.
+        peak_bytes: estimate of the peak memory.
         disk_bytes: estimate of the work folder at its largest, the output aside.
         measure_seconds: estimate, from a short trial of this machine.
         quantize_seconds: estimate for each target.

@@ -74,7 +74,7 @@ def total_bytes(architecture: Architecture, bpw: float, head_bits: int) -> int:
 
 
 def cache_bytes(architecture: Architecture, context: int) -> int:
-    """Keys and values of so many tokens in half precision."""
+    """Size of the keys and values of `context` tokens in half precision."""
     first = architecture.blocks[0]
     cached = sum(spec.shape[1] for stage in first.stages for spec in stage if spec.role in ("k", "v"))
     return 2 * cached * context * len(architecture.blocks)

@@ -27,7 +27,7 @@ SOLVED: dict[Effort, int] = {"fast": 3000, "default": 12000, "best": 40000}  # w
 
 
 def machine_speed() -> float:
-    """Operations a second that a conversion reaches with torch's threads on this machine when it is idle.
+    """Operations per second of a conversion on this machine with torch's threads, if it is otherwise idle.
 
     A trial of 0.3 seconds: one thread multiplies, in pieces of a millisecond, and the fastest counts. So it
     does not matter what else runs; with all threads a busy machine's figures differed by a factor of ten.
@@ -48,7 +48,7 @@ def machine_speed() -> float:
 
 
 def measuring_operations(architecture: Architecture, tokens: int, effort: Effort) -> float:
-    """Operations of measuring on so many tokens."""
+    """Operations of measuring on a number of tokens."""
     backward = 1 / backward_stride(tokens)
     total = 0.0
     for block in architecture.blocks:
@@ -66,9 +66,9 @@ def measuring_operations(architecture: Architecture, tokens: int, effort: Effort
 def quantizing_operations(
     architecture: Architecture, tokens: int, effort: Effort, repair: bool, refit: bool = False
 ) -> float:
-    """Operations of quantizing once, on so many tokens."""
+    """Operations of quantizing once, on a number of tokens."""
     total = _solving((architecture.head,), tokens, effort, False)
-    if refit:  # what is wanted, products of channels, loss
+    if refit:  # target outputs, products of channels, loss
         total += sum(6 * spec.shape[1] * spec.shape[0] ** 2 for spec in architecture.linears())
     for block in architecture.blocks:
         for stage in block.stages:
@@ -85,7 +85,7 @@ Stage = Sequence[LinearSpec]  # linears with the same inputs
 
 
 def _experts(block: BlockSpec, tokens: int) -> list[tuple[Stage, Stage, float, float]]:
-    """Of each expert both stages, its tokens, and those of others that serve as a prior."""
+    """For each expert: both stages, its tokens, and those of others that serve as a prior."""
     if block.experts is None:
         return []
     seen = tokens * block.experts.active / block.experts.count

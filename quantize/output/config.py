@@ -127,7 +127,7 @@ def generation_config(source: Mapping[str, Any], ids: SpecialIds) -> dict[str, A
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    """The one architecture's name: exllamav2 wants a list of exactly one."""
+    """The one architecture's name: exllamav2 expects a list of exactly one."""
     names = [str(name) for name in config.get("architectures") or []]
     if len(names) > 1:
         names = [name for name in names if name.endswith("ForCausalLM")]

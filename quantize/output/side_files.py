@@ -42,7 +42,7 @@ class CopiedFiles:
 
 
 def copy_side_files(source: Path, out: Path) -> CopiedFiles:
-    """Carry over what belongs to the model and is no weight, byte for byte.
+    """Copy what belongs to the model and is not a weight, byte for byte.
 
     Left behind, each with its reason: weights in any form and their indexes (a stale index makes readers look
     for tensors that are gone), Python code (it would run with trust_remote_code, describes the unquantized

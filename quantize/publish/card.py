@@ -1,4 +1,4 @@
-"""The model card of a quantized model: what a visitor of its page on the Hub wants to know, as measured.
+"""The model card of a quantized model: what a visitor to its page on the Hub needs to know, as measured.
 
 Everything here is text out of facts; nothing is read or asked. A figure that was not measured says so.
 """

@@ -22,7 +22,7 @@ _SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}|(?<=Bearer )[^\s'\"]+")
 
 
 class HubError(RuntimeError):
-    """The Hub did not do what it was asked for; the message says what to do."""
+    """The Hub did not do what was asked; the message says what to do about it."""
 
 
 class Hub:
@@ -30,7 +30,7 @@ class Hub:
 
     Args:
         repository: NAMESPACE/NAME.
-        notify: told in a line what people should know, such as that something is tried again.
+        notify: called with one-line notices, such as that a request is being retried.
         api: huggingface_hub's client; None: one with the endpoint and the token of the environment.
     """
 

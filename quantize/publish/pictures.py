@@ -19,7 +19,7 @@ class SizePoint:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of so many inches.
+    """An empty matplotlib figure, its size in inches.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -134,10 +134,10 @@ class Release:
 
 
 def find_checkpoints(folders: Iterable[Path]) -> list[Path]:
-    """The quantized folders: those given, and in place of a folder of several (`convert --bpw a,b`) these.
+    """The quantized folders: those given, and those inside a given parent (`convert --bpw a,b`).
 
     Raises:
-        CheckpointError: a folder is none and has none.
+        CheckpointError: a folder is not a quantized one, and contains none.
         ValueError: one is given twice.
     """
     found: list[Path] = []
@@ -177,9 +177,9 @@ def gather(
         branch: its name, for one folder; None: from the target, such as `3.0bpw`.
 
     Raises:
-        CheckpointError: a folder is no EXL2 checkpoint, or one of its files is damaged.
-        ValueError: the folders are of different models, two want the same branch, the original is unknown, or
-            it may not be passed on like this.
+        CheckpointError: a folder is not an EXL2 checkpoint, or one of its files is damaged.
+        ValueError: the folders are of different models, two would become the same branch, the original is
+            unknown, or it may not be passed on like this.
     """
     if card is not None and not card.is_file():
         raise ValueError(f"{card}: no such file")
@@ -218,9 +218,9 @@ def branch_files(folder: Path) -> list[str]:
 
 def files_that_mention(folder: Path, text: str) -> list[str]:
     """The small files of a folder that hold a text, such as the name of a folder of this machine."""
-    wanted = text.encode()
+    mention = text.encode()
     small = [name for name in branch_files(folder) if (folder / name).stat().st_size <= _SMALL_BYTES]
-    return [name for name in small if wanted in (folder / name).read_bytes()]
+    return [name for name in small if mention in (folder / name).read_bytes()]
 
 
 def shard_bytes(folder: Path) -> int:
@@ -282,7 +282,7 @@ def _evaluations(folder: Path, bpw: float) -> tuple[Evaluation, ...]:
 def _own_evaluation(
     folder: Path, outcome: Outcome | None, section: Mapping[str, Any]
 ) -> tuple[Evaluation, ...]:
-    """What the conversion measured on held-out rows; nothing where these were too few."""
+    """What the conversion measured on held-out rows; nothing if there were too few."""
     if outcome is None or not outcome.measured:
         return ()
     scores = outcome.measured

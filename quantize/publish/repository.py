@@ -105,8 +105,8 @@ def _original_gate(release: Release, hub: Hub) -> bool:
         path = hub.find(lambda: api.hf_hub_download(base, CARD_NAME, local_dir=name), behind_gate=True)
         theirs = read_source_card(Path(path)).terms if path else {}
     ours = release.model.card.terms
-    wanted = [key for key in theirs if key.startswith("extra_") or key == "license"]
-    different = [key for key in wanted if ours.get(key) != theirs[key]]
+    required = [key for key in theirs if key.startswith("extra_") or key == "license"]
+    different = [key for key in required if ours.get(key) != theirs[key]]
     if different:
         raise ValueError(
             f"the card of {base} on the Hub has other terms than the folder's README.md "

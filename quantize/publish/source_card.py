@@ -32,7 +32,7 @@ class SourceCard:
 
     @property
     def gate(self) -> dict[str, Any]:
-        """What the original asks of those who want to have it; empty where nothing."""
+        """What the original asks of those who request access; empty if nothing."""
         return {key: value for key, value in self.carried.items() if key.startswith("extra_gated_")}
 
     @property
@@ -148,7 +148,7 @@ def term_faults(card: SourceCard, names: Collection[str]) -> list[str]:
             f"the text of its licence ({card.license}) must be included, and there is no LICENSE file; copy "
             "the original's LICENSE and NOTICE files there"
         )
-    wanted = [family.notice_license for family in FAMILIES if family.notice_license]
-    if card.license.startswith(tuple(wanted)) and not any(name.startswith("notice") for name in texts):
+    required = [family.notice_license for family in FAMILIES if family.notice_license]
+    if card.license.startswith(tuple(required)) and not any(name.startswith("notice") for name in texts):
         faults.append(f"its licence ({card.license}) requires the original's NOTICE file; copy it there")
     return faults

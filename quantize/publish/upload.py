@@ -1,7 +1,7 @@
 """Quantized folders onto the Hub: one branch each, then the card on main.
 
-Whatever is up already is found by its hash and not sent again, so that the same call goes on where an earlier
-one was cut off; a branch changes in one commit, and at the end it is looked at whether everything arrived.
+Whatever is already uploaded is found by its hash and not sent again, so that the same call resumes where an
+earlier one was cut off; a branch changes in one commit, and at the end it is checked that everything arrived.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from dbrx_quant.runtime.folder.checksums import read_checksums
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
-Notify = Callable[[str], None]  # told in a line what is going on
+Notify = Callable[[str], None]  # called with a line on what is going on
 
 _CHUNK_BYTES = 16 << 20
 _CURVE_POINTS = 40
@@ -122,7 +122,7 @@ def publish(release: Release, hub: Hub, remote: Remote, *, private: bool, notify
         hub: where.
         remote: what `look` found there.
         private: whether a new repository is private; False: as the account does it.
-        notify: told in a line what is being sent.
+        notify: called with a line on what is being sent.
 
     Raises:
         HubError: the Hub refused something, or what is there afterwards is not what was sent. What is up

@@ -80,9 +80,9 @@ class Solver:
             tensors, loss = solve_linear(weight, prepared, parse_groups(self.groups[spec.name]), self.effort)
             if self.refit:
                 undamped = hessian(moments, prior, replace(shrinkage, damping=0.0))
-                wanted = cross_moments(weight, undamped, target, moments, prior, shrinkage)
-                tensors["q_scale_max"] = refitted(tensors, undamped, wanted)
-                del undamped, wanted
+                cross = cross_moments(weight, undamped, target, moments, prior, shrinkage)
+                tensors["q_scale_max"] = refitted(tensors, undamped, cross)
+                del undamped, cross
                 loss = loss_of(tensors, weight, hessian(moments, prior, shrinkage))
             self.files.write(spec, tensors, bias, {"loss": repr(loss), "energy": repr(energy)})
 

@@ -1,4 +1,4 @@
-"""A Hessian made ready for solving: channels in order, factor at hand, and what errors weigh under it.
+"""A Hessian prepared for solving: channels in order, its factor, and the weight of errors under it.
 
 Axes: K input channels, N output channels.
 """

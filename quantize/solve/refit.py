@@ -1,14 +1,14 @@
-"""The maxima of a linear's groups, fitted once more when its codes are fixed.
+"""The maxima of a linear's groups, fitted again once its codes are fixed.
 
 Axes: K input channels, N output channels, G groups.
 
 A weight Q of the format is linear in the maxima of its groups, Q = sum of f_g Q_g with f = 1. With the second
-moments H of the inputs and C [N, K] those of wanted outputs and inputs, the factors that bring the outputs
-nearest to the wanted ones solve G equations,
+moments H of the inputs and C [N, K] those of target outputs and inputs, the factors that bring the outputs
+nearest to the targets solve G equations,
 
     sum over h of <Q_g, Q_h H> f_h = <Q_g, C>.
 
-H is not damped here, since G numbers are too few to learn the calibration text by heart. What is wanted is
+H is not damped here, since G numbers are too few to learn the calibration text by heart. The target is
 the output of the dense weight W, so C = W H; in linears that write into the residual stream (`repair`) it is
 that and what the stream would still miss of the original's.
 """
@@ -55,7 +55,7 @@ def cross_moments(
     Args:
         weight: [N, K], as it was quantized.
         matrix: [K, K], H from the moments, the prior and its weight in `shrinkage`.
-        target: of a linear that writes into the residual stream; None: the weight's own output is wanted.
+        target: of a linear that writes into the residual stream; None: the weight's own output is the target.
         moments: of the linear's inputs.
         prior: of other tokens.
         shrinkage: the linear's.
@@ -66,15 +66,15 @@ def cross_moments(
     return (target.dense @ matrix).add_(target.cross, alpha=share)
 
 
-def refitted(tensors: Mapping[str, Tensor], matrix: Tensor, wanted: Tensor) -> Tensor:
+def refitted(tensors: Mapping[str, Tensor], matrix: Tensor, cross: Tensor) -> Tensor:
     """The new maxima of a linear, [G] float16.
 
     Args:
         tensors: of the linear as stored, keyed by suffix.
         matrix: [K, K] float32, H.
-        wanted: [N, K] float32, C.
+        cross: [N, K] float32, C.
     """
-    weight, maxima = dequantize(tensors, wanted.shape[0]).float(), tensors["q_scale_max"]
+    weight, maxima = dequantize(tensors, cross.shape[0]).float(), tensors["q_scale_max"]
     groups = read_groups(tensors["q_groups"], tensors["q_weight"].shape[0], weight.shape[1])
     rows = torch.tensor([group.rows for group in groups])
     group = torch.arange(len(groups)).repeat_interleave(rows)[tensors["q_invperm"].long()]  # of each channel
@@ -83,7 +83,7 @@ def refitted(tensors: Mapping[str, Tensor], matrix: Tensor, wanted: Tensor) -> T
         sums = torch.zeros(len(groups), *values.shape[1:], dtype=torch.float64)
         return sums.index_add_(0, group, values.double())
 
-    aims = by_group(torch.einsum("nk,nk->k", weight, wanted))  # without a third matrix of that size
+    aims = by_group(torch.einsum("nk,nk->k", weight, cross))  # without a third matrix of that size
     products = (weight.T @ weight).mul_(matrix)  # <Q_c, Q_d H> of channels c and d
     energies = by_group(_columns_by_group(products, group, len(groups)))
     left = aims - energies.sum(1)

@@ -45,7 +45,7 @@ def save_evaluation(folder: Path, entry: Evaluation) -> Path:
 
     Raises:
         CheckpointError: the file that is there cannot be read.
-        ValueError: the entry lacks a figure, or has one that is no number.
+        ValueError: the entry lacks a figure, or has one that is not a number.
         OSError: the folder cannot be written.
     """
     fault = _fault(entry)

@@ -228,7 +228,7 @@ def check_numbers(body: dict[str, Any]) -> None:
     """Check the numeric fields of a request.
 
     Raises:
-        HTTPException: 400, one is no number or outside of what it can be.
+        HTTPException: 400, one is not a number or out of range.
     """
     for key in _LIMITS:
         value = body.get(key)

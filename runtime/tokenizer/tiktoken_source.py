@@ -64,7 +64,7 @@ def convert_tiktoken(source: Path, declared: Mapping[str, int]) -> tuple[dict[st
         declared: token → id of those tokens whose ids other files of the folder tell.
 
     Raises:
-        CheckpointError: it wraps another vocabulary than cl100k_base, or the ranks are not to be had.
+        CheckpointError: it wraps another vocabulary than cl100k_base, or the ranks are unavailable.
     """
     from transformers.convert_slow_tokenizer import TikTokenConverter
 

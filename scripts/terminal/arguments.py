@@ -44,7 +44,7 @@ def bpw_list(text: str) -> tuple[float, ...]:
     """Targets in bits per weight from `3.0` or `2.25,3.0,4.25`.
 
     Raises:
-        ArgumentTypeError: one is no number, outside what the format allows, or there twice.
+        ArgumentTypeError: one is not a number, outside what the format allows, or given twice.
     """
     targets: list[float] = []
     for part in text.split(","):
