@@ -373,7 +373,7 @@ def test_convert_shows_a_table(seen, folders, tmp_path, capsys):
     coverage = [line.split() for line in out.splitlines() if "(expert 1)" in line]
     assert [line[0] for line in coverage] == ["0", "9", "10"]
     assert coverage[0] == ["0", "0", "(expert", "1)", "40", "70", "(expert", "2)", "1"]
-    for text in ("2.4990", "0.01000", "1.00 MB", "most memory: 1.00 GB", str(tmp_path / "o" / "3.0bpw")):
+    for text in ("2.4990", "0.01000", "1.00 MB", "peak memory: 1.00 GB", str(tmp_path / "o" / "3.0bpw")):
         assert text in out
 
 
