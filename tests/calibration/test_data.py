@@ -167,8 +167,8 @@ def test_parquet_gives_messages_text_or_all_strings(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-        ("a.jsonl", b'{"body": "a"}\n', "line 1: a JSON object with messages or text"),
-        ("a.jsonl", b"[1]\n", "line 1: a JSON object"),
+        ("a.jsonl", b'{"body": "a"}\n', "line 1: expected a JSON object with messages or text"),
+        ("a.jsonl", b"[1]\n", "line 1: expected a JSON object"),
         ("a.jsonl", b'{"text": 5}\n', "neither text nor messages, but int"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "a role and a content"),
         ("a.jsonl", b'{"messages": ["hi"]}\n', "a role and a content"),

@@ -203,9 +203,9 @@ def test_other_models_are_refused_and_not_fetched(client):
 @pytest.mark.parametrize(
     ("change", "status", "message"),
     [
-        ({"messages": []}, 400, "messages must be a list"),
-        ({"messages": "Hello"}, 400, "messages must be a list"),
-        ({"messages": None}, 400, "messages must be a list"),
+        ({"messages": []}, 400, "messages must be a non-empty list"),
+        ({"messages": "Hello"}, 400, "messages must be a non-empty list"),
+        ({"messages": None}, 400, "messages must be a non-empty list"),
         ({"messages": ["Hello"]}, 400, r"messages[0] must be an object"),
         ({"messages": [{"role": "user", "content": 7}]}, 400, r"messages[0].content must be a string"),
         (
