@@ -206,7 +206,7 @@ BROKEN = {
     ),
     "a surplus tensor": (
         lambda f: f.tensors.update(surprise=torch.zeros(1)),
-        "more than the dbrx model .*: surprise",
+        "describes a dbrx model with fewer tensors; unexpected tensors: surprise",
     ),
     "a bias where there is none": (
         lambda f: f.tensors.update({"lm_head.bias": torch.zeros(128).half()}),
@@ -318,7 +318,7 @@ def test_load_dense_refuses_a_checkpoint_that_transformers_would_fill_up(tmp_pat
 
 
 def test_load_dense_refuses_a_quantized_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="load_model loads it"):
+    with pytest.raises(CheckpointError, match="use load_model for it"):
         load_dense(dbrx(tmp_path).path)
 
 
