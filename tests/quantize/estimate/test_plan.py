@@ -91,7 +91,7 @@ def test_a_size_for_more_than_all_bits_gives_the_most(tokens):
 
 
 def test_a_size_below_the_floor_is_refused_with_what_is_needed(tokens):
-    with pytest.raises(ValueError, match=r"too little: at 2\.\d+ bits per weight, the fewest, .* GB"):
+    with pytest.raises(ValueError, match=r"not enough: at 2\.\d+ bits per weight, the fewest, .* GB"):
         bpw_for_size(options(TINY, Path("unused"), tokens), 10**6)
 
 

@@ -133,7 +133,7 @@ def test_without_a_token_or_with_one_that_only_reads_nothing_is_tried(
     hub.role = "read"
     code, _, error = upload(made)
     assert code == 1
-    assert "may only read" in error
+    assert "the token is read-only" in error
     from huggingface_hub import constants
 
     monkeypatch.delenv("HF_TOKEN")

@@ -274,7 +274,7 @@ def test_wrong_arguments_are_refused():
     groups = uniform_groups(64, 3, 32)
     with pytest.raises(ValueError, match="cover 64 rows, the matrix has 32"):
         quantize_matrix(weight[:32], factor, groups)
-    with pytest.raises(ValueError, match="factor is of 64"):
+    with pytest.raises(ValueError, match="factor is for 64"):
         quantize_matrix(weight[:32], factor, uniform_groups(32, 3, 32))
     with pytest.raises(ValueError, match="column_weights"):
         quantize_matrix(weight, factor, groups, torch.ones(31))
