@@ -224,9 +224,9 @@ def test_messages_that_are_no_conversation_are_refused(talk, messages):
 
 
 def test_there_must_be_something_to_take_back_or_to_ask_again(talk):
-    with pytest.raises(ValueError, match="nothing was asked"):
+    with pytest.raises(ValueError, match="there is no message yet"):
         talk.undo()
-    with pytest.raises(ValueError, match="nothing was asked"):
+    with pytest.raises(ValueError, match="there is no message yet"):
         talk.retry(silent)
 
 
