@@ -50,7 +50,7 @@ def _reserve(temporary: Path, path: Path, shape: tuple[int, ...]) -> int:
             os.posix_fallocate(stream.fileno(), 0, start + size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(error.errno, f"disk full: {size} bytes wanted", str(path)) from error
+                raise OSError(error.errno, f"disk full: {size} bytes required", str(path)) from error
             raise
     return start
 
