@@ -178,9 +178,8 @@ def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> M
         described = {k: _public(v) for k, v in rows.tokens.description.items() if k != "notices"}
         write_measurement(path, found.of(source_facts(options.model), described, rows.held_out_source))
         shutil.rmtree(folder)
-    return read_measurement_of(
-        path, options.model
-    )  # in the first run too: a resumed one adds up in its order
+    # read back in the first run too: a resumed one adds up in the file's order
+    return read_measurement_of(path, options.model)
 
 
 def _public(value: Any) -> Any:
@@ -204,7 +203,7 @@ def _strategies(
             kl, stderr = predictor.kl(strategy, options.repair != NO_REPAIR)
             _PREDICTED.write(file, {"kl": kl, "kl_stderr": stderr})
         predicted = _PREDICTED.read(file)
-        kl, stderr = predicted.number("kl", 0), predicted.number_or_none("kl_stderr")
+        kl, stderr = predicted.number("kl"), predicted.number_or_none("kl_stderr")
         if not options.quiet:
             error = f" ± {stderr:.2g}" if stderr is not None else ""
             print(f"{target} bits per weight: predicted KL {kl:.4g}{error}", file=sys.stderr)

@@ -76,7 +76,7 @@ def read_strategy(path: Path) -> tuple[Strategy, Outcome | None]:
         for name, linear in fields.objects("linears")
     }
     strategy = Strategy(
-        fields.number("target_bpw", 0), fields.number("bpw", 0), fields.number("predicted_kl", 0), choices
+        fields.number("target_bpw", 0), fields.number("bpw", 0), fields.number("predicted_kl"), choices
     )
     if "measured" not in fields:
         return strategy, None

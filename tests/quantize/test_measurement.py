@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from measurements import linear, measurement
@@ -125,6 +126,12 @@ def test_a_strategy_is_read_back_with_its_outcome(made, tmp_path):
     write_strategy(tmp_path / "strategy.json", strategy, outcome)
     assert find_strategy(tmp_path) == (strategy, outcome)
     assert strategy.choices[HEAD] == Option(*OPTIONS[1])
+
+
+def test_a_predicted_kl_just_below_zero_is_read_back(made, tmp_path):
+    strategy = replace(allocate(made, 3.0, 3), kl=-1e-8)  # the rounding of log-probabilities, at many bits
+    write_strategy(tmp_path / "strategy.json", strategy)
+    assert read_strategy(tmp_path / "strategy.json") == (strategy, None)
 
 
 def test_a_strategy_from_before_files_were_marked_is_read(made, tmp_path):
