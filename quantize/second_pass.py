@@ -142,7 +142,9 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
         if job.held_out is not None and not job.distance.exists():
             states, original = (open_states(path(len(blocks))) for path in (job.states, job.original))
             head, count = job.linears.weight(job.model.architecture.head), len(job.held_out)
-            scores = distance(job.model, states[-count:], original[-count:], head, job.held_out).as_dict()
+            dense = job.model.dense(job.model.architecture.head)
+            ends, goals = states[-count:], original[-count:]
+            scores = distance(job.model, ends, goals, head, dense, job.held_out).as_dict()
             write_json(job.distance, {k: v for k, v in scores.items() if k != "router_topk"})
         job.original(len(blocks)).unlink(missing_ok=True)
     return json.loads(job.distance.read_text(encoding="utf-8")) if job.held_out is not None else None

@@ -57,6 +57,7 @@ def distance(
     states: Tensor,
     original: Tensor,
     weight: Tensor,
+    dense: Tensor,
     rows: Tensor,
     through: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
@@ -67,10 +68,10 @@ def distance(
         states: [R, L, D] after the changed model's last block.
         original: [R, L, D] after the original's.
         weight: [vocabulary, D] of the changed model's head.
+        dense: [vocabulary, D] of the original's; both in float32.
         rows: [R, L] token ids.
         through: what happens to the changed model's logits on their way.
     """
-    dense = model.dense(model.architecture.head)
     ends, goals = iter(states), iter(original)
 
     def changed(_: Tensor) -> Tensor:

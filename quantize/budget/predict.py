@@ -82,7 +82,13 @@ class Predictor:
             head = self._model.architecture.head
             weight = self._model.dense(head)
             scores = distance(
-                self._model, disturbed, exact, weight, self._tokens, lambda logits: noisy(logits, head)
+                self._model,
+                disturbed,
+                exact,
+                weight,
+                weight,
+                self._tokens,
+                lambda logits: noisy(logits, head),
             )
         factor = over_noise(strategy.bpw, repaired)
         return factor * scores.kl, scores.kl_stderr and factor * scores.kl_stderr
