@@ -23,11 +23,11 @@ from dbrx_quant.calibration.blocks.walk import (
     Span,
     Turn,
     Weights,
-    add_dense_experts,
     batches,
     check_states,
     embed_rows,
     route,
+    run_dense_block,
     token_rows,
     token_spans,
     turns,
@@ -143,30 +143,24 @@ def measure(job: MeasureJob) -> Measurement:
 
 
 def _forward(job: MeasureJob) -> None:
-    architecture = job.model.architecture
-    ids = job.rows
-    shape = (*ids.shape, architecture.hidden)
     if not job.states(0).exists():
-        embed_rows(job.model, ids, job.states(0))
-    for block in architecture.blocks:
+        embed_rows(job.model, job.rows, job.states(0))
+    for block in job.model.architecture.blocks:
         if not job.states(block.index + 1).exists():
-            states = open_states(job.states(block.index))
-            live = job.model.block(block.index)
-            with new_states(job.states(block.index + 1), shape) as output:
-                if block.experts is None:
-                    for part in batches(states):
-                        output[part] = live(states[part])[0]
-                else:
-                    x_path = job.folder / "experts-input.npy"
-                    with new_states(x_path, (ids.numel(), architecture.hidden)) as x:
-                        routing = route(live, states, output, x)
-                        seen = coverage(routing.part(slice(job.tokens.numel())), block.experts.count)
-                        _COVERAGE.write(job.coverage(block.index), {"experts": [vars(one) for one in seen]})
-                        stream = output.view(-1, architecture.hidden)
-                        add_dense_experts(stream, job.model, block.experts, routing)
-                    x_path.unlink()
-                check_states(output, f"output of block {block.index}")
+            _forward_block(job, block.index)
         job.progress.step(f"forward, block {block.index}")
+
+
+def _forward_block(job: MeasureJob, index: int) -> None:
+    states, scratch = open_states(job.states(index)), job.folder / "experts-input.npy"
+    with new_states(job.states(index + 1), tuple(states.shape)) as output:
+        routing = run_dense_block(job.model, index, states, output, scratch)
+        if routing is not None:
+            experts = job.model.architecture.blocks[index].experts
+            assert experts is not None
+            seen = coverage(routing.part(slice(job.tokens.numel())), experts.count)
+            _COVERAGE.write(job.coverage(index), {"experts": [vars(one) for one in seen]})
+        check_states(output, f"output of block {index}")
 
 
 def _head(job: MeasureJob) -> None:

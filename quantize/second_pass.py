@@ -10,7 +10,7 @@ not calibrated on go through both, and tell at the end how far the quantized mod
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from dbrx_quant.quantize.measurement import Measurement
 from dbrx_quant.quantize.solve.ldlq import Effort
 from dbrx_quant.quantize.solve.linear import Solver
 from dbrx_quant.quantize.solve.repair import DEFAULT_REPAIR, Repair
-from dbrx_quant.runtime.families.facts import load_bias
+from dbrx_quant.runtime.families.facts import LinearSpec, load_bias
 from dbrx_quant.runtime.files.atomic import write_json
 from dbrx_quant.runtime.folder.linear_files import LinearFiles
 from dbrx_quant.runtime.progress import Progress
@@ -164,25 +164,29 @@ def _quantize_block(job: QuantizeJob, index: int) -> None:
 def _run_original(job: QuantizeJob, index: int) -> Goals:
     """Write the original's states in the middle of a block and after it, unless they are there."""
     block = job.model.architecture.blocks[index]
-    shared = job.shared(index) if block.experts and not block.only_routed else job.middle(index)
+    shared = job.shared(index) if block.experts and not block.only_routed else None
     goals = Goals(job.middle(index), shared, job.original(index + 1))
-    paths = list(dict.fromkeys((goals.after, goals.middle, goals.shared)))
+    paths = [path for path in (goals.after, goals.middle, goals.shared) if path]
     if not all(path.exists() for path in paths):
         states, scratch = open_states(job.original(index)), job.folder / "experts-input.npy"
         with ExitStack() as opened:
-            filled = [opened.enter_context(new_states(path, tuple(states.shape))) for path in paths]
-            run_dense_block(job.model, index, states, filled[0], filled[1], filled[-1], scratch)
+            after, *between = (opened.enter_context(new_states(path, tuple(states.shape))) for path in paths)
+            run_dense_block(job.model, index, states, after, scratch, *between)
     return goals
 
 
 def _quantize_stage(job: QuantizeJob, stage: Stage) -> None:
     """Quantize the linears of a stage that have no file yet, and continue with what the files decode to."""
     if todo := job.linears.unfinished(stage.specs):
-        dense, inputs, residual = stage.collect(todo)
-        weights, target = job.repair.aim(dense, residual, job.refit)
-        del dense, residual  # big, and used up
-        biases = [load_bias(job.model.checkpoint, spec) for spec in todo]
-        job.solver.solve(todo, weights, biases, inputs.joined(), inputs.prior, target)
+        _solve(job, stage, todo)
     stage.finish(job.linears.weight)
     for spec in stage.specs:
         job.progress.step(spec.name)
+
+
+def _solve(job: QuantizeJob, stage: Stage, todo: Sequence[LinearSpec]) -> None:
+    dense, inputs, residual = stage.collect(todo)
+    weights, target = job.repair.aim(dense, residual, job.refit)
+    del dense, residual  # big, and used up
+    biases = [load_bias(job.model.checkpoint, spec) for spec in todo]
+    job.solver.solve(todo, weights, biases, inputs.joined(), inputs.prior, target)

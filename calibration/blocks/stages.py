@@ -10,6 +10,7 @@ A stage is finished before the next one is asked for. Its linears share their in
 Axes: R rows, L tokens of a row, T tokens, D hidden, K input channels, N output channels.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,22 +48,20 @@ class Goals:
 
     Attributes:
         middle: after attention.
-        shared: after a shared expert, before the routed ones; in blocks without one as `middle`.
+        shared: after a shared expert, before the routed ones; None in blocks without one.
         after: after the block.
     """
 
     middle: Path
-    shared: Path
+    shared: Path | None
     after: Path
 
-    def behind(self, spec: LinearSpec, routed: bool) -> Tensor:
+    def behind(self, spec: LinearSpec) -> Tensor:
         """The states right behind a linear outside of routed experts that writes into the stream."""
-        if spec.role == "o":
-            return open_states(self.middle)
-        return open_states(self.shared if routed else self.after)
+        return open_states(self.middle if spec.role == "o" else self.shared or self.after)
 
 
-class Stage:
+class Stage(ABC):
     """Linears that share their inputs.
 
     Attributes:
@@ -75,14 +74,16 @@ class Stage:
 
     def collect(self, specs: Sequence[LinearSpec]) -> Collected:
         """What is known of some of its linears."""
-        inputs, residual = self._look()
-        return Collected([self.model.dense(spec) for spec in specs], inputs, residual)
+        dense = [self.model.dense(spec) for spec in specs]
+        return Collected(dense, *self._look(dense))
 
+    @abstractmethod
     def finish(self, weight_of: WeightOf) -> None:
         """Continue with these weights of all its linears."""
 
-    def _look(self) -> tuple[Moments | SplitMoments, ResidualMoments | None]:
-        raise NotImplementedError
+    @abstractmethod
+    def _look(self, dense: Sequence[Tensor]) -> tuple[Moments | SplitMoments, ResidualMoments | None]:
+        """Moments of the inputs, and what the stream misses, if known; `dense` are the source's weights."""
 
 
 class HeadStage(Stage):
@@ -92,7 +93,10 @@ class HeadStage(Stage):
         super().__init__(model, [model.architecture.head])
         self._states = states
 
-    def _look(self) -> tuple[Moments, None]:
+    def finish(self, weight_of: WeightOf) -> None:
+        """Nothing comes after the head."""
+
+    def _look(self, dense: Sequence[Tensor]) -> tuple[Moments, None]:
         moments = Moments.zero(self._states.shape[-1])
         for part in batches(self._states):
             moments.add(self.model.final_norm(self._states[part]).view(-1, self._states.shape[-1]))
@@ -116,7 +120,7 @@ class DenseStage(Stage):
         """Install the weights in the block."""
         self._live.install({spec.name: weight_of(spec) for spec in self.specs})
 
-    def _look(self) -> tuple[Moments | SplitMoments, ResidualMoments | None]:
+    def _look(self, dense: Sequence[Tensor]) -> tuple[Moments | SplitMoments, ResidualMoments | None]:
         spec = self.specs[0]
         moments = Moments.zero(spec.shape[0])
 
@@ -146,7 +150,7 @@ class ComparedStage(DenseStage):
         super().__init__(model, specs, live, states)
         self._goal = goal
 
-    def _look(self) -> tuple[SplitMoments, ResidualMoments]:
+    def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, ResidualMoments]:
         (spec,) = self.specs
         live, states = self._live, self._states
         rows, seen = token_rows(states).view(states.shape[:2]), list[Tensor]()
@@ -183,7 +187,7 @@ class GateUpStage(Stage):
         """Keep the weights for the down projection."""
         self.gate, self.up = weight_of(self.turn.gate), weight_of(self.turn.up)
 
-    def _look(self) -> tuple[SplitMoments, None]:
+    def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, None]:
         inputs, span = SplitMoments.zero(self.turn.gate.shape[0], prior=True), self.turn.whole()
         inputs.add(span.x, self.rows[span.index], span.weight.square())
         inputs.add_prior(self.turn.routing.x[self.turn.tokens.others])
@@ -208,7 +212,7 @@ class DownStage(Stage):
         weights = self._before.gate, self._before.up, weight_of(self._turn.down)
         self._turn.add_to(self._stream, weights)
 
-    def _look(self) -> tuple[SplitMoments, ResidualMoments | None]:
+    def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, ResidualMoments | None]:
         inputs = SplitMoments.zero(self._turn.down.shape[0], prior=True)
         self._see(inputs, lambda span, h, rows: None)
         return inputs, None
@@ -239,18 +243,17 @@ class ComparedDownStage(DownStage):
         super().__init__(before, turn, stream)
         self._goal = goal
 
-    def collect(self, specs: Sequence[LinearSpec]) -> Collected:
-        """What is known of it, the stream's loss included, which its dense weight decides as well."""
-        dense = self.model.dense(self._turn.down)
-        inputs = SplitMoments.zero(dense.shape[1], prior=True)
-        residual = ResidualMoments(inputs, *reversed(dense.shape))
+    def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, ResidualMoments]:
+        (weight,), shape = dense, self._turn.down.shape
+        inputs = SplitMoments.zero(shape[0], prior=True)
+        residual = ResidualMoments(inputs, *shape)
 
         def miss(span: Span, h: Tensor, rows: Tensor) -> None:
-            share = span.weight[:, None] * (h @ dense.T)
+            share = span.weight[:, None] * (h @ weight.T)
             residual.add(h, self._goal[span.index] - self._stream[span.index] - share, rows, span.weight)
 
         self._see(inputs, miss)
-        return Collected([dense], inputs, residual)
+        return inputs, residual
 
 
 def block_stages(
@@ -276,8 +279,7 @@ def block_stages(
     block = live.spec
     for specs in block.stages:
         if goals and specs[0].writes_stream:
-            goal = goals.behind(specs[0], block.experts is not None)
-            yield ComparedStage(model, specs, live, states[:calibrated], goal)
+            yield ComparedStage(model, specs, live, states[:calibrated], goals.behind(specs[0]))
         else:
             yield DenseStage(model, specs, live, states[:calibrated])
     if block.experts is None:

@@ -69,6 +69,16 @@ def token_rows(states: Tensor) -> Tensor:
     return torch.arange(states.shape[0]).repeat_interleave(states.shape[1])
 
 
+def _without_experts(
+    live: LiveBlock, states: Tensor, output: Tensor, middle: Tensor | None, part: slice
+) -> None:
+    """Run some rows through a block but its routed experts; `middle`, if given, gets them after attention."""
+    if middle is None:
+        output[part] = live(states[part])[0]
+    else:
+        output[part], middle[part] = live.with_middle(states[part])
+
+
 def route(
     live: LiveBlock, states: Tensor, output: Tensor, x: Tensor, middle: Tensor | None = None
 ) -> Routing:
@@ -84,10 +94,7 @@ def route(
     index, weight = [], []
     length = states.shape[1]
     for part in batches(states):
-        if middle is None:
-            output[part] = live(states[part])[0]
-        else:
-            output[part], middle[part] = live.with_middle(states[part])
+        _without_experts(live, states, output, middle, part)
         routing = live.routing
         assert routing is not None
         x[part.start * length : part.stop * length] = routing.x
@@ -227,10 +234,10 @@ def run_dense_block(
     index: int,
     states: Tensor,
     output: Tensor,
-    middle: Tensor,
-    shared: Tensor,
     scratch: Path,
-) -> None:
+    middle: Tensor | None = None,
+    shared: Tensor | None = None,
+) -> Routing | None:
     """Take states [R, L, D] through an unquantized block.
 
     Args:
@@ -238,21 +245,26 @@ def run_dense_block(
         index: of the block.
         states: before it.
         output: filled with those after it.
-        middle: filled with those after its attention.
-        shared: filled with those after its shared expert; in blocks without one it may be `middle`.
         scratch: path for the experts' inputs while it runs.
+        middle: filled with those after its attention, if given.
+        shared: filled with those before its routed experts, if given.
+
+    Returns:
+        Where each token went, if the block has experts; their inputs stay on disk as long as this lives.
     """
     live = model.block(index)
     if live.spec.experts is None:
         for part in batches(states):
-            output[part], middle[part] = live.with_middle(states[part])
-        return
+            _without_experts(live, states, output, middle, part)
+        return None
     hidden = states.shape[-1]
     with new_states(scratch, (states.shape[0] * states.shape[1], hidden)) as x:
-        routing = route(live, states, shared, x, None if live.spec.only_routed else middle)
-        output.copy_(shared)
+        routing = route(live, states, output, x, middle)
+        if shared is not None:
+            shared.copy_(output)
         add_dense_experts(output.view(-1, hidden), model, live.spec.experts, routing)
     scratch.unlink()
+    return routing
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
