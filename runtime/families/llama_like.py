@@ -94,6 +94,18 @@ def experts(
     return ExpertsSpec(module, router, config.num_experts_per_tok, config.hidden_act, keys, linears)
 
 
+def qwen_experts(config: Any, index: int) -> ExpertsSpec:
+    """The experts of a block of Qwen's mixtures."""
+    return experts(
+        config,
+        index,
+        prefix="mlp",
+        keys=("gate_proj", "up_proj", "down_proj"),
+        count=config.num_experts,
+        ffn=config.moe_intermediate_size,
+    )
+
+
 def block(
     config: Any,
     index: int,

@@ -7,8 +7,6 @@ from dbrx_quant.runtime.families import llama_like
 from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, FloatSpec
 from dbrx_quant.runtime.families.family import Family
 
-KEYS = ("gate_proj", "up_proj", "down_proj")
-
 
 def _describe(config: Any) -> Architecture:
     def block(index: int) -> BlockSpec:
@@ -23,14 +21,7 @@ def _describe(config: Any) -> Architecture:
             place="mlp.shared_expert",
             prefix="shared_",
         )
-        moe = llama_like.experts(
-            config,
-            index,
-            prefix="mlp",
-            keys=KEYS,
-            count=config.num_experts,
-            ffn=config.moe_intermediate_size,
-        )
+        moe = llama_like.qwen_experts(config, index)
         found = llama_like.block(config, index, attention + shared, moe, "mlp.gate")
         gate = f"{found.mlp}.shared_expert_gate.weight"
         return replace(found, floats=(*found.floats, FloatSpec(gate, gate, (1, config.hidden_size))))

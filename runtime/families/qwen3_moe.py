@@ -6,8 +6,6 @@ from dbrx_quant.runtime.families import llama_like
 from dbrx_quant.runtime.families.facts import Architecture, BlockSpec
 from dbrx_quant.runtime.families.family import Family
 
-KEYS = ("gate_proj", "up_proj", "down_proj")
-
 
 def _describe(config: Any) -> Architecture:
     bias = bool(getattr(config, "attention_bias", False))
@@ -17,14 +15,7 @@ def _describe(config: Any) -> Architecture:
         if not llama_like.is_sparse(config, index):
             dense = llama_like.dense_mlp(config, index, config.intermediate_size)
             return llama_like.block(config, index, attention + dense, head_norms=True)
-        moe = llama_like.experts(
-            config,
-            index,
-            prefix="mlp",
-            keys=KEYS,
-            count=config.num_experts,
-            ffn=config.moe_intermediate_size,
-        )
+        moe = llama_like.qwen_experts(config, index)
         return llama_like.block(config, index, attention, moe, "mlp.gate", head_norms=True)
 
     return llama_like.model(config, "qwen3_moe", tuple(block(i) for i in range(config.num_hidden_layers)))
