@@ -179,7 +179,10 @@ def read_measurement(path: Path) -> Measurement:
         FileNotFoundError: there is none.
         CheckpointError: it is damaged, or of another version.
     """
-    fields = FILE.read(path)
+    return _measurement(FILE.read(path))
+
+
+def _measurement(fields: Fields) -> Measurement:
     linears = {name: read_linear(linear) for name, linear in fields.objects("linears")}
     if not linears:
         raise fields.fault("linears", "empty")
@@ -226,7 +229,7 @@ def find_measurement(folder: Path) -> Measurement | None:
     except FileNotFoundError:
         return None
     ours = VERSION_KEY in content or "linears" in content
-    return read_measurement(path) if ours else None
+    return _measurement(FILE.check(path, content)) if ours else None
 
 
 def source_facts(folder: Path) -> dict[str, str]:

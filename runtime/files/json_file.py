@@ -126,7 +126,14 @@ class JsonFile:
             FileNotFoundError: it is not there.
             CheckpointError: it is not a JSON object, or of another version.
         """
-        content = read_object(path, self.what, self.remedy)
+        return self.check(path, read_object(path, self.what, self.remedy))
+
+    def check(self, path: Path, content: Mapping[str, Any]) -> Fields:
+        """The fields of a file's content.
+
+        Raises:
+            CheckpointError: it is of another version.
+        """
         found = content.get(VERSION_KEY, self.unmarked)
         if found is None:
             raise CheckpointError(f"{path}: not {self.what} ({VERSION_KEY} is missing); {self.remedy}")
