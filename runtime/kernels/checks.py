@@ -17,7 +17,7 @@ from dbrx_quant.runtime.kernels.stored import Stored, StoredList
 from dbrx_quant.runtime.library._abi import ACTIVATIONS
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_TILED_ON = ("cuda", "meta")  # types of devices where a q_weight may be tiled, cuda_layout.py
+_TILED_ON = ("cuda", "meta")  # types of devices where a q_weight may be tiled, cuda_tiles.py
 
 
 def require(condition: Any, message: Callable[[], str]) -> None:

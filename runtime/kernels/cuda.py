@@ -1,6 +1,6 @@
 """Every op through the native CUDA library; falls back to `reference`, with one warning, where it is missing.
 
-What the kernels read beside the stored tensors is made the first time a linear is used (`cuda_layout`), which
+What the kernels read beside the stored tensors is made the first time a linear is used (`cuda_tiles`), which
 reads its group table on the host; afterwards an op only enqueues kernels on the current stream, in memory
 from torch's allocator, and can be captured in a CUDA graph once it has run outside.
 

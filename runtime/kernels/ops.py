@@ -5,11 +5,11 @@ Axes: T tokens, K input channels, N output channels as stored, E experts, D hidd
 A linear is passed as its stored tensors (q_weight, q_scale, q_scale_max, q_groups, q_invperm) and, for
 `linear`, an optional bias; lists of linears as five tensors each, one linear after the other. Stored N may
 be padded: `out_features` says how many columns to compute. On a GPU q_weight may come *tiled*, as
-`QuantLinear` keeps it there (`backends/cuda_layout.py`), and has three dimensions then. Activations may be
+`QuantLinear` keeps it there (`kernels/cuda_tiles.py`), and has three dimensions then. Activations may be
 fp32, bf16 or fp16; sums are in fp32, results in the activations' dtype.
 
-CPU and CUDA tensors go to the native libraries (`backends/cpu.py`, `backends/cuda.py`), all others to plain
-torch (`backends/reference.py`).
+CPU and CUDA tensors go to the native libraries (`kernels/cpu.py`, `kernels/cuda.py`), all others to plain
+torch (`kernels/reference.py`).
 The operators have no gradient: they run with tensors that require one, and `backward()` through them raises.
 """
 

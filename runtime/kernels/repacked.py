@@ -39,7 +39,7 @@ class Repacked:
 _cache: dict[tuple[int, ...], Repacked | None] = {}
 
 
-def _pack(struct: _abi.Linear) -> Tensor | None:
+def _repack(struct: _abi.Linear) -> Tensor | None:
     """The block of one linear; None where scales are not finite, or so large that weights might overflow."""
     library = _native.library()
     size = ctypes.c_int64()
@@ -93,7 +93,7 @@ def _repacked(
         return None
     blocks = []
     for struct in describe(*arguments):
-        block = _pack(struct)
+        block = _repack(struct)
         if block is None:
             break
         blocks.append(block)

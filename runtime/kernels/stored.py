@@ -12,7 +12,7 @@ from torch import Tensor
 class Stored(NamedTuple):
     """The tensors of a linear as `format.py` describes them, by its names and in its order.
 
-    On a GPU q_weight may be *tiled* (`cuda_layout.py`): int32 [word rows, N / 4, 4].
+    On a GPU q_weight may be *tiled* (`cuda_tiles.py`): int32 [word rows, N / 4, 4].
     """
 
     q_weight: Tensor

@@ -30,7 +30,7 @@ class QuantLinear(nn.Module):
     q_invperm int32 [K] and, with a bias, bias fp16 [N]. Any contiguous tensors will do, memory-mapped ones
     too: nothing is copied.
 
-    Moved to a GPU, it keeps q_weight in the layout of the kernels there (`backends/cuda_layout.py`) instead
+    Moved to a GPU, it keeps q_weight in the layout of the kernels there (`kernels/cuda_tiles.py`) instead
     of the file's. Moved away, in `tensors()` and in a state_dict, q_weight is as in the file again.
 
     Args:
