@@ -19,8 +19,8 @@
 // of 16 rows is filled up to 32 with codes that stand for 0, a word row more.
 //
 // Inside a subtile, *pair* 4 c + p holds rows 2 p (low half of the word) and 2 p + 1 (high half) of column c, at the
-// same place of both halves: one shift and one mask give both codes as the low bits of a half2. In one half, bits
-// 15..0:
+// same place of both halves: one shift and one mask give both codes as the low bits of a half2. In one half, from bit
+// 15 down to bit 0:
 //
 //     2 bits   word i   |p7|p6|p5|p4|p3|p2|p1|p0| of pairs 8 i ..        4 bits   | p3 | p2 | p1 | p0 | of pairs 4 i ..
 //     8 bits   word i   |       p1      |       p0      | of pairs 2 i ..
