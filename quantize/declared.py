@@ -71,8 +71,9 @@ def fact(value: Any, declared: Declared) -> Any:
     """A value, or what is in the file that it names."""
     from dbrx_quant.runtime.files.atomic import fingerprint
 
-    named = isinstance(value, Path) or (declared.names_file and value is not None and Path(value).is_file())
-    return fingerprint(value) if named else value
+    if isinstance(value, Path) or (declared.names_file and value is not None and Path(value).is_file()):
+        return fingerprint(value)
+    return value
 
 
 def check(name: str, value: Any, declared: Declared) -> None:
