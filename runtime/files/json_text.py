@@ -36,7 +36,7 @@ def parse_json(data: bytes | str) -> Any:
 
     Raises:
         ValueError: it is not UTF-8 or not JSON; it has NaN or infinity, a number beyond double precision, a
-            key with two different values, half a character, or too many objects and lists inside of each other.
+            key with two different values, half a character, or too many objects and lists in each other.
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     try:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,15 @@ LOCK_NAME = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience: float = 0) -> Iterator[None]:
     """Keep other processes out of a folder while the `with` block runs.
 
     The folder is made if needed, and removed again where nothing came into it. The lock is a hidden file in
     it, which is gone at the end; what a killed process leaves does not lock. Links are not followed.
+
+    Args:
+        folder: the folder.
+        patience: seconds to wait for another process.
 
     Raises:
         ValueError: another process holds the folder.
@@ -25,7 +30,7 @@ def locked(folder: Path) -> Iterator[None]:
     made = _make(folder)
     path = folder / LOCK_NAME
     try:
-        descriptor = _acquire(path)
+        descriptor = _acquire(path, time.monotonic() + patience)
         try:
             yield
         finally:
@@ -51,7 +56,7 @@ def _make(folder: Path) -> list[Path]:
     return missing
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, deadline: float) -> int:
     """The descriptor of the lock file, which is held until it is closed."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
@@ -64,20 +69,24 @@ def _acquire(path: Path) -> int:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise _not_a_file(path)
-            _lock(descriptor, path)
-            if _is_still(path, descriptor):
+            if _lock(descriptor, path, deadline) and _is_still(path, descriptor):
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder has removed it meanwhile
+        os.close(descriptor)  # it is held, or its holder has removed it meanwhile
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _lock(descriptor: int, path: Path, deadline: float) -> bool:
+    """Whether the lock was free."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
     except BlockingIOError:
-        raise ValueError(f"{path.parent}: another process is working in this folder") from None
+        if time.monotonic() >= deadline:
+            raise ValueError(f"{path.parent}: another process is working in this folder") from None
+        time.sleep(0.05)
+        return False
     except OSError as error:
         raise OSError(error.errno, f"cannot be locked ({error.strerror})", str(path)) from error
 
