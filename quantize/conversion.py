@@ -230,7 +230,7 @@ def _one_target(
     started = time.monotonic()
     out = options.output(strategy.target_bpw)
     work = _target_work(options, strategy.target_bpw)
-    if _holds_another(out, strategy) or not is_finished(work, out):
+    if not is_finished(work, out):
         strategy_path = work / STRATEGY_NAME
         if strategy_path.exists():
             check_seal(strategy_path)
@@ -278,14 +278,6 @@ def _one_target(
         time.monotonic() - started,
         peak_memory(),
     )
-
-
-def _holds_another(out: Path, strategy: Strategy) -> bool:
-    """Whether a folder has the result of another strategy, which came into it later."""
-    try:
-        return read_strategy(out / STRATEGY_NAME)[0] != strategy
-    except (FileNotFoundError, CheckpointError):
-        return False
 
 
 def peak_memory() -> int:

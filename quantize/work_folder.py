@@ -66,10 +66,14 @@ def open_job(folder: Path, facts: Mapping[str, Any], resume: Resume) -> Iterator
 def check_apart(folder: Path, others: Iterable[Path | None]) -> None:
     """Raise ValueError if something else lies in a work folder, which may be emptied."""
     for other in others:
-        if other is not None and other.resolve().is_relative_to(folder.resolve()):
+        if other is not None and _real(other).is_relative_to(_real(folder)):
             raise ValueError(
                 f"{other}: lies in the work folder {folder}, which may be emptied; keep it elsewhere"
             )
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike `Path.resolve`, takes links that lead in a circle
 
 
 def _is_same(path: Path, facts: Mapping[str, Any]) -> bool:

@@ -59,15 +59,15 @@ def is_finished(work: Path, out: Path) -> bool:
     found = {path.name for path in out.glob("*.safetensors")}
     damaged = [name for name in shards.values if not _is(out / name, shards.text(name))]
     damaged += sorted(found - shards.values.keys())
-    for name in files.values:
+    for name in () if damaged else files.values:
         expected, path, copy = files.text(name), out / name, work / _COPIES / name
         if _is(path, expected) or (name == _EDITED and path.is_file()):
             continue
-        if not _is(copy, expected):
+        if _is(copy, expected):
+            _tell(path, "written anew")
+            write_parts(path, (copy.read_bytes(),))
+        else:
             damaged.append(name)
-            continue
-        _tell(path, "written anew")
-        write_parts(path, (copy.read_bytes(),))
     for name in damaged:
         _tell(out / name, "this target is quantized again")
     if damaged:

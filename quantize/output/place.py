@@ -1,5 +1,6 @@
 """The folders that results go to: fit for them, and nobody else's, before any work is done."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ def claimed(folders: Sequence[Path], model: Path) -> Iterator[None]:
         OSError: one cannot be made or written.
     """
     for out in folders:
-        if out.resolve() == model.resolve():
+        if os.path.realpath(out) == os.path.realpath(model):
             raise ValueError(f"{out}: the output folder must differ from the model's")
     with ExitStack() as held:
         for out in dict.fromkeys(folders):
