@@ -33,17 +33,20 @@ from dbrx_quant.quantize.measurement import (
 )
 from dbrx_quant.quantize.options import ConvertOptions, target_name
 from dbrx_quant.quantize.output.config import Summary, generation_config, patched_config, write_configs
+from dbrx_quant.quantize.output.finished import is_finished, note_finished
+from dbrx_quant.quantize.output.place import claimed
 from dbrx_quant.quantize.output.record import RECORD_NAME, write_record
 from dbrx_quant.quantize.output.side_files import copy_side_files
 from dbrx_quant.quantize.rows import Rows, load_rows
 from dbrx_quant.quantize.second_pass import QuantizeJob, quantize_model
 from dbrx_quant.quantize.solve.repair import NO_REPAIR
-from dbrx_quant.quantize.work_folder import open_job
+from dbrx_quant.quantize.work_folder import check_apart, open_job
 from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
 from dbrx_quant.runtime.families.config import read_config
-from dbrx_quant.runtime.files.atomic import remove_leftovers, write_json
+from dbrx_quant.runtime.files.atomic import check_place, write_json
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_file import JsonFile
+from dbrx_quant.runtime.files.sealed import check_seal, seal
 from dbrx_quant.runtime.folder.shards import write_shards
 from dbrx_quant.runtime.folder.verify import verify
 from dbrx_quant.runtime.kernels.float_matmul import fast_products
@@ -52,7 +55,7 @@ from dbrx_quant.runtime.tokenizer.check import check_tokenizer
 from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
 from dbrx_quant.runtime.tokenizer.ids import read_object, special_ids
 
-_PREDICTED = JsonFile("a prediction", version=1, remedy="start over with --resume never")
+_PREDICTED = JsonFile("a prediction", version=1, remedy="start over with --resume never", sealed=True)
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,18 @@ def convert(options: ConvertOptions) -> list[Converted]:
         raise ValueError("no target given")
     if options.device != "cpu":
         raise ValueError(f"device {options.device}: conversion runs on the CPU; give --device cpu")
-    if options.out.resolve() == options.model.resolve():
-        raise ValueError(f"{options.out}: the output folder must differ from the model's")
     model = StreamedModel(options.model)
     _check_side_files(options.model, model.architecture.vocabulary)
     check_channels(model.architecture)
     check_targets(options.targets, *shape_range(model.architecture))
-    with open_job(options.work, _facts(options), options.resume) as resumed:
+    outputs = [options.output(target) for target in options.targets]
+    check_apart(options.work, (*outputs, options.model, options.measurement))
+    with (
+        claimed(outputs, options.model),
+        open_job(options.work, _facts(options), options.resume) as resumed,
+    ):
         if resumed and not options.quiet:
             print(f"resuming the work in {options.work}", file=sys.stderr)
-        _clean(options.work)
         rows = load_rows(options)
         check_memory(model.architecture, rows.count, options.max_memory)
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
@@ -117,8 +122,9 @@ def measure_model(options: ConvertOptions, output: Path) -> Path:
     """Measure a model and write the measurement to `output`, which is returned."""
     model = StreamedModel(options.model)
     check_channels(model.architecture)
+    check_place(output)
+    check_apart(options.work, (output, options.model))
     with open_job(options.work, _facts(options), options.resume):
-        _clean(options.work)
         rows = load_rows(options)
         check_memory(model.architecture, rows.count, options.max_memory)
         check_disk(model.architecture, rows.count, options.work, None)
@@ -155,12 +161,6 @@ def _facts(options: ConvertOptions) -> dict[str, Any]:
     }
 
 
-def _clean(folder: Path) -> None:
-    """Remove what a killed process left half written."""
-    for inner in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-        remove_leftovers(inner)
-
-
 def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> Measurement:
     if options.measurement:
         return read_measurement_of(options.measurement, options.model)
@@ -177,7 +177,9 @@ def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> M
             found = measure(job)
         described = {k: _public(v) for k, v in rows.tokens.description.items() if k != "notices"}
         write_measurement(path, found.of(source_facts(options.model), described, rows.held_out_source))
+        seal(path)
         shutil.rmtree(folder)
+    check_seal(path)
     # read back in the first run too: a resumed one adds up in the file's order
     return read_measurement_of(path, options.model)
 
@@ -228,37 +230,38 @@ def _one_target(
     started = time.monotonic()
     out = options.output(strategy.target_bpw)
     work = _target_work(options, strategy.target_bpw)
-    done = work / "done.json"
-    if not (done.exists() and _holds(out, strategy)):
+    if not is_finished(work, out):
         strategy_path = work / STRATEGY_NAME
-        if strategy_path.exists() and read_strategy(strategy_path)[0] != strategy:
-            raise ValueError(f"{strategy_path}: made by another version; start over with --resume never")
+        if strategy_path.exists():
+            check_seal(strategy_path)
+            if read_strategy(strategy_path)[0] != strategy:
+                raise ValueError(f"{strategy_path}: made by another version; start over with --resume never")
         write_strategy(strategy_path, strategy)
+        seal(strategy_path)
         groups = {name: option.groups for name, option in strategy.choices.items()}
         title = f"quantize {strategy.target_bpw}"
         with bar(len(groups), title, options.quiet) as progress:
-            measured = quantize_model(
-                QuantizeJob(
-                    model,
-                    rows.calibration,
-                    work,
-                    measurement,
-                    groups,
-                    progress,
-                    options.effort,
-                    options.repair,
-                    rows.held_out,
-                    options.refit,
-                )
+            job = QuantizeJob(
+                model,
+                rows.calibration,
+                work,
+                measurement,
+                groups,
+                progress,
+                options.effort,
+                options.repair,
+                rows.held_out,
+                options.refit,
             )
-        _write_output(options, model, rows, strategy, measured, work, out)
+            measured = quantize_model(job)
+        job.linears.check(model.architecture.linears())
+        side_files = _write_output(options, model, rows, strategy, measured, work, out)
         write_measurement(out / MEASUREMENT_NAME, measurement)
         report = verify(out)
         if not report.ok:
             raise CheckpointError(f"{out}: the result fails verification: {'; '.join(report.faults[:3])}")
-        write_json(done, {"bpw": report.facts["bpw"]})
-        for leftover in work.glob("*.npy"):  # first, since states say that the linears before them are there
-            leftover.unlink()
+        note_finished(work, out, side_files)
+        job.discard_states()  # first, since states say that the linears before them are there
         shutil.rmtree(work / "linears")
     elif not options.quiet:
         print(f"{out}: already finished; kept as it is, with the shards it has", file=sys.stderr)
@@ -275,15 +278,6 @@ def _one_target(
         time.monotonic() - started,
         peak_memory(),
     )
-
-
-def _holds(out: Path, strategy: Strategy) -> bool:
-    """Whether a folder has the finished result of a strategy, and no other's that came into it later."""
-    try:
-        found, outcome = read_strategy(out / STRATEGY_NAME)
-    except (FileNotFoundError, CheckpointError):
-        return False
-    return found == strategy and outcome is not None and (out / "config.json").exists()
 
 
 def peak_memory() -> int:
@@ -307,7 +301,8 @@ def _write_output(
     measured: dict[str, Any] | None,
     work: Path,
     out: Path,
-) -> None:
+) -> tuple[str, ...]:
+    """Write a result; returns the names of the side files that were copied along."""
     notes: list[str] = list(rows.tokens.description.get("notices", []))
     for name in (STRATEGY_NAME, RECORD_NAME, EVALUATION_NAME):  # of an earlier result, now replaced
         (out / name).unlink(missing_ok=True)
@@ -330,7 +325,9 @@ def _write_output(
         length=rows.tokens.input_ids.shape[1],
         dataset=plain_name(str(rows.tokens.description.get("source", options.calibration))),
     )
-    skipped = copy_side_files(options.model, out).skipped
+    side_files = copy_side_files(options.model, out)
+    skipped = side_files.skipped
     notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
     write_record(out, options, strategy.target_bpw, work / "linears")
     write_strategy(out / STRATEGY_NAME, strategy, Outcome(rows.held_out_source, measured, notes))
+    return side_files.copied

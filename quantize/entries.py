@@ -15,7 +15,7 @@ from dbrx_quant.runtime.files.json_file import JsonFile
 POOLED = 0.3  # share of an expert's price that comes from all experts of its block
 
 REMEDY = "start over with --resume never"
-_FILE = JsonFile("a measured linear", version=1, remedy=REMEDY)
+_FILE = JsonFile("a measured linear", version=1, remedy=REMEDY, sealed=True)
 
 
 @dataclass(frozen=True)

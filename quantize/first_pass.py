@@ -49,7 +49,7 @@ from dbrx_quant.runtime.progress import Progress
 GRADIENT_TOKENS = 2048  # from twice as many on, only a part of the rows goes backward as well
 MOST_STRIDE = 2  # that part is a half at least
 
-_COVERAGE = JsonFile("the coverage of a block", version=1, remedy=REMEDY)
+_COVERAGE = JsonFile("the coverage of a block", version=1, remedy=REMEDY, sealed=True)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def _forward(job: MeasureJob) -> None:
     if not job.states(0).exists():
         embed_rows(job.model, job.rows, job.states(0))
     for block in job.model.architecture.blocks:
-        if not job.states(block.index + 1).exists():
+        known = job.coverage(block.index).exists() or block.experts is None
+        if not (known and job.states(block.index + 1).exists()):
             _forward_block(job, block.index)
         job.progress.step(f"forward, block {block.index}")
 

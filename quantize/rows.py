@@ -14,8 +14,11 @@ from dbrx_quant.calibration.text.tokens import (
 )
 from dbrx_quant.quantize.declared import plain_name
 from dbrx_quant.quantize.options import ConvertOptions
+from dbrx_quant.runtime.files.sealed import check_seal, seal_again
 
 HELD_OUT_ROWS = 16  # of text
+_TOKENS, _HELD_OUT = "tokens.safetensors", "held-out.safetensors"
+ROW_FILES = (_TOKENS, _HELD_OUT)  # in the work folder, made within minutes
 
 
 @dataclass(frozen=True)
@@ -42,20 +45,22 @@ class Rows:
 
 def load_rows(options: ConvertOptions) -> Rows:
     """The rows that a conversion asks for; kept in its work folder, so that a resumed one has the same."""
-    tokens = _tokens(options, "tokens", options.calibration, options.rows, options.length)
+    tokens = _tokens(options, _TOKENS, options.calibration, options.rows, options.length)
     if options.held_out is None:
         calibration, held_out = split_held_out(tokens.input_ids)
         return Rows(tokens, calibration, held_out if len(held_out) else None, None)
     ready = Path(options.held_out).suffix == ".safetensors"
     count = options.held_out_rows or (None if ready else HELD_OUT_ROWS)
-    apart = _tokens(options, "held-out", options.held_out, count, tokens.input_ids.shape[1])
+    apart = _tokens(options, _HELD_OUT, options.held_out, count, tokens.input_ids.shape[1])
     return Rows(tokens, tokens.input_ids, apart.input_ids, plain_name(options.held_out))
 
 
 def _tokens(
     options: ConvertOptions, name: str, source: str, rows: int | None, length: int | None
 ) -> TokenRows:
-    path = options.work / f"{name}.safetensors"
+    path = options.work / name
     if not path.exists():
         save_tokens(path, load_tokens(source, options.model, rows, length, options.seed))
+        seal_again(path)
+    check_seal(path)
     return reopen_tokens(path)  # in the first run too, so that a resumed one describes them alike

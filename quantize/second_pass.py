@@ -9,7 +9,6 @@ changed so that they also repair what the quantized linears before them have spo
 not calibrated on go through both, and tell at the end how far the quantized model is from the original.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,14 +23,18 @@ from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.calibration.blocks.stages import Goals, HeadStage, Stage, block_stages
 from dbrx_quant.calibration.blocks.states import new_states, open_states
 from dbrx_quant.calibration.blocks.walk import check_states, embed_rows, run_dense_block
+from dbrx_quant.quantize.entries import REMEDY
 from dbrx_quant.quantize.measurement import Measurement
 from dbrx_quant.quantize.solve.ldlq import Effort
 from dbrx_quant.quantize.solve.linear import Solver
 from dbrx_quant.quantize.solve.repair import DEFAULT_REPAIR, Repair
 from dbrx_quant.runtime.families.facts import LinearSpec, load_bias
-from dbrx_quant.runtime.files.atomic import write_json
+from dbrx_quant.runtime.files.json_file import VERSION_KEY, JsonFile
+from dbrx_quant.runtime.files.sealed import remove
 from dbrx_quant.runtime.folder.linear_files import LinearFiles
 from dbrx_quant.runtime.progress import Progress
+
+_DISTANCE = JsonFile("a distance to the original", version=1, remedy=REMEDY, sealed=True)
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,32 @@ class QuantizeJob:
 
     @property
     def next_block(self) -> int:
-        """The first block that is not finished: the last one that there are states before."""
-        count = len(self.model.architecture.blocks)
-        return max((i for i in range(count + 1) if self.states(i).exists()), default=0)
+        """The first block that is not finished: the last one that there are states before.
+
+        The first of all where the work of an earlier one is not whole.
+        """
+        blocks = self.model.architecture.blocks
+        block = max((i for i in range(len(blocks) + 1) if self.states(i).exists()), default=0)
+        compared = self.original_tokens is not None and not (block == len(blocks) and self.measured)
+        whole = self.original(block).exists() or not compared
+        before = [spec for earlier in blocks[:block] for spec in earlier.linears()]
+        return block if whole and not self.linears.unfinished(before) else 0
+
+    @property
+    def measured(self) -> bool:
+        """Whether the distance to the original is known, or nobody asks for it."""
+        return self.held_out is None or self.distance.exists()
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the states before the first block are there."""
+        original = self.original_tokens is None or self.original(0).exists()
+        return original and self.states(0).exists()
+
+    def discard_states(self) -> None:
+        """Remove the states of all blocks."""
+        for path in self.folder.glob("*.npy"):
+            remove(path)
 
 
 def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
@@ -126,7 +152,8 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
     blocks = job.model.architecture.blocks
     with torch.no_grad():
         first = job.next_block
-        if not job.states(first).exists():
+        if first == 0 and not job.embedded:
+            job.discard_states()  # of later blocks, whose work is not whole
             if job.original_tokens is not None:
                 embed_rows(job.model, job.original_tokens, job.original(0))
             embed_rows(job.model, job.all_tokens, job.states(0))
@@ -135,19 +162,25 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
                 job.progress.step(spec.name)
         for block in blocks[first:]:
             _quantize_block(job, block.index)
-            job.states(block.index).unlink()  # the next block's states are on disk by now
+            remove(job.states(block.index))  # the next block's states are on disk by now
             for path in (job.original(block.index), job.middle(block.index), job.shared(block.index)):
-                path.unlink(missing_ok=True)
+                remove(path)
         _quantize_stage(job, HeadStage(job.model, job.calibration(open_states(job.states(len(blocks))))))
-        if job.held_out is not None and not job.distance.exists():
+        if not job.measured:
+            assert job.held_out is not None
             states, original = (open_states(path(len(blocks))) for path in (job.states, job.original))
             head, count = job.linears.weight(job.model.architecture.head), len(job.held_out)
             dense = job.model.dense(job.model.architecture.head)
             ends, goals = states[-count:], original[-count:]
             scores = distance(job.model, ends, goals, head, dense, job.held_out).as_dict()
-            write_json(job.distance, {k: v for k, v in scores.items() if k != "router_topk"})
-        job.original(len(blocks)).unlink(missing_ok=True)
-    return json.loads(job.distance.read_text(encoding="utf-8")) if job.held_out is not None else None
+            _DISTANCE.write(job.distance, {k: v for k, v in scores.items() if k != "router_topk"})
+        remove(job.original(len(blocks)))
+    return _read_distance(job.distance) if job.held_out is not None else None
+
+
+def _read_distance(path: Path) -> dict[str, Any]:
+    fields = _DISTANCE.read(path)
+    return {name: value for name, value in fields.values.items() if name != VERSION_KEY}
 
 
 def _quantize_block(job: QuantizeJob, index: int) -> None:

@@ -24,6 +24,7 @@ from dbrx_quant.calibration.blocks.walk import DenseShares, Span, Turn, batches,
 from dbrx_quant.calibration.statistics.moments import Moments, SplitMoments
 from dbrx_quant.calibration.statistics.residual import ResidualMoments
 from dbrx_quant.runtime.families.facts import LinearSpec
+from dbrx_quant.runtime.files.sealed import remove
 
 WeightOf = Callable[[LinearSpec], Tensor]  # the float32 weight [N, K] of a linear
 
@@ -303,4 +304,4 @@ def block_stages(
                 shares.take_away(turn)
                 yield ComparedDownStage(before, turn, stream, goal)
             shares.close()
-    x_path.unlink()
+    remove(x_path)

@@ -24,6 +24,7 @@ from dbrx_quant.calibration.blocks.model import LiveBlock, Routing, StreamedMode
 from dbrx_quant.calibration.blocks.routing import ExpertTokens, tokens_of
 from dbrx_quant.calibration.blocks.states import new_states, open_states
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
+from dbrx_quant.runtime.files.sealed import remove
 
 ROWS_TOKENS = 2048  # tokens that go through a block's attention at a time
 EXPERT_TOKENS = 2048  # tokens that go through an expert, or the head, at a time
@@ -263,7 +264,7 @@ def run_dense_block(
         if shared is not None:
             shared.copy_(output)
         add_dense_experts(output.view(-1, hidden), model, live.spec.experts, routing)
-    scratch.unlink()
+    remove(scratch)
     return routing
 
 
@@ -312,4 +313,4 @@ class DenseShares:
 
     def close(self) -> None:
         """Remove the file."""
-        self._path.unlink()
+        remove(self._path)

@@ -201,7 +201,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{where}: not JSON: {error}") from error
         fields = {key: record[key] for key in _FIELDS if key in record} if isinstance(record, dict) else {}
         if not fields:

@@ -14,6 +14,7 @@ from dbrx_quant.calibration.text.packing import pack_rows
 from dbrx_quant.calibration.text.sources import NAMED, SourceUnreachable, open_texts
 from dbrx_quant.runtime.files.atomic import save_tensors
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.json_text import parse_json
 from dbrx_quant.runtime.tokenizer.load import load_tokenizer, model_limits, tokenizer_fingerprint
 
 ROWS = 128
@@ -196,7 +197,7 @@ def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if version != _VERSION:
         raise CheckpointError(f"{path}: token file of version {version}, this program reads {_VERSION}")
     try:
-        return {key: json.loads(text) for key, text in metadata.items() if key != "format_version"}
+        return {key: parse_json(text) for key, text in metadata.items() if key != "format_version"}
     except ValueError as error:
         raise CheckpointError(f"{path}: metadata is not JSON: {error}") from error
 

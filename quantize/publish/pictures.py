@@ -1,9 +1,12 @@
 """Pictures as PNG files, with matplotlib, which is optional: `pip install 'dbrx-quant[plots]'`."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dbrx_quant.runtime.files.atomic import write_parts
 
 INK, MUTED, RULE, PAPER = "#1d2433", "#667085", "#dfe3ea", "#ffffff"
 MEASURED, PREDICTED, MARKED = "#0b5cad", "#8a94a6", "#c2410c"  # apart for the colour-blind too, and in grey
@@ -35,7 +38,9 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, path: Path) -> Path:
     """Write a figure as PNG, the same bytes every time, and return the path."""
-    figure.savefig(path, dpi=160, facecolor=PAPER, format="png", metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=160, facecolor=PAPER, format="png", metadata={"Software": None})
+    write_parts(path, (picture.getvalue(),))
     return path
 
 

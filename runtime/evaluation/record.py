@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.runtime.files.json_file import JsonFile, is_number
+from dbrx_quant.runtime.files.lock import locked
 
 EVALUATION_NAME = "evaluation.json"
 _FILE = JsonFile("a list of evaluations", version=1, remedy="delete the file and evaluate again")
+_PATIENCE = 10.0  # seconds
 
 _KEY = ("text", "windows", "length")  # what tells entries apart
 _WHOLE = ("windows", "length", "tokens")
@@ -45,16 +47,18 @@ def save_evaluation(folder: Path, entry: Evaluation) -> Path:
 
     Raises:
         CheckpointError: the file that is there cannot be read.
-        ValueError: the entry lacks a figure, or has one that is not a number.
+        ValueError: the entry lacks a figure, or has one that is not a number; or another process goes on
+            working in the folder.
         OSError: the folder cannot be written.
     """
     fault = _fault(entry)
     if fault:
         raise ValueError(f"{EVALUATION_NAME}: {fault}")
     path = Path(folder) / EVALUATION_NAME
-    kept = [other for other in read_evaluations(folder) if _key(other) != _key(entry)]
-    entries = sorted([*kept, {name: entry[name] for name in _NAMES}], key=_key)
-    _FILE.write(path, {"evaluations": entries})
+    with locked(Path(folder), _PATIENCE):  # or one of two evaluations that end together would be lost
+        kept = [other for other in read_evaluations(folder) if _key(other) != _key(entry)]
+        entries = sorted([*kept, {name: entry[name] for name in _NAMES}], key=_key)
+        _FILE.write(path, {"evaluations": entries})
     return path
 
 

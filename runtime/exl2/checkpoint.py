@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dbrx_quant.runtime.exl2.format import SUFFIXES
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.json_text import load_json
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -108,7 +109,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
     """
     path = folder / INDEX_NAME
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = load_json(path)["weight_map"]
         return {str(name): str(file) for name, file in dict(weight_map).items()}
     except FileNotFoundError:
         return None

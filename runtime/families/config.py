@@ -1,11 +1,11 @@
 """A model's configuration as transformers reads it, with what it misreads corrected."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dbrx_quant.runtime.families import family_of
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.json_text import load_json
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = load_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; a model folder has a config.json") from None
     except ValueError as error:

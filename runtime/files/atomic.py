@@ -12,7 +12,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ _LEFTOVER = ".part"
 _WRITE_BYTES = 16 << 20
 _SAMPLE_BYTES = 64 << 10
 _SAMPLES = 64
+_LONGEST_NAME = 230  # bytes of a name that a temporary one repeats: names have 255 at most
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -183,26 +185,60 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview], required: int |
     if required is None:
         parts = tuple(parts)
         required = sum(len(part) for part in parts)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_LEFTOVER}")
+    temporary = temporary_beside(path)
     try:
-        with temporary.open("xb") as file:
-            for part in parts:
-                for start in range(0, len(part), _WRITE_BYTES):
-                    file.write(part[start : start + _WRITE_BYTES])
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
+        with naming(path, temporary, required):
+            with temporary.open("xb") as file:
+                for part in parts:
+                    for start in range(0, len(part), _WRITE_BYTES):
+                        file.write(part[start : start + _WRITE_BYTES])
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            raise OSError(
-                error.errno,
-                f"disk full: {required} bytes required, {free} free; free some space and run again",
-                str(path),
-            ) from error
         raise
+
+
+def check_place(path: Path) -> None:
+    """Raise OSError unless a file can be written at `path`, by writing an empty one beside it."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"there is no folder {path.parent}; make it first", str(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder; give the name of a file", str(path))
+    temporary = temporary_beside(path)
+    with naming(path, temporary):
+        temporary.open("xb").close()
+        temporary.unlink()
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name for what becomes `path` when it is complete; `remove_leftovers` knows it."""
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])
+    return path.with_name(f".{name}.{secrets.token_hex(4)}{_LEFTOVER}")
+
+
+@contextmanager
+def naming(path: Path, temporary: Path | None = None, required: int | None = None) -> Iterator[None]:
+    """Let system errors of the `with` block that name no file, or the temporary one, name `path`.
+
+    Args:
+        path: what is read or written.
+        temporary: stands for it until it is complete.
+        required: the bytes that are written, for the message of a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (error.filename and str(error.filename) != str(temporary)):
+            raise
+        text = error.strerror
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            wanted = "" if required is None else f": {required} bytes required, {free} free"
+            text = f"disk full{wanted}; free some space and run again"
+        raise OSError(error.errno, text, str(path)) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,15 +4,17 @@ A file that comes from elsewhere may hold anything. `Fields` hands out the field
 its errors name file, place, value and what was expected.
 """
 
-import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.files.atomic import write_json
+from dbrx_quant.runtime.files.atomic import render_json, write_text
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.json_text import load_json
+from dbrx_quant.runtime.files.sealed import check_seal, seal
 
 VERSION_KEY = "format_version"
 
@@ -112,20 +114,24 @@ class JsonFile:
         version: the version that is written and read.
         remedy: what to do about a file that cannot be read.
         unmarked: the version of files that name none; None: there are no such files.
+        sealed: whether each has its checksum beside it, as files of a work folder have.
     """
 
     what: str
     version: int
     remedy: str
     unmarked: int | None = None
+    sealed: bool = False
 
     def read(self, path: Path) -> Fields:
         """The file's fields.
 
         Raises:
             FileNotFoundError: it is not there.
-            CheckpointError: it is not a JSON object, or of another version.
+            CheckpointError: it is not a JSON object, of another version, or not as it was sealed.
         """
+        if self.sealed:
+            check_seal(path)
         return self.check(path, read_object(path, self.what, self.remedy))
 
     def check(self, path: Path, content: Mapping[str, Any]) -> Fields:
@@ -143,9 +149,15 @@ class JsonFile:
             )
         return Fields(path, content, self.remedy)
 
+    def text(self, content: Mapping[str, Any]) -> str:
+        """What `write` writes."""
+        return render_json({VERSION_KEY: self.version, **content}) + "\n"
+
     def write(self, path: Path, content: Mapping[str, Any]) -> None:
         """Write the file, its version included, atomically."""
-        write_json(path, {VERSION_KEY: self.version, **content})
+        write_text(path, self.text(content))
+        if self.sealed:
+            seal(path)
 
 
 def read_object(path: Path, what: str, remedy: str) -> dict[str, Any]:
@@ -156,10 +168,10 @@ def read_object(path: Path, what: str, remedy: str) -> dict[str, Any]:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = load_json(path)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not {what} ({error}); {remedy}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not {what} ({type(content).__name__}, expected an object); {remedy}")
@@ -167,5 +179,5 @@ def read_object(path: Path, what: str, remedy: str) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a JSON value is a finite number that a double can hold."""
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max

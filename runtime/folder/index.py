@@ -11,6 +11,7 @@ from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.atomic import write_json
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.lock import locked
 from dbrx_quant.runtime.folder.contents import read_contents
 
 
@@ -36,11 +37,13 @@ def write_index(folder: Path) -> dict[str, str]:
 
     Raises:
         CheckpointError: the shards are not the complete EXL2 checkpoint that config.json describes.
+        ValueError: another process works in the folder.
     """
     architecture = describe(load_config(folder))
     infos = read_shards(folder, architecture.normalise)
     read_contents(architecture, Checkpoint(folder, infos=infos))
     weight_map = {info.name: info.file.name for info in infos.values()}
     total = sum(info.nbytes for info in infos.values())
-    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    with locked(folder):
+        write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return weight_map

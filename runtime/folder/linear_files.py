@@ -1,6 +1,9 @@
-"""Finished linears of a work folder, one file each: written once, and read back dequantized."""
+"""Finished linears of a work folder, one file each: written once, and read back dequantized.
 
-from collections.abc import Mapping, Sequence
+Each has its checksum beside it, compared when it is read.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 from dbrx_quant.runtime.exl2.format import padded_columns
 from dbrx_quant.runtime.families.facts import LinearSpec, to_half
 from dbrx_quant.runtime.files.atomic import save_tensors
+from dbrx_quant.runtime.files.sealed import check_seal, seal
 from dbrx_quant.runtime.kernels.ops import dequantize
 
 
@@ -52,9 +56,16 @@ class LinearFiles:
             named[f"{spec.name}.bias"] = padded
         self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self.path(spec.name), named, facts)
+        seal(self.path(spec.name))
+
+    def check(self, specs: Iterable[LinearSpec]) -> None:
+        """Raise CheckpointError unless the files of all these linears are as they were written."""
+        for spec in specs:
+            check_seal(self.path(spec.name))
 
     def weight(self, spec: LinearSpec) -> Tensor:
         """The dequantized float32 weight [N, K] of a linear, from its file."""
+        self.check([spec])
         prefix = f"{spec.name}."
         stored = {n.removeprefix(prefix): tensor for n, tensor in load_file(self.path(spec.name)).items()}
         return dequantize(stored, spec.shape[1]).float().contiguous()

@@ -34,7 +34,7 @@ from dbrx_quant.runtime.families.facts import (
     LinearSpec,
     to_half,
 )
-from dbrx_quant.runtime.files.atomic import DTYPE_NAMES, remove_leftovers, write_json, write_parts
+from dbrx_quant.runtime.files.atomic import DTYPE_NAMES, naming, remove_leftovers, write_json, write_parts
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, Checksum, write_checksums
 
@@ -42,6 +42,7 @@ MAX_SHARD_BYTES = 8_000_000_000
 
 _KINDS = ("q_weight", "q_invperm", "q_scale", "weight", "bias", "q_groups", "q_scale_max")
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _ALIGNMENT = 64
 _ENTRY_BYTES = 128  # at most, of a tensor's header entry, its name aside
 _CHUNK_BYTES = 16 << 20
@@ -112,13 +113,7 @@ def write_shards(
         raise ValueError(f"{out}: the output folder must differ from the input folders")
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
-    ours = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-    present = sorted(out.glob("*.safetensors"))
-    for file in present:
-        if not ours.fullmatch(file.name):
-            raise CheckpointError(
-                f"{file}: not written by this converter, and readers would merge it; move it away"
-            )
+    present = check_foreign(out)
 
     modules = plan_modules(architecture, checkpoint, Path(linears_folder))
     shards = split(modules, int(max_shard_bytes))
@@ -156,6 +151,21 @@ def write_shards(
                     f"{count.subnormal} lost precision"
                 )
     return paths
+
+
+def check_foreign(out: Path) -> list[Path]:
+    """The shards that are in a folder already, by name ours.
+
+    Raises:
+        CheckpointError: there is another.
+    """
+    present = sorted(out.glob("*.safetensors"))
+    for file in present:
+        if not _SHARD.fullmatch(file.name):
+            raise CheckpointError(
+                f"{file}: not written by this converter, and readers would merge it; move it away"
+            )
+    return present
 
 
 def module_order(architecture: Architecture) -> Iterator[LinearSpec | FloatSpec]:
@@ -317,7 +327,7 @@ def _contents(shard: list[PlannedTensor], checkpoint: Checkpoint) -> Iterator[by
 
 
 def _copied_pieces(info: TensorInfo) -> Iterator[bytes]:
-    with info.file.open("rb") as file:
+    with naming(info.file), info.file.open("rb") as file:
         file.seek(info.start)
         left = info.nbytes
         while left:

@@ -19,6 +19,7 @@ from dbrx_quant.runtime.families import describe, family_of
 from dbrx_quant.runtime.families.config import load_config, read_config
 from dbrx_quant.runtime.families.facts import ATTENTION_ROLES, Architecture, FloatSpec, LinearSpec
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.agreement import disagreements
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, read_checksums
 from dbrx_quant.runtime.folder.sizes import stored_bits
 from dbrx_quant.runtime.tokenizer.check import check_tokenizer
@@ -83,6 +84,8 @@ def verify(
             (report.faults if problem.fatal else minor).append(str(problem))
         if not report.faults:
             _count_bits(checkpoint, architecture, config, report)
+            if ours:
+                report.faults += disagreements(folder, config, checkpoint, architecture)
     if (folder / CHECKSUMS_NAME).exists():
         _check_checksums(folder, checksums, progress, report)
     elif ours:

@@ -7,13 +7,13 @@ tokenizer names <|endoftext|>, and chat turns end with <|im_end|>. A checkpoint 
 never stops talking.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.json_text import load_json
 
 PROBE_ANSWER = "pong"
 PROBE_CHAT = ({"role": "user", "content": "ping"}, {"role": "assistant", "content": PROBE_ANSWER})
@@ -73,7 +73,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
     except ValueError as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); the file is damaged") from None
     if not isinstance(value, dict):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dbrx_quant.runtime.families.config import load_config, read_config
 from dbrx_quant.runtime.files.atomic import write_json, write_parts
+from dbrx_quant.runtime.files.lock import locked
 from dbrx_quant.runtime.tokenizer.check import Problem, check_tokenizer
 from dbrx_quant.runtime.tokenizer.fix import TOKENIZER_FILES, write_tokenizer
 from dbrx_quant.runtime.tokenizer.ids import read_object, set_ids, special_ids
@@ -77,16 +78,20 @@ def apply_repair(folder: Path, repair: Repair) -> Path | None:
     """Write the files of a repair; returns the subfolder with the replaced ones, or None.
 
     Raises:
+        ValueError: another process works in the folder.
         OSError: the folder cannot be written; what was replaced until then is in the subfolder.
     """
-    replaced = [name for name in repair.files if (folder / name).exists()]
-    kept = _free_name(folder) if replaced else None
-    if kept is not None:
-        kept.mkdir()
-        for name in replaced:
-            write_parts(kept / name, ((folder / name).read_bytes(),))
-    for name, content in repair.files.items():
-        write_parts(folder / name, (content,))
+    if not repair.files:
+        return None
+    with locked(folder):
+        replaced = [name for name in repair.files if (folder / name).exists()]
+        kept = _free_name(folder) if replaced else None
+        if kept is not None:
+            kept.mkdir()
+            for name in replaced:
+                write_parts(kept / name, ((folder / name).read_bytes(),))
+        for name, content in repair.files.items():
+            write_parts(folder / name, (content,))
     return kept
 
 

@@ -48,11 +48,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("no original to compare with: give --reference MODEL, or a filled --cache")
     from dbrx_quant.runtime.evaluation.record import read_evaluations
     from dbrx_quant.runtime.evaluation.scores import evaluate, windows
+    from dbrx_quant.runtime.files.atomic import check_place
     from dbrx_quant.runtime.folder.find import find_folder
     from dbrx_quant.runtime.folder.inspect import inspect_folder
     from dbrx_quant.runtime.model.load import load_model
 
     started = time.monotonic()
+    if arguments.cache and arguments.reference:
+        arguments.cache.mkdir(parents=True, exist_ok=True)
+        check_place(arguments.cache / "window")
+    elif arguments.cache and not arguments.cache.is_dir():
+        raise ValueError(f"{arguments.cache}: no such folder; fill it with --reference MODEL")
     hide_loading_bar(arguments.quiet)
     folder = find_folder(arguments.folder, None)
     facts = inspect_folder(folder)
@@ -99,6 +105,8 @@ def _save(arguments: argparse.Namespace, folder: Path, result: dict[str, Any]) -
         save_evaluation(folder, entry)
     except OSError as error:
         say(f"not saved: {folder / EVALUATION_NAME}: {error.strerror or error}")
+    except ValueError as error:
+        say(f"not saved: {error}")
 
 
 def _in_hub_cache(folder: Path) -> bool:

@@ -27,12 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Gather, then write what was asked for."""
-    from dbrx_quant.runtime.files.atomic import write_text
+    from dbrx_quant.runtime.files.atomic import check_place, write_text
     from dbrx_quant.runtime.folder.find import find_folder
     from dbrx_quant.scripts.report.data import compare, gather, read_folder
     from dbrx_quant.scripts.report.page import render
     from dbrx_quant.scripts.report.pictures import write_pictures
 
+    page = arguments.output or (None if arguments.json else Path(PAGE_NAME))
+    if page:
+        check_place(page)
     reports = []
     for name in arguments.folders:
         given = None if Path(name).is_dir() else name  # a repository keeps its id for a name
@@ -41,7 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png:
         for picture in write_pictures(data, arguments.png):
             say(f"{picture} ({bytes_text(picture.stat().st_size)})")
-    page = arguments.output or (None if arguments.json else Path(PAGE_NAME))
     if page:
         write_text(page, render(data))
         say(f"{page} ({bytes_text(page.stat().st_size)})")

@@ -1,7 +1,6 @@
 """What a line typed into the chat does: a message to the model, or a command. Knows no terminal."""
 
 import argparse
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -127,8 +126,10 @@ class Session:
         self._screen.note(f"saved to {path}")
 
     def _load(self, path: Path) -> None:
+        from dbrx_quant.runtime.files.json_text import load_json
+
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = load_json(path)
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
         messages = content.get("messages") if isinstance(content, dict) else content

@@ -1,6 +1,7 @@
 """A work folder belongs to one conversion and one process at a time."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from dbrx_quant.quantize.measurement import source_facts
 from dbrx_quant.quantize.work_folder import JOB_NAME, differences, open_job
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.sealed import seal
 
 FACTS = {
     "model": {"config.json": "2-aa", "model.safetensors": "9-bb"},
@@ -23,11 +25,18 @@ def start(folder, facts=FACTS, resume="auto"):
         return resumed
 
 
+def put(path, text):
+    """A work file, as a run leaves it."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    seal(path)
+
+
 def test_the_first_run_starts_and_the_second_resumes(tmp_path):
     assert start(tmp_path / "new" / "work") is False
-    (tmp_path / "new" / "work" / "result").write_text("kept")
+    put(tmp_path / "new" / "work" / "result.json", "kept")
     assert start(tmp_path / "new" / "work") is True
-    assert (tmp_path / "new" / "work" / "result").read_text() == "kept"
+    assert (tmp_path / "new" / "work" / "result.json").read_text() == "kept"
 
 
 @pytest.mark.parametrize(
@@ -45,12 +54,12 @@ def test_the_first_run_starts_and_the_second_resumes(tmp_path):
 )
 def test_a_changed_fact_is_refused_naming_the_difference(tmp_path, change, told):
     start(tmp_path)
-    (tmp_path / "result").write_text("kept")
+    put(tmp_path / "result.json", "kept")
     with pytest.raises(ValueError, match="holds work of another conversion") as refused:
         start(tmp_path, FACTS | change)
     assert told in str(refused.value)
     assert "--resume never" in str(refused.value)
-    assert (tmp_path / "result").read_text() == "kept"
+    assert (tmp_path / "result.json").read_text() == "kept"
 
 
 def test_every_difference_is_named():
@@ -60,12 +69,49 @@ def test_every_difference_is_named():
 
 def test_never_discards_earlier_work(tmp_path):
     start(tmp_path)
-    (tmp_path / "result").write_text("old")
-    (tmp_path / "linears").mkdir()
-    (tmp_path / "linears" / "x").write_text("old")
+    put(tmp_path / "result.json", "old")
+    put(tmp_path / "linears" / "x.json", "old")
+    (tmp_path / "link").symlink_to(tmp_path.parent)
     assert start(tmp_path, FACTS | {"seed": 1}, "never") is False
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", JOB_NAME]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".{JOB_NAME}.sha256", JOB_NAME]
     assert start(tmp_path, FACTS | {"seed": 1}) is True
+
+
+@pytest.mark.parametrize("rest", [(), ("tokens.safetensors", "held-out.safetensors")])
+def test_a_start_that_came_to_nothing_does_not_bind_the_next_one(tmp_path, rest):
+    start(tmp_path)
+    (tmp_path / "measure" / "linears").mkdir(parents=True)
+    for name in rest:
+        put(tmp_path / name, "of the first start")
+    (tmp_path / "measure" / ".states-000.npy.1a2b3c4d.part").write_text("half")
+    assert start(tmp_path, FACTS | {"seed": 1}) is False
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and JOB_NAME not in path.name]
+    with pytest.raises(ValueError, match="no earlier work to resume"):
+        start(tmp_path, FACTS, "must")
+    assert start(tmp_path, FACTS | {"seed": 1}) is True
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-1], lambda b: bytes([b[0] ^ 1]) + b[1:]])
+@pytest.mark.parametrize("name", ["a.json", "deep/b.npy", "c.safetensors"])
+def test_a_damaged_work_file_is_named_and_removed_alone(tmp_path, name, damage, capsys):
+    start(tmp_path)
+    for other in ("a.json", "deep/b.npy", "c.safetensors", "d.json"):
+        put(tmp_path / other, "as written")
+    (tmp_path / name).write_bytes(damage(b"as written"))
+    assert start(tmp_path) is True
+    told = capsys.readouterr().err
+    assert told == f"notice: {tmp_path / name}: damaged since it was written; it is made anew\n"
+    assert not (tmp_path / name).exists()
+    assert sum(path.read_text() == "as written" for path in tmp_path.rglob("[abcd].*")) == 3
+
+
+def test_a_work_file_without_its_checksum_is_made_anew(tmp_path, capsys):
+    start(tmp_path)
+    put(tmp_path / "a.json", "{}")
+    (tmp_path / ".a.json.sha256").unlink()
+    assert start(tmp_path) is True
+    assert "a.json: there is no checksum of it; it is made anew" in capsys.readouterr().err
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_never_starts_in_an_empty_folder_too(tmp_path):
@@ -88,22 +134,50 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path, resume):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"facts": {}}', '{"format_version": 1}'])
-def test_a_damaged_job_file_is_refused_with_the_way_out(tmp_path, text):
+def test_a_damaged_job_file_is_made_anew_for_the_same_facts_and_refused_for_others(tmp_path, text, capsys):
     start(tmp_path)
+    put(tmp_path / "result.json", "kept")
+    sound = (tmp_path / JOB_NAME).read_bytes()
     (tmp_path / JOB_NAME).write_text(text)
-    with pytest.raises(
-        CheckpointError, match=r"job\.json: (not a job file|facts is missing).*--resume never"
-    ):
+    with pytest.raises(CheckpointError, match=r"job\.json: damaged since .*--resume never"):
+        start(tmp_path, FACTS | {"seed": 1})
+    assert start(tmp_path) is True
+    assert f"{tmp_path / JOB_NAME}: damaged" in capsys.readouterr().err
+    assert (tmp_path / JOB_NAME).read_bytes() == sound
+    (tmp_path / JOB_NAME).write_text(text)
+    assert start(tmp_path, FACTS | {"seed": 1}, "never") is False
+
+
+def test_work_without_any_checksums_is_refused_not_discarded(tmp_path):
+    start(tmp_path)
+    (tmp_path / "a.json").write_text("of a version that wrote none")
+    (tmp_path / f".{JOB_NAME}.sha256").unlink()
+    with pytest.raises(CheckpointError, match=r"job\.json: there is no checksum of it; .*--resume never"):
         start(tmp_path)
-    assert start(tmp_path, resume="never") is False
+    assert (tmp_path / "a.json").exists()
 
 
 def test_work_of_another_version_is_refused(tmp_path):
     start(tmp_path)
     job = json.loads((tmp_path / JOB_NAME).read_text())
-    (tmp_path / JOB_NAME).write_text(json.dumps(job | {"format_version": 99}))
+    put(tmp_path / JOB_NAME, json.dumps(job | {"format_version": 99}))
     with pytest.raises(CheckpointError, match="version 99"):
         start(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "measure", "deep/b.npy"])
+def test_links_and_pipes_in_a_work_folder_are_refused_and_not_followed(tmp_path, name):
+    work, victim = tmp_path / "work", tmp_path / "victim"
+    start(work)
+    (work / "deep").mkdir()
+    victim.mkdir()
+    (victim / ".x.1a.part").write_text("precious")
+    for make in (lambda path: path.symlink_to(victim), os.mkfifo):
+        make(work / name)
+        with pytest.raises(ValueError, match=f"{name}: a link or no regular file"):
+            start(work)
+        (work / name).unlink()
+    assert (victim / ".x.1a.part").read_text() == "precious"
 
 
 def holder(folder, then):
@@ -123,10 +197,10 @@ def holder(folder, then):
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_second_process_is_refused_while_the_first_works(tmp_path, resume):
     with holder(tmp_path, "sys.stdin.read()") as process:
-        (tmp_path / "result").write_text("kept")
+        put(tmp_path / "result.json", "kept")
         with pytest.raises(ValueError, match="another process is working in this folder"):
             start(tmp_path, FACTS, resume)
-        assert (tmp_path / "result").exists()
+        assert (tmp_path / "result.json").exists()
         process.stdin.close()
     assert start(tmp_path) is True
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -101,6 +102,61 @@ def test_a_failed_write_keeps_the_old_file_and_no_leftover(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         atomic.write_text(path, "new")
     assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
+def test_errors_of_the_system_name_the_file_that_was_to_be_written(call, number, tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+
+    def fail(*arguments, **_):
+        named = (
+            arguments[:1] if isinstance(arguments[0], Path) else ()
+        )  # files are named, descriptors are not
+        raise OSError(number, os.strerror(number), *named)
+
+    where = {"fsync": os, "replace": os, "open": Path}[call]
+    monkeypatch.setattr(where, call, fail)
+    for write in (
+        lambda: atomic.write_json(path, {}),
+        lambda: atomic.save_tensors(path, {"a": torch.zeros(3)}),
+    ):
+        with pytest.raises(OSError, match=r"x\.json") as caught:
+            write()
+        assert caught.value.filename == str(path)
+        assert caught.value.errno == number
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_of_what_is_copied_keeps_the_name_of_its_file(tmp_path):
+    def parts():
+        yield b"a"
+        raise OSError(errno.EIO, "Input/output error", "source.safetensors")
+
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        atomic.write_parts(tmp_path / "x", parts(), 2)
+    assert caught.value.filename == "source.safetensors"
+
+
+def test_names_of_the_greatest_length_are_written(tmp_path):
+    for name in ("n" * 255, "ü" * 127):
+        atomic.write_text(tmp_path / name, "x")
+        assert (tmp_path / name).read_text() == "x"
+
+
+def test_a_place_that_cannot_be_written_is_told_beforehand(tmp_path):
+    atomic.check_place(tmp_path / "x.json")
+    assert os.listdir(tmp_path) == []
+    for place, text in (
+        (tmp_path, "a folder"),
+        (tmp_path / "no" / "x.json", "there is no folder"),
+        (tmp_path / ("n" * 256), "name too long"),
+        (Path("/proc/x.json"), ""),
+    ):
+        with pytest.raises(OSError, match=text) as caught:
+            atomic.check_place(place)
+        assert caught.value.filename == str(place)
 
 
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
