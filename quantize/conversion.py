@@ -41,9 +41,12 @@ from dbrx_quant.quantize.solve.repair import NO_REPAIR
 from dbrx_quant.quantize.work_folder import open_job
 from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
 from dbrx_quant.runtime.families.config import read_config
+from dbrx_quant.runtime.families.values import check_values
 from dbrx_quant.runtime.files.atomic import remove_leftovers, write_json
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_file import JsonFile
+from dbrx_quant.runtime.files.watched import ChangedError, WatchedFile
+from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME
 from dbrx_quant.runtime.folder.shards import write_shards
 from dbrx_quant.runtime.folder.verify import verify
 from dbrx_quant.runtime.kernels.float_matmul import fast_products
@@ -94,15 +97,15 @@ def convert(options: ConvertOptions) -> list[Converted]:
         raise ValueError(f"device {options.device}: conversion runs on the CPU; give --device cpu")
     if options.out.resolve() == options.model.resolve():
         raise ValueError(f"{options.out}: the output folder must differ from the model's")
-    model = StreamedModel(options.model)
-    _check_side_files(options.model, model.architecture.vocabulary)
+    model = open_model(options.model)
+    _check_side_files(model)
     check_channels(model.architecture)
     check_targets(options.targets, *shape_range(model.architecture))
     with open_job(options.work, _facts(options), options.resume) as resumed:
         if resumed and not options.quiet:
             print(f"resuming the work in {options.work}", file=sys.stderr)
         _clean(options.work)
-        rows = load_rows(options)
+        rows = _rows(options)
         check_memory(model.architecture, rows.count, options.max_memory)
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
         measured = options.measurement is not None or (options.work / MEASUREMENT_NAME).exists()
@@ -115,28 +118,51 @@ def convert(options: ConvertOptions) -> list[Converted]:
 @fast_products()
 def measure_model(options: ConvertOptions, output: Path) -> Path:
     """Measure a model and write the measurement to `output`, which is returned."""
-    model = StreamedModel(options.model)
+    model = open_model(options.model)
     check_channels(model.architecture)
     with open_job(options.work, _facts(options), options.resume):
         _clean(options.work)
-        rows = load_rows(options)
+        rows = _rows(options)
         check_memory(model.architecture, rows.count, options.max_memory)
         check_disk(model.architecture, rows.count, options.work, None)
-        write_measurement(output, _measurement(options, model, rows))
+        measurement = _measurement(options, model, rows)
+        model.check_unchanged()
+        write_measurement(output, measurement)
     return output
 
 
-def _check_side_files(folder: Path, vocabulary: int) -> None:
+def open_model(folder: Path) -> StreamedModel:
+    """The original; says on stderr what in its configuration is corrected."""
+    model = StreamedModel(folder)
+    for note in model.notes:
+        print(f"notice: {note}", file=sys.stderr)
+    return model
+
+
+def _rows(options: ConvertOptions) -> Rows:
+    """The rows that are asked for, of files that stay as they are while they are read."""
+    given = [options.calibration, options.held_out, options.measurement]
+    watched = [WatchedFile(Path(path)) for path in given if path is not None and Path(path).is_file()]
+    rows = load_rows(options)
+    for file in watched:
+        file.check()
+    return rows
+
+
+def _check_side_files(model: StreamedModel) -> None:
     """Find faults of the source's config and tokenizer before the work instead of after it.
 
     What will be written at the end is written to a temporary folder and checked.
     """
+    folder, vocabulary = model.folder, model.architecture.vocabulary
     with tempfile.TemporaryDirectory() as name:
         trial = Path(name)
         write_tokenizer(folder, trial, vocabulary)
-        ids = special_ids(trial, folder)
+        ids = special_ids(trial, folder, vocabulary)
         summary = Summary(None, 0.0, 0, 0, 0, "", ids)
-        write_json(trial / "config.json", patched_config(read_config(folder), summary))
+        write_json(
+            trial / "config.json", patched_config({**read_config(folder), **model.corrections}, summary)
+        )
         generation = generation_config(read_object(folder / "generation_config.json"), ids)
         write_json(trial / "generation_config.json", generation)
         problems = check_tokenizer(trial, vocabulary)
@@ -168,6 +194,7 @@ def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> M
     if not path.exists():
         folder = options.work / "measure"
         folder.mkdir(exist_ok=True)
+        check_values(model.architecture, model.checkpoint, options.quiet)
         blocks = model.architecture.blocks
         steps = 2 * len(blocks) + 1 + sum(b.experts.count for b in blocks if b.experts)
         with bar(steps, "measure", options.quiet) as progress:
@@ -236,6 +263,7 @@ def _one_target(
         write_strategy(strategy_path, strategy)
         groups = {name: option.groups for name, option in strategy.choices.items()}
         title = f"quantize {strategy.target_bpw}"
+        model.check_unchanged()
         with bar(len(groups), title, options.quiet) as progress:
             measured = quantize_model(
                 QuantizeJob(
@@ -308,7 +336,8 @@ def _write_output(
     work: Path,
     out: Path,
 ) -> None:
-    notes: list[str] = list(rows.tokens.description.get("notices", []))
+    model.check_unchanged()
+    notes: list[str] = [*model.notes, *rows.tokens.description.get("notices", [])]
     for name in (STRATEGY_NAME, RECORD_NAME, EVALUATION_NAME):  # of an earlier result, now replaced
         (out / name).unlink(missing_ok=True)
     write_shards(
@@ -329,8 +358,14 @@ def _write_output(
         rows=rows.tokens.input_ids.shape[0],
         length=rows.tokens.input_ids.shape[1],
         dataset=plain_name(str(rows.tokens.description.get("source", options.calibration))),
+        corrections=model.corrections,
     )
     skipped = copy_side_files(options.model, out).skipped
     notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
     write_record(out, options, strategy.target_bpw, work / "linears")
+    try:
+        model.check_unchanged()
+    except ChangedError:
+        (out / CHECKSUMS_NAME).unlink()  # so that nobody takes the result for a finished one
+        raise
     write_strategy(out / STRATEGY_NAME, strategy, Outcome(rows.held_out_source, measured, notes))

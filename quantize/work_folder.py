@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dbrx_quant.runtime.files.json_file import JsonFile
+from dbrx_quant.runtime.files.watched import ChangedError
 
 Resume = Literal["auto", "never", "must"]
 
@@ -24,6 +25,8 @@ def open_job(folder: Path, facts: Mapping[str, Any], resume: Resume) -> Iterator
         folder: the work folder, made if needed.
         facts: everything that decides the results, JSON-ready.
         resume: "auto" resumes earlier work of the same facts, "must" requires it, "never" discards it.
+
+    Work on a source that changes under way cannot be resumed.
 
     Raises:
         ValueError: earlier work was started with other facts (each difference is named), there is none though
@@ -51,7 +54,11 @@ def open_job(folder: Path, facts: Mapping[str, Any], resume: Resume) -> Iterator
             _check_same(path, facts)
         else:
             _FILE.write(path, {"facts": facts})
-        yield resumed
+        try:
+            yield resumed
+        except ChangedError as error:  # what was made of two states of a file is nobody's work
+            _FILE.write(path, {"facts": {**facts, "model": str(error)}})
+            raise
 
 
 def _check_same(path: Path, facts: Mapping[str, Any]) -> None:
