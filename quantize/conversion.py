@@ -43,10 +43,13 @@ from dbrx_quant.quantize.solve.repair import NO_REPAIR
 from dbrx_quant.quantize.work_folder import check_apart, open_job
 from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
 from dbrx_quant.runtime.families.config import read_config
+from dbrx_quant.runtime.families.values import check_values
 from dbrx_quant.runtime.files.atomic import check_place, write_json
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.sealed import check_seal, seal
+from dbrx_quant.runtime.files.watched import ChangedError, WatchedFile
+from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME
 from dbrx_quant.runtime.folder.shards import write_shards
 from dbrx_quant.runtime.folder.verify import verify
 from dbrx_quant.runtime.kernels.float_matmul import fast_products
@@ -95,8 +98,8 @@ def convert(options: ConvertOptions) -> list[Converted]:
         raise ValueError("no target given")
     if options.device != "cpu":
         raise ValueError(f"device {options.device}: conversion runs on the CPU; give --device cpu")
-    model = StreamedModel(options.model)
-    _check_side_files(options.model, model.architecture.vocabulary)
+    model = open_model(options.model)
+    _check_side_files(model)
     check_channels(model.architecture)
     check_targets(options.targets, *shape_range(model.architecture))
     outputs = [options.output(target) for target in options.targets]
@@ -107,7 +110,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
     ):
         if resumed and not options.quiet:
             print(f"resuming the work in {options.work}", file=sys.stderr)
-        rows = load_rows(options)
+        rows = _rows(options)
         check_memory(model.architecture, rows.count, options.max_memory)
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
         measured = options.measurement is not None or (options.work / MEASUREMENT_NAME).exists()
@@ -120,29 +123,52 @@ def convert(options: ConvertOptions) -> list[Converted]:
 @fast_products()
 def measure_model(options: ConvertOptions, output: Path) -> Path:
     """Measure a model and write the measurement to `output`, which is returned."""
-    model = StreamedModel(options.model)
+    model = open_model(options.model)
     check_channels(model.architecture)
     check_place(output)
     check_apart(options.work, (output, options.model))
     with open_job(options.work, _facts(options), options.resume):
-        rows = load_rows(options)
+        rows = _rows(options)
         check_memory(model.architecture, rows.count, options.max_memory)
         check_disk(model.architecture, rows.count, options.work, None)
-        write_measurement(output, _measurement(options, model, rows))
+        measurement = _measurement(options, model, rows)
+        model.check_unchanged()
+        write_measurement(output, measurement)
     return output
 
 
-def _check_side_files(folder: Path, vocabulary: int) -> None:
+def open_model(folder: Path) -> StreamedModel:
+    """The original; says on stderr what in its configuration is corrected."""
+    model = StreamedModel(folder)
+    for note in model.notes:
+        print(f"notice: {note}", file=sys.stderr)
+    return model
+
+
+def _rows(options: ConvertOptions) -> Rows:
+    """The rows that are asked for, of files that stay as they are while they are read."""
+    given = [options.calibration, options.held_out, options.measurement]
+    watched = [WatchedFile(Path(path)) for path in given if path is not None and Path(path).is_file()]
+    rows = load_rows(options)
+    for file in watched:
+        file.check()
+    return rows
+
+
+def _check_side_files(model: StreamedModel) -> None:
     """Find faults of the source's config and tokenizer before the work instead of after it.
 
     What will be written at the end is written to a temporary folder and checked.
     """
+    folder, vocabulary = model.folder, model.architecture.vocabulary
     with tempfile.TemporaryDirectory() as name:
         trial = Path(name)
         write_tokenizer(folder, trial, vocabulary)
-        ids = special_ids(trial, folder)
+        ids = special_ids(trial, folder, vocabulary)
         summary = Summary(None, 0.0, 0, 0, 0, "", ids)
-        write_json(trial / "config.json", patched_config(read_config(folder), summary))
+        write_json(
+            trial / "config.json", patched_config({**read_config(folder), **model.corrections}, summary)
+        )
         generation = generation_config(read_object(folder / "generation_config.json"), ids)
         write_json(trial / "generation_config.json", generation)
         problems = check_tokenizer(trial, vocabulary)
@@ -168,6 +194,7 @@ def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> M
     if not path.exists():
         folder = options.work / "measure"
         folder.mkdir(exist_ok=True)
+        check_values(model.architecture, model.checkpoint, options.quiet)
         blocks = model.architecture.blocks
         steps = 2 * len(blocks) + 1 + sum(b.experts.count for b in blocks if b.experts)
         with bar(steps, "measure", options.quiet) as progress:
@@ -240,6 +267,7 @@ def _one_target(
         seal(strategy_path)
         groups = {name: option.groups for name, option in strategy.choices.items()}
         title = f"quantize {strategy.target_bpw}"
+        model.check_unchanged()
         with bar(len(groups), title, options.quiet) as progress:
             job = QuantizeJob(
                 model,
@@ -303,7 +331,8 @@ def _write_output(
     out: Path,
 ) -> tuple[str, ...]:
     """Write a result; returns the names of the side files that were copied along."""
-    notes: list[str] = list(rows.tokens.description.get("notices", []))
+    model.check_unchanged()
+    notes: list[str] = [*model.notes, *rows.tokens.description.get("notices", [])]
     for name in (STRATEGY_NAME, RECORD_NAME, EVALUATION_NAME):  # of an earlier result, now replaced
         (out / name).unlink(missing_ok=True)
     write_shards(
@@ -324,10 +353,16 @@ def _write_output(
         rows=rows.tokens.input_ids.shape[0],
         length=rows.tokens.input_ids.shape[1],
         dataset=plain_name(str(rows.tokens.description.get("source", options.calibration))),
+        corrections=model.corrections,
     )
     side_files = copy_side_files(options.model, out)
     skipped = side_files.skipped
     notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
     write_record(out, options, strategy.target_bpw, work / "linears")
+    try:
+        model.check_unchanged()
+    except ChangedError:
+        (out / CHECKSUMS_NAME).unlink()  # so that nobody takes the result for a finished one
+        raise
     write_strategy(out / STRATEGY_NAME, strategy, Outcome(rows.held_out_source, measured, notes))
     return side_files.copied

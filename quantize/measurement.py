@@ -16,6 +16,7 @@ from dbrx_quant.calibration.blocks.routing import ExpertCoverage
 from dbrx_quant.calibration.statistics.shrinkage import Shrinkage
 from dbrx_quant.runtime.exl2.format import WIDTHS, GroupMap
 from dbrx_quant.runtime.exl2.group_text import parse_groups
+from dbrx_quant.runtime.exl2.weight_files import weight_files
 from dbrx_quant.runtime.files.atomic import fingerprint
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_file import VERSION_KEY, Fields, JsonFile, is_number, read_object
@@ -233,8 +234,8 @@ def find_measurement(folder: Path) -> Measurement | None:
 
 
 def source_facts(folder: Path) -> dict[str, str]:
-    """What identifies a source model: its config and a fingerprint of every shard."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    """What identifies a source model: fingerprints of its config and of every file of its weights."""
+    files = [folder / "config.json", *weight_files(folder, source=True)]
     return {file.name: fingerprint(file) for file in files}
 
 

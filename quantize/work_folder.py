@@ -16,6 +16,7 @@ from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.lock import LOCK_NAME, locked
 from dbrx_quant.runtime.files.sealed import remove, remove_damaged, seal_fault, was_sealed_as
+from dbrx_quant.runtime.files.watched import ChangedError
 
 Resume = Literal["auto", "never", "must"]
 
@@ -34,6 +35,8 @@ def open_job(folder: Path, facts: Mapping[str, Any], resume: Resume) -> Iterator
         folder: the work folder, made if needed.
         facts: everything that decides the results, JSON-ready.
         resume: "auto" resumes earlier work of the same facts, "must" requires it, "never" discards it.
+
+    Work on a source that changes under way cannot be resumed.
 
     Raises:
         ValueError: earlier work was started with other facts (each difference is named), there is none though
@@ -60,7 +63,11 @@ def open_job(folder: Path, facts: Mapping[str, Any], resume: Resume) -> Iterator
             for name in ROW_FILES:
                 remove(folder / name)
             _FILE.write(path, {"facts": facts})
-        yield resumed
+        try:
+            yield resumed
+        except ChangedError as error:  # what was made of two states of a file is nobody's work
+            _FILE.write(path, {"facts": {**facts, "model": str(error)}})
+            raise
 
 
 def check_apart(folder: Path, others: Iterable[Path | None]) -> None:

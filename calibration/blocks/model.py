@@ -14,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
-from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.families.facts import (
     BlockSpec,
     LinearSpec,
-    check_dense_source,
     find_source,
     load_bias,
     load_linear,
     module_linears,
 )
+from dbrx_quant.runtime.families.source import open_source
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.watched import WatchedFile
+from dbrx_quant.runtime.tokenizer.fix import READ_FILES
 
 
 @dataclass(frozen=True)
@@ -169,6 +168,14 @@ class StreamedModel:
     Args:
         folder: a Hugging Face model folder.
 
+    Attributes:
+        folder: as given.
+        config: transformers' configuration.
+        architecture: what the model consists of.
+        checkpoint: its weights.
+        corrections: keys of `config.json` that have other values, by the weights.
+        notes: what was corrected, a sentence each.
+
     Raises:
         CheckpointError: unknown architecture, or tensors that are missing or left over.
     """
@@ -177,10 +184,14 @@ class StreamedModel:
         from transformers import AutoModelForCausalLM
 
         self.folder = Path(folder)
-        self.config = load_config(self.folder)
-        self.architecture = describe(self.config)
-        self.checkpoint: Checkpoint = self.architecture.open(self.folder)
-        check_dense_source(self.architecture, self.checkpoint)
+        self._read = [WatchedFile(self.folder / name) for name in READ_FILES]
+        source = open_source(self.folder)
+        self.config, self.architecture, self.checkpoint = (
+            source.config,
+            source.architecture,
+            source.checkpoint,
+        )
+        self.corrections, self.notes = source.corrections, source.notes
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
         for name, module in self._model.named_modules():
@@ -188,6 +199,12 @@ class StreamedModel:
                 parent, _, child = name.rpartition(".")
                 setattr(self._model.get_submodule(parent), child, type(module)(self.config))
         self._kwargs_cache: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedError if a file of the model is not what it was when the model was opened."""
+        self.checkpoint.check_unchanged()
+        for watched in self._read:
+            watched.check()
 
     def dense(self, spec: LinearSpec) -> Tensor:
         """The float32 weight [N, K] of a linear, as the source has it."""

@@ -77,7 +77,9 @@ def load_tokens(
         if made_with is not None and made_with != tokenizer_fingerprint(tokenizer_folder):
             _notice(described, f"{source} was made with another tokenizer than that of {tokenizer_folder}")
         return TokenRows(saved.input_ids, described)
-    return _from_text(source, tokenizer_folder, rows or ROWS, length or min(LENGTH, longest or LENGTH), seed)
+    found = _from_text(source, tokenizer_folder, rows or ROWS, length or min(LENGTH, longest or LENGTH), seed)
+    _check_ids(found.input_ids, vocabulary, source)
+    return found
 
 
 def split_held_out(input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,12 +125,7 @@ def load_saved(
         if requested is not None and requested > ids.shape[axis]:
             raise ValueError(f"{path}: {name} {requested} asked for, but the file has {ids.shape[axis]}")
     ids = ids[:rows, :length].contiguous()
-    wrong = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[ids < 0]
-    if wrong.numel():
-        bound = "" if vocabulary is None else f"; the vocabulary ends at {vocabulary - 1}"
-        raise CheckpointError(
-            f"{path}: id {int(wrong[0])} is outside the vocabulary{bound}: made with another tokenizer?"
-        )
+    _check_ids(ids, vocabulary, path)
     description = _saved_description(path, metadata)
     description.setdefault("seed", None)
     description.setdefault("notices", [])
@@ -187,6 +184,15 @@ def _from_text(
 def _facts(ids: Tensor) -> dict[str, Any]:
     content = hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
     return {"rows": ids.shape[0], "length": ids.shape[1], "content": content}
+
+
+def _check_ids(ids: Tensor, vocabulary: int | None, source: str | Path) -> None:
+    wrong = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[ids < 0]
+    if wrong.numel():
+        bound = "" if vocabulary is None else f"; the vocabulary ends at {vocabulary - 1}"
+        raise CheckpointError(
+            f"{source}: id {int(wrong[0])} is outside the vocabulary{bound}: made with another tokenizer?"
+        )
 
 
 def _saved_description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

@@ -9,12 +9,16 @@ extern "C" {
 #endif
 
 // Version of this interface; the Python side refuses a library that reports another one.
-#define DBRXQ_ABI_VERSION 5
+#define DBRXQ_ABI_VERSION 6
 DBRXQ_API int dbrxq_abi_version(void);
 
 // Threads that the kernels may use, all callers together; by default all hardware threads.
 DBRXQ_API void dbrxq_set_threads(int count);
 DBRXQ_API int dbrxq_threads(void);
+
+// From now on a process that reads beyond the end of a file that was cut while it was mapped says which file, and exits
+// with status 1, instead of dying by SIGBUS; a handler that is there already is called instead of exiting.
+DBRXQ_API void dbrxq_explain_bus_errors(void);
 
 // ---------------------------------------------------------------------------------------------------------------
 // Linears and experts (pack_codes.cpp, linear.cpp, experts.cpp; oracles: tests/helpers/oracles_ops.py).

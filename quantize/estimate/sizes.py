@@ -8,9 +8,8 @@ from dbrx_quant.quantize.budget.groups import UNIT, coarsest_groups
 from dbrx_quant.quantize.measurement import HEAD
 from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.runtime.exl2.format import SUFFIXES, WIDTHS, padded_columns, storage_bits, uniform_groups
-from dbrx_quant.runtime.families import describe
-from dbrx_quant.runtime.families.config import load_config
-from dbrx_quant.runtime.families.facts import Architecture, LinearSpec, check_dense_source
+from dbrx_quant.runtime.families.facts import Architecture, LinearSpec
+from dbrx_quant.runtime.families.source import open_source
 from dbrx_quant.runtime.files.errors import CheckpointError
 
 HEADER_BYTES = 68  # of a tensor in a shard's header, its name aside
@@ -22,9 +21,8 @@ def source_architecture(folder: Path) -> Architecture:
     Raises:
         CheckpointError: it is incomplete or unknown, or has channels that cannot be quantized.
     """
-    architecture = describe(load_config(folder))
+    architecture = open_source(folder).architecture
     check_channels(architecture)
-    check_dense_source(architecture, architecture.open(folder))
     return architecture
 
 

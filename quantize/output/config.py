@@ -58,6 +58,7 @@ def write_configs(
     rows: int,
     length: int,
     dataset: str,
+    corrections: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write `config.json` and `generation_config.json` and return notes on what was left out of them.
 
@@ -71,14 +72,15 @@ def write_configs(
         rows: see there.
         length: see there.
         dataset: see there.
+        corrections: keys of the source's config.json that have other values in truth.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the source is quantized already.
     """
-    ids = special_ids(out, source)
+    ids = special_ids(out, source, architecture.vocabulary)
     bpw = stored_bits(architecture.open(out), architecture).bpw
     summary = Summary(bits, bpw, head_bits, rows, length, dataset, ids)
-    write_json(out / "config.json", patched_config(read_config(source), summary))
+    write_json(out / "config.json", patched_config({**read_config(source), **(corrections or {})}, summary))
     generation = generation_config(read_object(source / "generation_config.json"), ids)
     write_json(out / "generation_config.json", generation)
     return list(ids.notes)

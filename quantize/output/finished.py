@@ -11,7 +11,7 @@ from pathlib import Path
 from dbrx_quant.quantize.budget.strategy import STRATEGY_NAME
 from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
 from dbrx_quant.quantize.output.record import RECORD_NAME
-from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME
+from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME
 from dbrx_quant.runtime.files.atomic import write_parts
 from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.sealed import remove, sha256

@@ -7,6 +7,7 @@ from dbrx_quant.quantize.output.record import RECORD_NAME
 from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
 from dbrx_quant.runtime.files.atomic import write_parts
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.links import leaves
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME
 from dbrx_quant.runtime.tokenizer.fix import TOKENIZER_FILES
 
@@ -47,7 +48,7 @@ def copy_side_files(source: Path, out: Path) -> CopiedFiles:
     Left behind, each with its reason: weights in any form and their indexes (a stale index makes readers look
     for tensors that are gone), Python code (it would run with trust_remote_code, describes the unquantized
     model, and is not needed), files that this converter writes itself, files over 64 MB, hidden files (the
-    Hub makes its own .gitattributes) and subfolders.
+    Hub makes its own .gitattributes), subfolders, and links out of the folder, which may point to anything.
 
     Args:
         source: the original's folder.
@@ -81,6 +82,8 @@ def _reason_to_skip(path: Path) -> str | None:
         return "not a regular file"
     if path.name.startswith("."):
         return "a hidden file"
+    if leaves(path) and suffix not in _WEIGHTS:
+        return f"a link to {path.readlink()}, outside of the folder"
     if path.name in _OWN:
         return "written anew"
     if path.name.endswith(".index.json"):

@@ -17,6 +17,7 @@ from dbrx_quant.quantize.publish.source_card import (
     term_files,
 )
 from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME, read_evaluations
+from dbrx_quant.runtime.exl2.weight_files import shard_files
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config, read_config
 from dbrx_quant.runtime.files.errors import CheckpointError
@@ -225,7 +226,7 @@ def files_that_mention(folder: Path, text: str) -> list[str]:
 
 def shard_bytes(folder: Path) -> int:
     """Size of a folder's weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in shard_files(folder))
 
 
 def quantized_config(folder: Path) -> dict[str, Any]:

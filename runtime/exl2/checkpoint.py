@@ -2,7 +2,7 @@
 
 import json
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.runtime.exl2.format import SUFFIXES
+from dbrx_quant.runtime.exl2.pickled import load_pickled
+from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME, read_index, weight_files
 from dbrx_quant.runtime.files.errors import CheckpointError
-from dbrx_quant.runtime.files.json_text import load_json
-
-INDEX_NAME = "model.safetensors.index.json"
+from dbrx_quant.runtime.files.watched import WatchedFile
+from dbrx_quant.runtime.library._native import explain_bus_errors
 
 _DTYPES = {
     "F64": torch.float64,
@@ -101,36 +102,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_index(folder: Path) -> dict[str, str] | None:
-    """Stored name → file name by a folder's index; None where it has none.
+def read_files(files: Iterable[Path], normalise: Callable[[str], str] | None = None) -> dict[str, TensorInfo]:
+    """The tensors of some weight files, by what `normalise` makes of the stored name.
 
     Raises:
-        CheckpointError: it is no index.
+        CheckpointError: a broken file, or a name stored twice.
     """
-    path = folder / INDEX_NAME
-    try:
-        weight_map = load_json(path)["weight_map"]
-        return {str(name): str(file) for name, file in dict(weight_map).items()}
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a safetensors index ({error!r}); delete or rewrite it") from None
-
-
-def read_shards(folder: Path, normalise: Callable[[str], str] | None = None) -> dict[str, TensorInfo]:
-    """The tensors of all `*.safetensors` files of a folder, by what `normalise` makes of the stored name.
-
-    Raises:
-        CheckpointError: no shards, a broken shard, or a name stored twice.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no *.safetensors files in it")
     infos: dict[str, TensorInfo] = {}
     for file in files:
-        for name, info in read_header(file).items():
+        for name, info in (_read_pickled if file.suffix == ".bin" else read_header)(file).items():
             known = normalise(name) if normalise else name
             if known in infos:
                 other = infos[known].file.name
@@ -139,14 +119,28 @@ def read_shards(folder: Path, normalise: Callable[[str], str] | None = None) -> 
     return infos
 
 
+def _read_pickled(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a `.bin` file, which has no header that tells where they lie."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    infos = {}
+    for name, tensor in load_pickled(file).items():
+        if tensor.dtype not in names:
+            raise CheckpointError(f"{file}: {name}: dtype {tensor.dtype}; supported are {', '.join(_DTYPES)}")
+        infos[name] = TensorInfo(name, names[tensor.dtype], tuple(tensor.shape), file, 0, tensor.nbytes)
+    return infos
+
+
 class Checkpoint:
     """A folder of safetensors shards seen as one mapping of lazily read tensors.
 
+    Its files must stay as they are: each is compared with what it was whenever a tensor is loaded.
+
     Args:
-        folder: the folder; every `*.safetensors` file in it belongs to the checkpoint.
+        folder: the folder; which of its files belong to the checkpoint is up to `weight_files`.
         normalise: maps a stored name to the name it is known under here (identity if None).
         infos: its tensors by the name they are known under, from a caller who has read the headers and judges
-            shards and index itself; None: all that the folder holds.
+            shards and index itself; None: all that the weight files hold.
+        source: the folder is an original, which may have `.bin` files instead of shards.
 
     Raises:
         CheckpointError: no shards, a broken shard, a name stored twice, or an index that names a tensor or a
@@ -159,10 +153,14 @@ class Checkpoint:
         folder: Path,
         normalise: Callable[[str], str] | None = None,
         infos: Mapping[str, TensorInfo] | None = None,
+        source: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self._maps: dict[Path, mmap.mmap] = {}
-        self._infos = dict(read_shards(self.folder, normalise) if infos is None else infos)
+        self._pickled: dict[Path, dict[str, Tensor]] = {}
+        files = weight_files(self.folder, source) if infos is None else {i.file for i in infos.values()}
+        self._watched = {file: WatchedFile(file) for file in files}
+        self._infos = dict(read_files(files, normalise) if infos is None else infos)
         if infos is None:
             self._check_index()
 
@@ -172,10 +170,8 @@ class Checkpoint:
         if weight_map is None or not set(stored.values()) & set(weight_map.values()):
             return
         for name, file in weight_map.items():
-            if not (self.folder / file).exists():
-                raise CheckpointError(f"{path}: names the shard {file}, which isn't there; fetch it again")
             if name not in stored:
-                raise CheckpointError(f"{path}: names the tensor {name}, which no shard holds")
+                raise CheckpointError(f"{path}: names the tensor {name} in {file}, which does not hold it")
             if stored[name] != file:
                 raise CheckpointError(f"{path}: places {name} in {file}, but it is in {stored[name]}")
 
@@ -205,12 +201,25 @@ class Checkpoint:
         """
         info = self.info(name)
         dtype = _DTYPES[info.dtype]
+        self._watched[info.file].check()
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=dtype)
+        if info.file.suffix == ".bin":
+            tensor = self._unpickled(info.file)[info.name]
+            return tensor if rows is None else tensor[rows[0] : rows[1]]
         count = info.nbytes // dtype.itemsize
         tensor = torch.frombuffer(self._map(info.file), dtype=dtype, count=count, offset=info.start)
         tensor = tensor.reshape(info.shape)
         return tensor if rows is None else tensor[rows[0] : rows[1]]
+
+    def files(self) -> list[Path]:
+        """The files that it consists of."""
+        return sorted(self._watched)
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedError if a file is not what it was when the checkpoint was opened."""
+        for watched in self._watched.values():
+            watched.check()
 
     def is_quantized(self, linear: str) -> bool:
         """Whether the linear of that name is stored in EXL2 form."""
@@ -239,6 +248,13 @@ class Checkpoint:
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
+            explain_bus_errors()
             with file.open("rb") as stream:
                 self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[file]
+
+    def _unpickled(self, file: Path) -> dict[str, Tensor]:
+        if file not in self._pickled:
+            explain_bus_errors()
+            self._pickled[file] = load_pickled(file)
+        return self._pickled[file]

@@ -23,11 +23,16 @@ def describe(config: Any) -> Architecture:
         config: the model's transformers configuration.
 
     Raises:
-        CheckpointError: no family here has this architecture.
+        CheckpointError: no family here has this architecture, or it is not one of its model type.
     """
     names = list(config.architectures or [])
     for family in FAMILIES:
         if len(names) == 1 and names[0] in family.architectures:
+            if family.name != config.model_type:
+                raise CheckpointError(
+                    f"config.json: model_type is {config.model_type!r}, but {names[0]} is of "
+                    f"{family.name!r}; one of the two belongs to another model"
+                )
             return family.describe(config)
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise CheckpointError(f"config.json: architectures is {names}; supported is one of {known}")

@@ -1,5 +1,6 @@
 """A model's configuration as transformers reads it, with what it misreads corrected."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path, corrections: Mapping[str, Any] | None = None) -> Any:
     """The transformers configuration of a model folder, ready to build the model from.
 
     What transformers misreads of a family's configurations is put right.
@@ -34,14 +35,21 @@ def load_config(folder: Path) -> Any:
     Code that the folder brings or names is not run: no class of an `auto_map`, and no attention kernel, which
     transformers would fetch from the Hub.
 
+    Args:
+        folder: of the model.
+        corrections: keys of its `config.json` that have other values in truth.
+
     Raises:
         CheckpointError: there is no `config.json`, or transformers does not know its architecture.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     raw = read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if corrections:
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict({**raw, **corrections})
+        else:
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:  # mistyped fields
         raise CheckpointError(f"{Path(folder) / 'config.json'}: {error}") from None
     config._attn_implementation = None

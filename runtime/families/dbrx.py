@@ -74,7 +74,7 @@ def _describe(config: Any) -> Architecture:
         key, module = f"model.layers.{index}.self_attn", f"transformer.blocks.{index}.norm_attn_norm.attn"
 
         def part(role: str, begin: int, n: int) -> LinearSpec:
-            fused = Source(f"{key}.Wqkv.weight", (begin, begin + n))
+            fused = Source(f"{key}.Wqkv.weight", (begin, begin + n), of=hidden + 2 * kv)
             split = Source(f"{key}.{role}_proj.weight")
             outputs = (begin, begin + n)
             name = f"{key}.{role}_proj"
@@ -93,7 +93,7 @@ def _describe(config: Any) -> Architecture:
         def part(role: str, name: str, shape: tuple[int, int]) -> LinearSpec:
             down = role == "down"
             sources = (
-                Source(f"{key}.{name}", (expert * ffn, (expert + 1) * ffn), transposed=down),
+                Source(f"{key}.{name}", (expert * ffn, (expert + 1) * ffn), down, of=experts * ffn),
                 Source(f"{key}.{expert}.{name}.weight", transposed=None if down and hidden != ffn else False),
             )
             full, owner = f"{key}.{expert}.{name}", f"{module}.{expert}.{name}"
@@ -286,6 +286,7 @@ FAMILY = Family(
     "dbrx",
     ("DbrxForCausalLM",),
     _describe,
+    renames=RENAMES,
     layer_parts=_layer_parts,
     output="MoeModelOutputWithPast",
     fix_config=_fix_config,

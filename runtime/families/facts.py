@@ -16,6 +16,9 @@ from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
 from dbrx_quant.runtime.files.errors import CheckpointError
 
 ATTENTION_ROLES = ("q", "k", "v", "o")
+WRAPPERS = ("_orig_mod.", "module.")
+_BARE = {"layers", "blocks", "embed_tokens", "wte", "norm", "norm_f"}
+_DENSE_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,13 @@ class Source:
         tensor: normalised tensor name.
         rows: the rows of it that are this linear's, or None for all.
         transposed: stored [in, out] instead of [out, in]; None: decided by the shape.
+        of: how many rows the tensor has in all, where it has more than this linear's.
     """
 
     tensor: str
     rows: tuple[int, int] | None = None
     transposed: bool | None = False
+    of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -152,13 +157,26 @@ class Architecture:
 
     def normalise(self, name: str) -> str:
         """The EXL2 name of a source tensor; EXL2 names map to themselves."""
-        for old, new in self.renames:
-            name = name.replace(old, new)
-        return name
+        return normalised(name, self.renames)
 
     def open(self, folder: Any) -> Checkpoint:
-        """The checkpoint in a folder, under normalised names."""
+        """The quantized checkpoint in a folder, under normalised names."""
         return Checkpoint(folder, self.normalise)
+
+
+def normalised(name: str, renames: Iterable[tuple[str, str]]) -> str:
+    """The EXL2 name of a source tensor; EXL2 names map to themselves.
+
+    Models are saved with wrappers around them (DataParallel, torch.compile), or without their head's class,
+    whose prefix is then missing.
+    """
+    for wrapper in WRAPPERS:
+        name = name.removeprefix(wrapper)
+    if name.partition(".")[0] in _BARE:
+        name = f"model.{name}"
+    for old, new in renames:
+        name = name.replace(old, new)
+    return name
 
 
 def module_linears(specs: Iterable[LinearSpec]) -> dict[str, list[LinearSpec]]:
@@ -189,13 +207,13 @@ def _check_shape(checkpoint: Checkpoint, spec: LinearSpec, source: Source) -> No
     rows = source.rows
     shapes = {False: [(n, k)], True: [(k, n)], None: [(n, k), (k, n)]}[source.transposed]
     found = info.shape
-    if rows is not None and len(found) == 2 and found[0] >= rows[1]:
+    if rows is not None and len(found) == 2 and found[0] == source.of:
         found = (rows[1] - rows[0], found[1])
     if found not in shapes:
         raise CheckpointError(
             f"{info.file}: {source.tensor}: shape {info.shape} does not hold {spec.name} as "
             + " or ".join(map(str, shapes))
-            + (f" in its rows {rows[0]} to {rows[1]}" if rows else "")
+            + (f" in its rows {rows[0]} to {rows[1]} of {source.of}" if rows else "")
         )
 
 
@@ -227,6 +245,7 @@ def check_dense_source(architecture: Architecture, checkpoint: Checkpoint) -> No
                 f"{checkpoint.folder}: {spec.name} is quantized already; give the original model"
             )
         used.add(find_source(checkpoint, spec).tensor)
+        _check_type(checkpoint, find_source(checkpoint, spec).tensor)
         if spec.bias:
             info = checkpoint.info(f"{spec.name}.bias")
             if info.shape != (spec.shape[1],):
@@ -238,6 +257,7 @@ def check_dense_source(architecture: Architecture, checkpoint: Checkpoint) -> No
         info = checkpoint.info(kept.name)
         if info.shape != kept.shape:
             raise CheckpointError(f"{info.file}: {kept.name}: shape {info.shape}, expected {kept.shape}")
+        _check_type(checkpoint, kept.name)
         used.add(kept.name)
     tied = {"lm_head.weight"} if architecture.tied else set()
     unknown = [
@@ -247,6 +267,15 @@ def check_dense_source(architecture: Architecture, checkpoint: Checkpoint) -> No
         shown = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
         raise CheckpointError(
             f"{checkpoint.folder}: tensors that do not belong to a {architecture.family} model: {shown}"
+        )
+
+
+def _check_type(checkpoint: Checkpoint, name: str) -> None:
+    info = checkpoint.info(name)
+    if info.dtype not in _DENSE_TYPES:
+        raise CheckpointError(
+            f"{info.file}: {name}: type {info.dtype}, expected one of {', '.join(_DENSE_TYPES)}; "
+            "give the original model, which is not quantized"
         )
 
 

@@ -24,6 +24,22 @@ def _none_needed(architecture: Architecture, checkpoint: Checkpoint) -> None:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """A key of config.json that the weights can contradict: whether a block has certain biases.
+
+    Attributes:
+        key: of config.json.
+        parts: those of a block that have a bias where it is on; a part that some block lacks altogether, such
+            as the MLP where there are experts, does not count.
+        default: where the key is not there.
+    """
+
+    key: str
+    parts: tuple[str, ...]
+    default: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One family of models; most need a name, their classes and a description.
 
@@ -33,6 +49,8 @@ class Family:
         name: transformers' `model_type`.
         architectures: names of its classes, as `architectures` in config.json has them.
         describe: the facts about a model, from its transformers configuration.
+        renames: what turns the names of its tensors into EXL2's, applied one after another.
+        switches: keys of its configuration that say which linears have a bias.
         layer_parts: the parts of its decoder (the model below the head) for the native step; raises
             `decoder_parts.UnknownPartError` for a decoder that is not made of them. None: the family has no
             native step, and runs by transformers' own code.
@@ -53,6 +71,8 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     describe: Callable[[Any], Architecture]
+    renames: tuple[tuple[str, str], ...] = ()
+    switches: tuple[Switch, ...] = ()
     layer_parts: Callable[[Any], DecoderParts] | None = None
     output: str = "BaseModelOutputWithPast"
     fix_config: Callable[[Any, dict[str, Any], bool], None] | None = None

@@ -4,7 +4,7 @@ from typing import Any
 
 from dbrx_quant.runtime.families import llama_like
 from dbrx_quant.runtime.families.facts import Architecture
-from dbrx_quant.runtime.families.family import Family
+from dbrx_quant.runtime.families.family import Family, Switch
 
 
 def _describe(config: Any, *, qkv_bias: bool, o_bias: bool, mlp_bias: bool, head_norms: bool) -> Architecture:
@@ -38,8 +38,23 @@ def _qwen3(config: Any) -> Architecture:
 
 
 FAMILIES = (
-    Family("llama", ("LlamaForCausalLM",), _llama, layer_parts=llama_like.layer_parts),
+    Family(
+        "llama",
+        ("LlamaForCausalLM",),
+        _llama,
+        switches=(
+            llama_like.ATTENTION_BIAS,
+            Switch("mlp_bias", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+        ),
+        layer_parts=llama_like.layer_parts,
+    ),
     Family("mistral", ("MistralForCausalLM",), _mistral, layer_parts=llama_like.layer_parts),
     Family("qwen2", ("Qwen2ForCausalLM",), _qwen2, layer_parts=llama_like.layer_parts),
-    Family("qwen3", ("Qwen3ForCausalLM",), _qwen3, layer_parts=llama_like.layer_parts),
+    Family(
+        "qwen3",
+        ("Qwen3ForCausalLM",),
+        _qwen3,
+        switches=(llama_like.ATTENTION_BIAS,),
+        layer_parts=llama_like.layer_parts,
+    ),
 )

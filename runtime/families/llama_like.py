@@ -10,6 +10,7 @@ from dbrx_quant.runtime.families.facts import (
     LinearSpec,
     Source,
 )
+from dbrx_quant.runtime.families.family import Switch
 from dbrx_quant.runtime.families.parts import (
     DecoderParts,
     LayerParts,
@@ -19,6 +20,9 @@ from dbrx_quant.runtime.families.parts import (
     quant_linears,
 )
 from dbrx_quant.runtime.kernels.activations import activation_name
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION_BIAS = Switch("attention_bias", (*QKV, "self_attn.o_proj"))
 
 
 def own_source(name: str) -> tuple[Source, ...]:

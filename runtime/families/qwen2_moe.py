@@ -5,7 +5,7 @@ from typing import Any
 
 from dbrx_quant.runtime.families import llama_like
 from dbrx_quant.runtime.families.facts import Architecture, BlockSpec, FloatSpec
-from dbrx_quant.runtime.families.family import Family
+from dbrx_quant.runtime.families.family import Family, Switch
 
 
 def _describe(config: Any) -> Architecture:
@@ -33,5 +33,6 @@ FAMILY = Family(
     "qwen2_moe",
     ("Qwen2MoeForCausalLM",),
     _describe,
+    switches=(Switch("qkv_bias", llama_like.QKV, default=True),),
     exllamav2_note="It does not know this architecture.",
 )

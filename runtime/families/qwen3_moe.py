@@ -25,6 +25,7 @@ FAMILY = Family(
     "qwen3_moe",
     ("Qwen3MoeForCausalLM",),
     _describe,
+    switches=(llama_like.ATTENTION_BIAS,),
     layer_parts=llama_like.layer_parts,
     output="MoeModelOutputWithPast",
 )

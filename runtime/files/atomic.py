@@ -43,6 +43,7 @@ _WRITE_BYTES = 16 << 20
 _SAMPLE_BYTES = 64 << 10
 _SAMPLES = 64
 _LONGEST_NAME = 230  # bytes of a name that a temporary one repeats: names have 255 at most
+WHOLE_BYTES = _SAMPLES * _SAMPLE_BYTES  # of a file up to this size, a fingerprint is of all bytes
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -158,7 +159,7 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(size.to_bytes(8, "little"))
-        if size <= _SAMPLES * _SAMPLE_BYTES:
+        if size <= WHOLE_BYTES:
             digest.update(file.read())
         else:
             header = 8 + int.from_bytes(file.read(8), "little")

@@ -6,7 +6,8 @@ writes no index, or leaves a copy of the original's, which names shards that are
 
 from pathlib import Path
 
-from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME, Checkpoint, read_index, read_shards
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint, read_files
+from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME, read_index, shard_files
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.atomic import write_json
@@ -21,7 +22,7 @@ def unnamed_shard(folder: Path) -> str | None:
     Raises:
         CheckpointError: there are several such files, or the index is none.
     """
-    names = {file.name for file in folder.glob("*.safetensors")}
+    names = {file.name for file in shard_files(folder)}
     if not names or "model.safetensors" in names or names & set((read_index(folder) or {}).values()):
         return None
     if len(names) > 1:
@@ -40,7 +41,7 @@ def write_index(folder: Path) -> dict[str, str]:
         ValueError: another process works in the folder.
     """
     architecture = describe(load_config(folder))
-    infos = read_shards(folder, architecture.normalise)
+    infos = read_files(shard_files(folder), architecture.normalise)
     read_contents(architecture, Checkpoint(folder, infos=infos))
     weight_map = {info.name: info.file.name for info in infos.values()}
     total = sum(info.nbytes for info in infos.values())

@@ -24,8 +24,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint, TensorInfo, read_header
 from dbrx_quant.runtime.exl2.format import padded_columns, validate_linear
+from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME
 from dbrx_quant.runtime.families.facts import (
     ATTENTION_ROLES,
     Architecture,

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_header, read_index
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint, TensorInfo, read_header
 from dbrx_quant.runtime.exl2.format import SUFFIXES, padded_columns, validate_linear
+from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME, read_index, shard_files
 from dbrx_quant.runtime.families import describe, family_of
 from dbrx_quant.runtime.families.config import load_config, read_config
 from dbrx_quant.runtime.families.facts import ATTENTION_ROLES, Architecture, FloatSpec, LinearSpec
@@ -120,7 +121,7 @@ def _read_shards(
     folder: Path, architecture: Architecture | None, report: Report
 ) -> tuple[dict[str, TensorInfo], set[str]]:
     """The tensors of all shards that can be read, by their name in the format, and names of the others."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = shard_files(folder)
     report.facts["shards"] = len(files)
     if not files:
         report.faults.append(f"{folder}: no *.safetensors files in it")
@@ -328,7 +329,7 @@ def _check_checksums(
     except (CheckpointError, OSError) as error:
         report.faults.append(f"{CHECKSUMS_NAME}: not readable ({error})")
         return
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in shard_files(folder):
         if file.name not in listed:
             report.faults.append(f"{CHECKSUMS_NAME}: omits {file.name}")
     total = sum(checksum.size for checksum in listed.values())

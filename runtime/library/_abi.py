@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 BAD_ISA, NO_MEMORY, NOT_FINITE = 6, 7, 8  # statuses that mean more than a wrong argument
@@ -82,6 +82,7 @@ CPU_FUNCTIONS: Signatures = {
     "dbrxq_abi_version": (c_int, []),
     "dbrxq_set_threads": (None, [c_int]),
     "dbrxq_threads": (c_int, []),
+    "dbrxq_explain_bus_errors": (None, []),
     "dbrxq_status_text": (c_char_p, [c_int]),
     "dbrxq_isa": (c_char_p, []),
     "dbrxq_set_isa": (c_int, [c_char_p]),

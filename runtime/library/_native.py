@@ -83,6 +83,15 @@ def set_threads(count: int) -> None:
         _threads_fixed = True
 
 
+def explain_bus_errors() -> None:
+    """Have a mapped file that is cut end the process with a line that names it, where the library is there.
+
+    Nothing can be raised: the fault is in the middle of any instruction of any thread that reads the file.
+    """
+    if available():
+        library().dbrxq_explain_bus_errors()
+
+
 def check(status: int, what: str) -> None:
     """Raise for a status other than 0.
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from dbrx_quant.runtime.families import describe, family_of
-from dbrx_quant.runtime.families.config import load_config, read_config
-from dbrx_quant.runtime.families.facts import check_dense_source
+from dbrx_quant.runtime.families import family_of
+from dbrx_quant.runtime.families.config import read_config
+from dbrx_quant.runtime.families.facts import WRAPPERS
+from dbrx_quant.runtime.families.source import open_source
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.find import find_folder
 
@@ -30,19 +31,14 @@ def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float3
     folder = find_folder(folder, None)
     if "quantization_config" in read_config(folder):
         raise CheckpointError(f"{folder}: is quantized; use load_model for it, this loads the original")
-    config = load_config(folder)
-    architecture = describe(config)
-    checkpoint = architecture.open(folder)
-    check_dense_source(architecture, checkpoint)
-    options |= {"config": config, "dtype": dtype, "output_loading_info": True}
-    state = family_of(architecture.family).dense_state(architecture, checkpoint)
+    source = open_source(folder)
+    checkpoint = source.checkpoint
+    state = family_of(source.architecture.family).dense_state(source.architecture, checkpoint)
     if state is None:
-        where = str(folder)
-        options |= {"local_files_only": True, "use_safetensors": True}  # else it may be pickled weights
-    else:
-        where, options["state_dict"] = None, state
+        state = {_unwrapped(checkpoint.info(name).name): checkpoint.load(name) for name in checkpoint.names()}
+    options |= {"config": source.config, "dtype": dtype, "output_loading_info": True, "state_dict": state}
     try:
-        model, info = getattr(transformers, config.architectures[0]).from_pretrained(where, **options)
+        model, info = getattr(transformers, source.config.architectures[0]).from_pretrained(None, **options)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -50,3 +46,10 @@ def load_dense(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float3
             found = sorted(map(str, info[problem]))
             raise CheckpointError(f"{folder}: {len(found)} {problem.replace('_', ' ')}, {found[0]} first")
     return model
+
+
+def _unwrapped(name: str) -> str:
+    """A stored name as transformers knows it."""
+    for wrapper in WRAPPERS:
+        name = name.removeprefix(wrapper)
+    return name

@@ -4,6 +4,8 @@ What is fixed, and why:
 
 * Holes in the id range get placeholders. The tokenizers library gives added tokens the next free id whatever
   `tokenizer.json` declares, so DBRX's unused id 100256 would move <|endoftext|> and every token behind it.
+* Added tokens beyond the embedding are left out if nothing needs them: no row belongs to a padding token that
+  somebody added for a training.
 * Tokens that only `added_tokens.json` or `added_tokens_decoder` know go into `tokenizer.json`, where else the
   chat markers are cut into ordinary pieces.
 * `tokenizer_class` becomes `PreTrainedTokenizerFast` where another class would load something else than
@@ -19,6 +21,8 @@ from typing import Any
 
 from dbrx_quant.runtime.files.atomic import write_json, write_text
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.links import refuse_links_out
+from dbrx_quant.runtime.tokenizer.beyond import tokens_beyond, without, without_roles
 from dbrx_quant.runtime.tokenizer.check import Problem, check_tokenizer
 from dbrx_quant.runtime.tokenizer.ids import (
     Vocabulary,
@@ -29,6 +33,7 @@ from dbrx_quant.runtime.tokenizer.ids import (
     special_token,
 )
 from dbrx_quant.runtime.tokenizer.tiktoken_source import (
+    ENCODING,
     convert_tiktoken,
     is_wrapper,
     wrapped_template,
@@ -45,6 +50,11 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _OTHER_SOURCES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+# All of a model folder, besides its weights, that the files of a quantized one are made of.
+READ_FILES = (
+    *("config.json", "generation_config.json", "merges.txt", "vocab.bpe", "tiktoken.model"),
+    *(f"{ENCODING}.tiktoken", *TOKENIZER_FILES, *_OTHER_SOURCES),
+)
 _GENERIC_CLASS = "PreTrainedTokenizerFast"
 _REBUILT_CLASSES = ("GPT2Tokenizer", "TokenizersBackend")
 
@@ -59,18 +69,30 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int) -> list[str]:
 
     Raises:
         CheckpointError: there is no usable tokenizer, a file is damaged, two files give one token different
-            ids, or an id lies outside the embedding.
+            ids, the id of a token that is needed lies outside the embedding, or a file is a link that leads
+            out of the folder.
     """
+    refuse_links_out(source / name for name in (*READ_FILES, *(p.name for p in source.glob("*.tiktoken"))))
     config = read_object(source / "tokenizer_config.json")
     declared = _declared_tokens(source, config)
+    template = chat_template(source)
     text, notes = _tokenizer_text(source, declared)
-    fixed, changes = fix_tokenizer(json.loads(text), declared, vocab_size, str(source))
+    tokenizer = json.loads(text)
+    needed = {role: special_token(source, role) for role in ("bos", "eos", "unk")} | {"template": template}
+    dropped = tokens_beyond(tokenizer, declared, vocab_size, needed)
+    if dropped:
+        tokenizer, config = without(tokenizer, dropped), without_roles(config, dropped)
+        declared = {content: number for content, number in declared.items() if content not in dropped}
+        notes += [
+            f"left out {content!r}: its id {number} is beyond the embedding, which has {vocab_size} rows"
+            for content, number in dropped.items()
+        ]
+    fixed, changes = fix_tokenizer(tokenizer, declared, vocab_size, str(source))
     notes += changes
     vocabulary = read_vocabulary(fixed, str(source / "tokenizer.json"))
-    if changes:
+    if changes or dropped:
         text = json.dumps(fixed, ensure_ascii=False, indent=1) + "\n"
 
-    template = chat_template(source)
     if template is None and not (source / "tokenizer.json").is_file():
         template = wrapped_template(source, vocabulary.added)
         if template is not None:
@@ -79,9 +101,9 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int) -> list[str]:
     notes += changes
     write_text(out / "tokenizer.json", text)
     write_json(out / "tokenizer_config.json", config)
-    write_json(out / "special_tokens_map.json", _special_tokens_map(source, config, vocabulary))
+    write_json(out / "special_tokens_map.json", _special_tokens_map(source, config, vocabulary, dropped))
     extra = {c: i for c, i in vocabulary.added.items() if c not in vocabulary.base}
-    if extra:
+    if extra or dropped:
         write_json(out / "added_tokens.json", extra)
     else:
         (out / "added_tokens.json").unlink(missing_ok=True)
@@ -242,11 +264,13 @@ def _fixed_config(
 
 
 def _special_tokens_map(
-    source: Path, config: Mapping[str, Any], vocabulary: Vocabulary
+    source: Path, config: Mapping[str, Any], vocabulary: Vocabulary, dropped: Mapping[str, int]
 ) -> dict[str, str | list[str]]:
     """Role → token; under `additional_special_tokens` those special tokens that have no role of their own."""
     roles = {f"{role}_token": special_token(source, role) for role in ("bos", "eos", "pad", "unk")}
-    named: dict[str, str | list[str]] = {role: token for role, token in roles.items() if token is not None}
+    named: dict[str, str | list[str]] = {
+        role: token for role, token in roles.items() if token and token not in dropped
+    }
     given = read_object(source / "special_tokens_map.json").get("additional_special_tokens")
     given = given or config.get("additional_special_tokens") or []
     extra = [str(token["content"]) if isinstance(token, Mapping) else str(token) for token in given]

@@ -56,12 +56,14 @@ class SpecialIds:
         eos: end a text or a chat turn, in order of authority; empty where nothing tells.
         pad: pads a batch, or None.
         notes: what was left out, a sentence each: an impossible id, a template that does not render.
+        beyond: keys of configs that name an id beyond the embedding.
     """
 
     bos: int | None
     eos: tuple[int, ...]
     pad: int | None
     notes: tuple[str, ...] = field(default=())
+    beyond: frozenset[str] = frozenset()
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -202,7 +204,7 @@ def config_ids(folder: Path) -> Iterator[tuple[str, str, int]]:
                     yield file, key, number
 
 
-def special_ids(folder: Path, configs: Path | None = None) -> SpecialIds:
+def special_ids(folder: Path, configs: Path | None = None, rows: int | None = None) -> SpecialIds:
     """The bos, eos and pad ids according to all files of a folder.
 
     A config's own word comes first, then the tokenizer's; for eos all of them count, and the token that ends
@@ -212,6 +214,7 @@ def special_ids(folder: Path, configs: Path | None = None) -> SpecialIds:
     Args:
         folder: where the tokenizer's files are.
         configs: where `config.json` and `generation_config.json` are, if elsewhere.
+        rows: of the embedding; ids beyond it that a config names are left out. None: they stay.
 
     Raises:
         CheckpointError: `tokenizer.json` is absent or a file is damaged.
@@ -226,10 +229,14 @@ def special_ids(folder: Path, configs: Path | None = None) -> SpecialIds:
 
     said: dict[str, list[int]] = {"bos_token_id": [], "eos_token_id": [], "pad_token_id": []}
     notes = []
+    beyond = set()
     for file, key, number in config_ids(configs or folder):
         if key == "pad_token_id" and number < 0:
             continue  # some Llama configs say -1 for "none"
-        if key == "eos_token_id" and number not in stops:
+        if rows is not None and number >= rows:
+            beyond.add(key)
+            notes.append(f"{file}: {key} {number} is beyond the embedding, which has {rows} rows, left out")
+        elif key == "eos_token_id" and number not in stops:
             notes.append(f"{file}: {key} {number} is an ordinary token of the tokenizer, left out")
         else:
             said[key].append(number)
@@ -244,12 +251,18 @@ def special_ids(folder: Path, configs: Path | None = None) -> SpecialIds:
         eos=tuple(dict.fromkeys(number for number in eos if number is not None)),
         pad=next(iter((*said["pad_token_id"], ids.get("pad"))), None),
         notes=tuple(dict.fromkeys(notes)),
+        beyond=frozenset(beyond),
     )
 
 
 def set_ids(config: dict[str, Any], ids: SpecialIds) -> None:
-    """Fill in the ids that are known; a single eos stays a number, as most readers write it."""
+    """Fill in the ids that are known; a single eos stays a number, as most readers write it.
+
+    One that was left out because it lies beyond the embedding becomes null.
+    """
     eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos)
     for key, value in (("bos_token_id", ids.bos), ("eos_token_id", eos), ("pad_token_id", ids.pad)):
         if value is not None and value != []:
             config[key] = value
+        elif key in ids.beyond and key in config:
+            config[key] = None

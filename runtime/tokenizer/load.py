@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.runtime.families.config import read_config
+from dbrx_quant.runtime.families.source import embedding_rows
 from dbrx_quant.runtime.files.errors import CheckpointError
 
 # What decides how text becomes ids; the first name found stands for all.
@@ -53,7 +54,7 @@ def tokenizer_fingerprint(folder: str | Path) -> str:
 
 
 def model_limits(folder: str | Path) -> tuple[int | None, int | None]:
-    """(rows of the embedding, longest sequence in tokens) by a folder's config.json; None: not stated.
+    """(rows of the embedding, longest sequence in tokens) of a model folder; None: not stated.
 
     Raises:
         CheckpointError: config.json is no JSON object.
@@ -61,9 +62,8 @@ def model_limits(folder: str | Path) -> tuple[int | None, int | None]:
     if not (Path(folder) / "config.json").is_file():
         return None, None
     config = read_config(Path(folder))
-    vocabulary = config.get("vocab_size")
     longest = config.get("max_seq_len", config.get("max_position_embeddings"))
     return (
-        vocabulary if isinstance(vocabulary, int) else None,
+        embedding_rows(Path(folder)),
         longest if isinstance(longest, int) else None,
     )

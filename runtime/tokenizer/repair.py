@@ -9,7 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbrx_quant.runtime.families.config import load_config, read_config
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.families.source import embedding_rows
 from dbrx_quant.runtime.files.atomic import write_json, write_parts
 from dbrx_quant.runtime.files.lock import locked
 from dbrx_quant.runtime.tokenizer.check import Problem, check_tokenizer
@@ -58,7 +59,7 @@ def plan_repair(folder: Path) -> Repair:
     with tempfile.TemporaryDirectory() as temporary:
         trial = Path(temporary)
         changes = write_tokenizer(folder, trial, size)
-        ids = special_ids(trial, folder)
+        ids = special_ids(trial, folder, size)
         for name in CONFIGS:
             content = read_object(folder / name)
             set_ids(content, ids)
@@ -96,8 +97,8 @@ def apply_repair(folder: Path, repair: Repair) -> Path | None:
 
 
 def _vocabulary_size(folder: Path) -> int:
-    size = read_config(folder).get("vocab_size")
-    return size if isinstance(size, int) else int(load_config(folder).vocab_size)
+    rows = embedding_rows(folder)
+    return int(load_config(folder).vocab_size) if rows is None else rows
 
 
 def _changed_ids(folder: Path, name: str, content: dict[str, object]) -> list[str]:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write it."""
-    from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME
+    from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME
     from dbrx_quant.runtime.folder.index import write_index
 
     weight_map = write_index(arguments.folder)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME, Checkpoint
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
+from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME
 from dbrx_quant.runtime.files.errors import CheckpointError
 
 
@@ -58,9 +59,13 @@ def test_an_index_of_absent_shards_is_stale_and_ignored(folder):
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": "1.safetensors", "x": "1.safetensors"}, "names the tensor x, which no shard holds"),
+        ({"a": "1.safetensors", "x": "1.safetensors"}, "names the tensor x in 1.safetensors, which does not"),
         ({"a": "1.safetensors", "c": "3.safetensors"}, "names the shard 3.safetensors, which isn't there"),
-        ({"a": "2.safetensors"}, "places a in 2.safetensors, but it is in 1.safetensors"),
+        ({"a": "2.safetensors"}, "names the tensor a in 2.safetensors, which does not hold it"),
+        (
+            {"a": "2.safetensors", "b": "1.safetensors"},
+            "places a in 2.safetensors, but it is in 1.safetensors",
+        ),
     ],
 )
 def test_an_index_that_disagrees_with_its_shards_is_refused(folder, weight_map, message):

@@ -2,8 +2,10 @@
 
 import io
 import json
+import pickle
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from places import TINY
 
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.model.load import load_model
 from dbrx_quant.runtime.model.load_dense import load_dense
 from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
@@ -68,9 +71,38 @@ def test_a_config_names_no_attention_kernel(folder):
     assert load_config(folder)._attn_implementation is None
 
 
-def test_pickled_weights_are_not_opened(folder, monkeypatch):
+def test_pickled_weights_are_not_opened_where_there_are_others(folder, monkeypatch):
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     torch.save({"weight": torch.zeros(1)}, folder / "pytorch_model.bin")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
-    with pytest.raises(CheckpointError, match="safetensors"):
+    load_dense(folder)
+
+
+class Runs:
+    """Leaves a trace where it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self.trace,))
+
+
+def test_code_in_pickled_weights_is_not_run(folder):
+    (folder / "model.safetensors").unlink()
+    hostile = {"transformer.wte.weight": torch.zeros(1), "x": Runs(folder.parent / "ran")}
+    torch.save(hostile, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not readable as tensors alone"):
         load_dense(folder)
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(hostile["x"]))
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not readable as tensors alone"):
+        load_dense(folder)
+    assert not (folder.parent / "ran").exists()
+
+
+def test_pickled_weights_of_a_quantized_model_are_not_opened(folder, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(1)}, folder / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors files"):
+        load_model(folder)

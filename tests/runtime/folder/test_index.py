@@ -9,7 +9,7 @@ from quant_models import CONFIGS, build_quantized_folder
 from transformers import AutoModelForCausalLM
 
 from dbrx_quant.runtime import load_model
-from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME
+from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME
 from dbrx_quant.runtime.files.atomic import save_tensors
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.verify import verify

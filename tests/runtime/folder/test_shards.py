@@ -18,7 +18,8 @@ from tiny_output import (
     source_tensors,
 )
 
-from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME, Checkpoint
+from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
+from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.atomic import save_tensors

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_output import CONFIG, TOKENIZER_CONFIG, VOCABULARY, make_output, make_tokenizer, write_json
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from dbrx_quant.runtime.exl2.checkpoint import INDEX_NAME
+from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME
 from dbrx_quant.runtime.files.atomic import save_tensors
 from dbrx_quant.runtime.folder.verify import verify
 
