@@ -39,7 +39,7 @@ class Connection(H11Protocol):  # type: ignore[misc]
         self._since = self.loop.time()
         self._watch()
         if len(self.connections) > most_connections():
-            waiting = [one for one in self.connections if one._awaited in _SECONDS]
+            waiting = [one for one in self.connections if one._awaited in _SECONDS or one.flow.write_paused]
             min(waiting or [self], key=lambda one: one._since).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -78,4 +78,11 @@ class Connection(H11Protocol):  # type: ignore[misc]
         if self._late:
             self._late.cancel()
         seconds = _SECONDS.get(awaited)
-        self._late = self.loop.call_later(seconds, self.transport.abort) if seconds else None
+        self._late = self.loop.call_later(seconds, self._give_up, seconds) if seconds else None
+
+    def _give_up(self, seconds: float) -> None:
+        """Close it, unless the last answer is still on its way: then that has its own time."""
+        if self.transport.get_write_buffer_size():
+            self._late = self.loop.call_later(seconds, self._give_up, seconds)
+        else:
+            self.transport.abort()

@@ -38,12 +38,12 @@ class Places:
         self.most, self.taken = most, 0
         self._seconds, self._last = 1.0, 0.0
 
-    def take(self) -> float | None:
-        """A place, to be given back with `leave`; None if all are taken."""
+    def take(self) -> bool:
+        """Take a place, to be given back with `leave`, unless all are taken."""
         if self.taken >= self.most:
-            return None
+            return False
         self.taken += 1
-        return time.monotonic()
+        return True
 
     def leave(self, since: float) -> None:
         """Give back a place that was taken at a time."""
@@ -59,11 +59,33 @@ class Places:
         return max(1, math.ceil(self._seconds))
 
 
+class Visit:
+    """A request in its place of the queue.
+
+    Args:
+        places: where it has taken one, if so.
+        number: what it is called.
+
+    Attributes:
+        id: its number.
+        gone: set when it is over, answered or not.
+    """
+
+    def __init__(self, places: Places | None, number: str) -> None:
+        self.id, self.gone = number, threading.Event()
+        self._places, self._since = places, time.monotonic()
+
+    def leave(self) -> None:
+        """Give the place back, when the model is done with it; the answer may still be on its way."""
+        places, self._places = self._places, None
+        if places is not None:
+            places.leave(self._since)
+
+
 class Door:
     """An ASGI application in front of another.
 
-    Requests to `POSTS` reach it with their whole body, in a place of the queue, and have `gone` in their
-    state: an Event that is set when they are over, answered or not. All have an `id` there.
+    Requests to `POSTS` reach it with their whole body and a place of the queue, `visit` in their state.
 
     Args:
         app: the application.
@@ -91,19 +113,18 @@ class Door:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        state = scope.setdefault("state", {})
-        state["id"] = given if _ID.fullmatch(given) else str(uuid.uuid4())
+        number = given if _ID.fullmatch(given) else str(uuid.uuid4())
 
         async def marked(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["id"].encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
             await send(message)
 
         refusal = self._refuse(scope, headers)
         if refusal is not None:
             await _turn_away(refusal, headers, scope, receive, marked)
         elif scope["method"] == "POST" and scope["path"] in POSTS:
-            await self._admit(headers, scope, receive, marked)
+            await self._admit(number, headers, scope, receive, marked)
         else:
             await self.app(scope, receive, marked)
 
@@ -150,7 +171,7 @@ class Door:
             413, f"the body is larger than {self._most} bytes, more than the context can hold"
         )
 
-    async def _admit(self, headers: Headers, scope: Any, receive: Any, send: Any) -> None:
+    async def _admit(self, number: str, headers: Headers, scope: Any, receive: Any, send: Any) -> None:
         body = bytearray()
         while True:
             message = await receive()
@@ -162,21 +183,22 @@ class Door:
                 return
             if not message.get("more_body", False):
                 break
-        since = self._places.take()
-        if since is None:
+        if not self._places.take():
             full = error_response(503, f"{self._places.most} requests are waiting, no more may")
             full.headers["Retry-After"] = str(self._places.wait())
             await full(scope, receive, send)
             return
+        visit = Visit(self._places, number)
+        scope.setdefault("state", {})["visit"] = visit
         try:
             await _while_wanted(self.app, bytes(body), scope, receive, send)
         finally:
-            self._places.leave(since)
+            visit.gone.set()
+            visit.leave()
 
 
 async def _while_wanted(app: Any, body: bytes, scope: Any, receive: Any, send: Any) -> None:
     """Run an application on a body for as long as its client is there."""
-    scope["state"]["gone"] = gone = threading.Event()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def read() -> Any:
@@ -194,7 +216,6 @@ async def _while_wanted(app: Any, body: bytes, scope: Any, receive: Any, send: A
         if work.done():
             work.result()
     finally:
-        gone.set()
         for task in (work, watch):
             task.cancel()
         await asyncio.gather(work, watch, return_exceptions=True)

@@ -233,11 +233,11 @@ class _Service:
     async def _answer(
         self, handler: Any, request: Request, asked: Asked, ids: list[int], more: dict[str, Any] | None = None
     ) -> Answer:
-        turn = Turn(self.turns, asked, request.state.gone)
+        turn = Turn(self.turns, asked, request.state.visit)
         prompt = torch.tensor([ids])
         made = handler._streaming if asked.stream else handler._non_streaming
         answer = made(
-            request_id=request.state.id,
+            request_id=request.state.visit.id,
             model=self.model,
             processor=self.tokenizer,
             model_id=self.name,

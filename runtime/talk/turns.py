@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cli.serving.utils import DirectStreamer, _StreamError
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
+from dbrx_quant.runtime.talk.door import Visit
 from dbrx_quant.runtime.talk.requests import Asked
 
 FAILED = "the server failed; its log says why"
@@ -66,11 +67,11 @@ class Turn:
     Args:
         turns: whose.
         asked: the request.
-        gone: set when its client no longer waits.
+        visit: its place, given back when the generation is over.
     """
 
-    def __init__(self, turns: Turns, asked: Asked, gone: threading.Event) -> None:
-        self._turns, self._asked, self._gone = turns, asked, gone
+    def __init__(self, turns: Turns, asked: Asked, visit: Visit) -> None:
+        self._turns, self._asked, self._visit, self._gone = turns, asked, visit, visit.gone
 
     def config(self, limit: int) -> GenerationConfig:
         """What the request asks for, over the model's own defaults."""
@@ -101,6 +102,7 @@ class Turn:
         streamer = DirectStreamer(processor._tokenizer, loop, queue, response_parser=response_parser)
 
         def run() -> None:
+            end: _StreamError | None
             try:
                 self._generate(inputs, gen_config, streamer)
             except StoppedError as reason:
@@ -109,9 +111,11 @@ class Turn:
                 _log.exception("generation failed")
                 end = _StreamError(FAILED)
             else:
-                return
+                end = None
             if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, end)
+                loop.call_soon_threadsafe(self._visit.leave)
+                if end is not None:
+                    loop.call_soon_threadsafe(queue.put_nowait, end)
 
         self._turns.thread.submit(run)
         return queue, streamer

@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(folder)
     ids = _encode(tokenizer, prompt, arguments.chat)
     context = model_limits(folder)[1]
-    most = arguments.max_new_tokens if context is None else min(arguments.max_new_tokens, context - ids.shape[1])
+    room = arguments.max_new_tokens if context is None else context - ids.shape[1]
+    most = min(arguments.max_new_tokens, room)
     if most < 1:
         raise ValueError(
             f"the prompt has {ids.shape[1]} tokens, the model takes {context} with the answer; shorten it"

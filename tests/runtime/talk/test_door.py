@@ -1,6 +1,7 @@
 """The server's door with an application of three lines behind it."""
 
 import asyncio
+import time
 
 import pytest
 from asgi import ask, call
@@ -17,13 +18,13 @@ class App:
     """Says what it was given, once it may; knows which requests are over."""
 
     def __init__(self):
-        self.bodies, self.gone = [], []
+        self.bodies, self.visits = [], []
         self.may_answer = None
 
     async def __call__(self, scope, receive, send):
         if scope["method"] == "POST":
             self.bodies.append((await receive())["body"])
-            self.gone.append(scope["state"]["gone"])
+            self.visits.append(scope["state"]["visit"])
         if self.may_answer is not None:
             await self.may_answer.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -38,20 +39,32 @@ def app():
 def test_a_body_arrives_whole_and_the_request_ends_with_its_answer(app):
     got = ask(Door(app, Places(1), MOST), PATH, pieces=[b'{"a"', b": 1}"])
     assert (got.status, app.bodies) == (200, [b'{"a": 1}'])
-    assert app.gone[0].is_set()
+    assert app.visits[0].gone.is_set()
 
 
-@pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:8000", "10.0.0.7:80", "llm", "a.localhost"])
+@pytest.mark.parametrize(
+    "host", ["localhost:8000", "127.0.0.1", "[::1]:8000", "10.0.0.7:80", "llm", "a.localhost"]
+)
 def test_addresses_and_names_that_nobody_can_register_lead_in(app, host):
     assert ask(Door(app, Places(1), MOST), PATH, headers={"host": host}).status == 200
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "[::1", "a.b@c.d"]
+    "host",
+    [
+        "evil.example",
+        "evil.example:8000",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "[::1",
+        "a.b@c.d",
+    ],
 )
 @pytest.mark.parametrize("path", [PATH, "/v1/models", "/health"])
 def test_a_name_that_a_stranger_may_have_pointed_here_does_not(app, host, path):
-    got = ask(Door(app, Places(1), MOST), path, headers={"host": host}, method="POST" if path == PATH else "GET")
+    got = ask(
+        Door(app, Places(1), MOST), path, headers={"host": host}, method="POST" if path == PATH else "GET"
+    )
     assert got.status == 403
     assert "--allow-host" in got.message
     assert not app.bodies
@@ -68,7 +81,9 @@ def test_the_right_key_leads_in(app, key):
     assert ask(Door(app, Places(1), MOST, "secret"), PATH, headers={"authorization": key}).status == 200
 
 
-@pytest.mark.parametrize("key", [None, "", "secret", "Bearer", "Bearer wrong", "Bearer sécret", "Basic secret"])
+@pytest.mark.parametrize(
+    "key", [None, "", "secret", "Bearer", "Bearer wrong", "Bearer sécret", "Basic secret"]
+)
 def test_no_other_does(app, key):
     door = Door(app, Places(1), MOST, "secret")
     assert ask(door, PATH, headers={"authorization": key}).status == 401
@@ -77,7 +92,9 @@ def test_no_other_does(app, key):
     assert not app.bodies
 
 
-@pytest.mark.parametrize("media", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+@pytest.mark.parametrize(
+    "media", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
+)
 def test_what_a_web_page_may_send_without_asking_is_refused(app, media):
     assert ask(Door(app, Places(1), MOST), PATH, headers={"content-type": media}).status == 415
 
@@ -119,13 +136,13 @@ def test_a_client_that_leaves_ends_the_work_and_frees_its_place(app):
         door = Door(app, Places(1), MOST)
         left = asyncio.Event()
         request = asyncio.create_task(call(door, PATH, leave=left))
-        while not app.gone:
+        while not app.visits:
             await asyncio.sleep(0)
-        before = app.gone[0].is_set()
+        before = app.visits[0].gone.is_set()
         left.set()
         got = await request
         app.may_answer.set()
-        return before, got, app.gone[0].is_set(), (await call(door, PATH)).status
+        return before, got, app.visits[0].gone.is_set(), (await call(door, PATH)).status
 
     assert asyncio.run(leave()) == (False, None, True, 200)
 
@@ -135,12 +152,34 @@ def test_a_client_that_leaves_amid_its_body_takes_no_place(app):
         async def receive():
             return {"type": "http.disconnect"}
 
-        scope = {"type": "http", "method": "POST", "path": PATH, "headers": [(b"content-type", b"application/json")]}
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": PATH,
+            "headers": [(b"content-type", b"application/json")],
+        }
         places = Places(1)
         await Door(app, places, MOST)(scope, receive, None)
         return places.taken
 
     assert asyncio.run(leave()) == 0
+
+
+def test_a_place_is_free_when_the_model_is_done_though_the_answer_is_on_its_way(app):
+    async def slow():
+        app.may_answer = asyncio.Event()
+        door = Door(app, Places(1), MOST)
+        first = asyncio.create_task(call(door, PATH))
+        while not app.visits:
+            await asyncio.sleep(0)
+        app.visits[0].leave()
+        second = asyncio.create_task(call(door, PATH))
+        while len(app.visits) < 2:
+            await asyncio.sleep(0)
+        app.may_answer.set()
+        return (await first).status, (await second).status, (await call(door, PATH)).status
+
+    assert asyncio.run(slow()) == (200, 200, 200)
 
 
 def test_a_failure_behind_it_frees_the_place():
@@ -157,12 +196,15 @@ def test_places_tell_how_long_the_last_requests_took():
     places = Places(5)
     assert places.wait() == 1
     for _ in range(20):
-        since = places.take()
-        places.leave(since - 30)
+        places.take()
+        places.leave(time.monotonic() - 30)
+    assert places.taken == 0
     assert 1 <= places.wait() <= 30
 
 
-@pytest.mark.parametrize(("given", "kept"), [("abc-1", True), ("a b", False), ("é", False), ("x" * 65, False)])
+@pytest.mark.parametrize(
+    ("given", "kept"), [("abc-1", True), ("a b", False), ("é", False), ("x" * 65, False)]
+)
 def test_an_answer_has_the_id_of_its_request(app, given, kept):
     got = ask(Door(app, Places(1), MOST), "/health", headers={"x-request-id": given}, method="GET")
     assert (got.headers["x-request-id"] == given) == kept
