@@ -25,7 +25,7 @@ class Answer:
     Attributes:
         text: the answer.
         tokens: how many, the one that ended the turn included.
-        stopped: `turn` (the model ended it), `length` or `interrupted`.
+        stopped: `turn` (the model ended it), `length`, `context` (which is full) or `interrupted`.
         prompt_tokens: what it answered to.
         reused: those of them that the model had read already.
         dropped: how many of the oldest turns it no longer saw, and the answer before still did.
@@ -211,7 +211,7 @@ class Conversation:
             write(piece)
 
         stream = TextStream(self._tokenizer, passing)
-        stopped = "length"
+        stopped = "length" if self.max_new_tokens <= room else "context"
         prompt = torch.tensor([ids], device=self._model.device)
         try:
             self._model.generate(

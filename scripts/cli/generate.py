@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, natural, positive, temperature
-from dbrx_quant.scripts.terminal.output import hide_loading_bar, print_json
+from dbrx_quant.scripts.terminal.output import hide_loading_bar, print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb
 
 if TYPE_CHECKING:
@@ -35,13 +35,20 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.runtime.model.load import load_model
     from dbrx_quant.runtime.talk.conversation import end_ids, sampling
     from dbrx_quant.runtime.talk.text_stream import TextStream
-    from dbrx_quant.runtime.tokenizer.load import load_tokenizer
+    from dbrx_quant.runtime.tokenizer.load import load_tokenizer, model_limits
 
     hide_loading_bar(arguments.quiet)
     folder = find_folder(arguments.folder, None)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     tokenizer = load_tokenizer(folder)
     ids = _encode(tokenizer, prompt, arguments.chat)
+    context = model_limits(folder)[1]
+    room = arguments.max_new_tokens if context is None else context - ids.shape[1]
+    most = min(arguments.max_new_tokens, room)
+    if most < 1:
+        raise ValueError(
+            f"the prompt has {ids.shape[1]} tokens, the model takes {context} with the answer; shorten it"
+        )
     model = load_model(folder, device=arguments.device)
     torch.manual_seed(arguments.seed)
     stream = TextStream(tokenizer, (lambda piece: None) if arguments.json else _write)
@@ -51,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         model.generate(
             ids.to(model.device),
             attention_mask=torch.ones_like(ids).to(model.device),
-            max_new_tokens=arguments.max_new_tokens,
+            max_new_tokens=most,
             streamer=stream,
             **sampling(arguments.temperature),
         )
@@ -59,15 +66,16 @@ def run(arguments: argparse.Namespace) -> int:
         interrupted = True
         stream.end()
     seconds = time.monotonic() - started
+    ended = bool(stream.ids) and stream.ids[-1] in end_ids(model)
+    cut = "context" if most < arguments.max_new_tokens else "length"
     if arguments.json:
-        ended = bool(stream.ids) and stream.ids[-1] in end_ids(model)
         print_json(
             {
                 "prompt": prompt,
                 "text": stream.text,
                 "prompt_tokens": ids.shape[1],
                 "new_tokens": len(stream.ids),
-                "stopped": "interrupted" if interrupted else "end of text" if ended else "length",
+                "stopped": "interrupted" if interrupted else "end of text" if ended else cut,
                 "seconds": seconds,
                 "tokens_per_second": len(stream.ids) / seconds,
             }
@@ -76,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         _write("\n")
     if interrupted:
         raise KeyboardInterrupt
+    if cut == "context" and not ended:
+        say(f"cut off: the model takes {context} tokens, prompt and answer together")
     return 0
 
 

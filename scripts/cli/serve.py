@@ -6,15 +6,19 @@ import os
 import shlex
 import socket
 import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
-from dbrx_quant.scripts.terminal.arguments import add_quiet_argument
+from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, natural, positive
 from dbrx_quant.scripts.terminal.output import hide_loading_bar, model_title, print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb
 
 API_KEY = "DBRXQ_API_KEY"
 _STOP_SECONDS = 3
+_KILL_SECONDS = 20
+_MOST_KEY = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +27,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
     parser.add_argument("--port", type=port, default=8000, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--name", help="what clients call the model (default: the folder's name, or the id)")
+    keys = parser.add_mutually_exclusive_group()
+    keys.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"the key that clients must send (default: ${API_KEY}, or nothing); other users can see it here",
+    )
+    keys.add_argument("--api-key-file", metavar="FILE", help="a file with that key, which only you can read")
     parser.add_argument(
-        "--api-key", metavar="KEY", help=f"the key that clients must send (default: ${API_KEY}, or nothing)"
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a further name that clients reach this server by, beside addresses and names without a dot; "
+        "* allows all",
     )
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    parser.add_argument(
+        "--context", metavar="TOKENS", type=positive, help="of prompt and answer (default: the model's)"
+    )
+    parser.add_argument(
+        "--queue",
+        metavar="N",
+        type=natural,
+        default=64,
+        help="requests that may wait for one that is answered; more get 503 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=positive,
+        default=600,
+        help="for one answer; it is cut off there (default: %(default)s)",
+    )
     add_quiet_argument(parser)
 
 
@@ -55,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         folder = find_folder(arguments.folder, None)
         name = arguments.name or model_title(arguments.folder)
         try:
-            from dbrx_quant.runtime.talk.server import build_app
+            from dbrx_quant.runtime.talk.server import Limits, build_app
         except ImportError as error:
             import transformers
 
@@ -63,10 +96,13 @@ def run(arguments: argparse.Namespace) -> int:
                 f"the server of transformers {transformers.__version__} is another than this was made for "
                 f"({error}); transformers 5.23 is known to work"
             ) from error
-        api_key = arguments.api_key or os.environ.get(API_KEY) or None
+        api_key = _api_key(arguments)
         if api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
             say("warning: everyone who can reach this machine can use the model; --api-key requires a key")
-        app = build_app(folder, name, arguments.device, api_key)
+        limits = Limits(arguments.queue, arguments.timeout, arguments.context)
+        app = build_app(
+            folder, name, arguments.device, api_key, [arguments.host, *arguments.allow_host], limits
+        )
         host, number = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{number}/v1"
@@ -92,6 +128,27 @@ def example(url: str, name: str, api_key: str | None) -> str:
     return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 
+def _api_key(arguments: argparse.Namespace) -> str | None:
+    """The key that clients must send, if any.
+
+    Raises:
+        OSError: its file cannot be read.
+        ValueError: it is nothing that a client can send.
+    """
+    path = arguments.api_key_file
+    key = arguments.api_key or os.environ.get(API_KEY) or None
+    if path is not None:
+        with open(path, encoding="utf-8") as file:
+            key = file.read(_MOST_KEY + 1).strip()
+    if key is not None and not (
+        key.isascii() and key.isprintable() and " " not in key and 0 < len(key) <= _MOST_KEY
+    ):
+        raise ValueError(
+            f"{path or 'the API key'}: a key is 1 to {_MOST_KEY} letters, digits and signs, without spaces"
+        )
+    return key
+
+
 def _bind(host: str, number: int) -> socket.socket:
     """A socket on that address that takes no connections yet.
 
@@ -102,6 +159,7 @@ def _bind(host: str, number: int) -> socket.socket:
     made = socket.socket(family)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a client that vanished is noticed
         made.bind((host, number))
     except OSError as error:
         made.close()
@@ -118,6 +176,8 @@ def _serve(app: Any, listening: socket.socket, announce: Callable[[], None], qui
     import uvicorn
     from uvicorn.config import LOGGING_CONFIG
 
+    from dbrx_quant.runtime.talk.connections import Connection
+
     logging = copy.deepcopy(LOGGING_CONFIG)
     logging["handlers"]["access"]["stream"] = "ext://sys.stderr"
 
@@ -126,12 +186,20 @@ def _serve(app: Any, listening: socket.socket, announce: Callable[[], None], qui
             await super().startup(sockets=sockets)
             announce()
 
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            killer = threading.Timer(_KILL_SECONDS, os._exit, (75,))  # whatever the rest is waiting for
+            killer.daemon = True
+            killer.start()
+
     config = uvicorn.Config(
         app,
         log_level="warning" if quiet else "info",
         log_config=logging,
         access_log=not quiet,
         timeout_graceful_shutdown=_STOP_SECONDS,
+        http=Connection,
+        ws="none",
     )
     Server(config).run(sockets=[listening])
 

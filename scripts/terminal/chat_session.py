@@ -151,6 +151,8 @@ def summary(answer: "Answer") -> str:
         parts.append("stopped")
     elif answer.stopped == "length":
         parts.append("cut off: /tokens N allows more")
+    elif answer.stopped == "context":
+        parts.append("cut off: the context is full")
     return ", ".join(parts)
 
 

@@ -180,7 +180,7 @@ def test_a_message_that_cannot_fit_is_refused_and_not_kept(talk):
 def test_answers_never_leave_the_context(scripted):
     talk = Conversation(*scripted)
     answer = talk.ask("x" * 103, silent)
-    assert answer.stopped == "length"
+    assert answer.stopped == "context"
     assert answer.prompt_tokens + answer.tokens == 128
 
 
