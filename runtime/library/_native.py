@@ -1,11 +1,14 @@
 """The native CPU library: its number of threads and instruction set, and its statuses as exceptions.
 
-The library follows `torch.get_num_threads()`: `library()` passes the number on whenever it has changed.
+The library follows `torch.get_num_threads()`: `library()` passes the number on whenever it has changed. In a
+forked child, where torch's threads are gone and waiting for them would never end, that number becomes 1.
 """
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -37,9 +40,21 @@ def library() -> ctypes.CDLL:
     if not _threads_fixed:
         count = torch.get_num_threads()
         if count != _threads_sent:
+            _prepare_for_forks()
             handle.dbrxq_set_threads(count)
             _threads_sent = count
     return handle
+
+
+@cache
+def _prepare_for_forks() -> None:
+    """Let torch work on one thread in forked children, as in the workers of its own `DataLoader`."""
+    os.register_at_fork(after_in_child=_stay_alone)
+
+
+def _stay_alone() -> None:
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
 
 
 def available() -> bool:

@@ -1,6 +1,8 @@
 // The threads that share out a kernel's tasks.
 #include "parallel.h"
 
+#include <pthread.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -111,8 +113,17 @@ class Pool {
   int sleeping_ = 0;
 };
 
-std::mutex caller_mutex;  // one parallel_for at a time: callers from several Python threads take turns
-std::unique_ptr<Pool> pool;
+// What callers share: one parallel_for at a time, those from several Python threads take turns.
+struct Shared {
+  std::mutex mutex;
+  std::unique_ptr<Pool> pool;
+};
+
+// Never destroyed. A forked child has none of its parent's threads, and whoever held the mutex may not be in it:
+// so the child lets go of both and begins anew.
+std::atomic<Shared*> shared{new Shared};
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { shared.store(new Shared); });
+
 std::atomic<int> wanted{0};
 
 }  // namespace
@@ -132,9 +143,10 @@ void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body) {
     for (int64_t i = 0; i < tasks; ++i) body(i);
     return;
   }
-  std::lock_guard<std::mutex> lock(caller_mutex);
-  if (!pool || pool->size() != count) pool = std::make_unique<Pool>(count);
-  pool->run(tasks, body);
+  Shared& all = *shared.load();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  if (!all.pool || all.pool->size() != count) all.pool = std::make_unique<Pool>(count);
+  all.pool->run(tasks, body);
 }
 
 }  // namespace dbrxq
