@@ -62,10 +62,16 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 
     Raises:
         TypeError: a key is not a string, or a value has no JSON form.
-        ValueError: a number is NaN or infinite, which JSON cannot hold.
+        ValueError: a number is NaN or infinite, which JSON cannot hold; or a text is no Unicode.
         OSError: as in `write_text`.
     """
-    write_text(path, render_json(value) + "\n")
+    try:
+        text = render_json(value) + "\n"
+        text.encode("utf-8")
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path}: cannot be written ({error})") from error
+    write_text(path, text)
 
 
 def render_json(value: object, depth: int = 0) -> str:

