@@ -59,6 +59,11 @@ def check_seal(path: Path) -> None:
         raise CheckpointError(f"{path}: {fault}; run the same command again, which makes it anew")
 
 
+def was_sealed(path: Path) -> bool:
+    """Whether there is a checksum of a file, be the file there or not."""
+    return _expected(path) is not None
+
+
 def was_sealed_as(path: Path, content: bytes) -> bool:
     """Whether a file, lost or damaged by now, had this content when it was sealed."""
     return hashlib.sha256(content).hexdigest() == _expected(path)
