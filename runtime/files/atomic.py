@@ -237,7 +237,7 @@ def naming(path: Path, temporary: Path | None = None, required: int | None = Non
     try:
         yield
     except OSError as error:
-        if error.errno is None or (error.filename and str(error.filename) != str(temporary)):
+        if error.errno is None or str(error.filename or path) not in (str(path), str(temporary)):
             raise
         text = error.strerror
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
