@@ -241,9 +241,10 @@ def naming(path: Path, temporary: Path | None = None, required: int | None = Non
             raise
         text = error.strerror
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            wanted = "" if required is None else f": {required} bytes required, {free} free"
-            text = f"disk full{wanted}; free some space and run again"
+            text = "disk full; free some space and run again"
+            if required is not None:
+                free = shutil.disk_usage(path.parent).free
+                text = f"disk full: {required} bytes required, {free} free; free some space and run again"
         raise OSError(error.errno, text, str(path)) from error
 
 
