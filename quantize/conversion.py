@@ -102,6 +102,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
     _check_side_files(model)
     check_channels(model.architecture)
     check_targets(options.targets, *shape_range(model.architecture))
+    given = read_measurement_of(options.measurement, options.model) if options.measurement else None
     outputs = [options.output(target) for target in options.targets]
     check_apart(options.work, (*outputs, options.model, options.measurement))
     with (
@@ -113,9 +114,9 @@ def convert(options: ConvertOptions) -> list[Converted]:
         rows = _rows(options)
         check_memory(model.architecture, rows.count, options.max_memory)
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
-        measured = options.measurement is not None or (options.work / MEASUREMENT_NAME).exists()
+        measured = given is not None or (options.work / MEASUREMENT_NAME).exists()
         check_disk(model.architecture, rows.count, options.work, options.out, sizes, measured)
-        measurement = _measurement(options, model, rows)
+        measurement = given or _measurement(options, model, rows)
         strategies = _strategies(options, model, rows, measurement)
         return [_one_target(options, model, rows, measurement, s) for s in strategies]
 
@@ -188,8 +189,6 @@ def _facts(options: ConvertOptions) -> dict[str, Any]:
 
 
 def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> Measurement:
-    if options.measurement:
-        return read_measurement_of(options.measurement, options.model)
     path = options.work / MEASUREMENT_NAME
     if not path.exists():
         folder = options.work / "measure"

@@ -15,12 +15,13 @@ from dbrx_quant.runtime.files.atomic import remove_leftovers
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.lock import LOCK_NAME, locked
-from dbrx_quant.runtime.files.sealed import remove, remove_damaged, seal_fault, was_sealed_as
+from dbrx_quant.runtime.files.sealed import remove, remove_damaged, seal_fault, was_sealed, was_sealed_as
 from dbrx_quant.runtime.files.watched import ChangedError
 
 Resume = Literal["auto", "never", "must"]
 
 JOB_NAME = "job.json"
+_OWN = (LOCK_NAME, f".{JOB_NAME}.")  # what a start that was killed leaves
 _FILE = JsonFile("a job file", version=1, remedy="start over with --resume never", sealed=True)
 
 
@@ -45,14 +46,15 @@ def open_job(folder: Path, facts: Mapping[str, Any], resume: Resume) -> Iterator
     """
     path = folder / JOB_NAME
     with locked(folder):
-        if not os.path.lexists(path) and any(p.name != LOCK_NAME for p in folder.iterdir()):
+        begun = os.path.lexists(path) or was_sealed(path)
+        if not begun and any(not p.name.startswith(_OWN) for p in folder.iterdir()):
             raise ValueError(
                 f"{folder}: not empty, and not a work folder of dbrx-quant; choose another --work-dir"
             )
         if resume == "never":
             _empty(folder)
         _refuse_links(folder)
-        resumed = path.exists() and _is_same(path, facts)
+        resumed = (path.exists() or was_sealed(path)) and _is_same(path, facts)
         if resume == "must" and not resumed:
             raise ValueError(f"{folder}: no earlier work to resume")
         for parent, _, _ in os.walk(folder):
@@ -85,7 +87,7 @@ def _real(path: Path) -> Path:
 
 def _is_same(path: Path, facts: Mapping[str, Any]) -> bool:
     """Whether the work was started with the same facts; False, too, where nothing came of it."""
-    if fault := seal_fault(path):
+    if fault := seal_fault(path) if path.exists() else "missing":
         if not _has_work(path.parent):
             return False
         if not was_sealed_as(path, _FILE.text({"facts": facts}).encode()):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dbrx_quant.runtime.files.atomic import save_tensors
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.sealed import seal, seal_fault
 from dbrx_quant.runtime.kernels.activations import use_activations
 from dbrx_quant.runtime.kernels.float_matmul import fast_products
 from dbrx_quant.runtime.tokenizer.load import load_tokenizer
@@ -167,7 +168,7 @@ def cache_reference(
 
     N·L·V elements on disk (fp32, N = 40, L = 512, V = 100352: 8.2 GB; fp16 half of that, which moved a KL of
     0.000759 by 6e-7, since log-probabilities are normalised again when they are read). A window that is there
-    already for the same ids is not computed again; one folder is for one model.
+    already for the same ids, sound, is not computed again; one folder is for one model.
 
     Raises:
         ValueError: `dtype` is neither fp32 nor fp16, or a logit is not finite.
@@ -179,6 +180,8 @@ def cache_reference(
     folder.mkdir(parents=True, exist_ok=True)
     for i, row in enumerate(rows):
         path = _window_path(folder, i)
+        if path.is_file() and seal_fault(path):
+            path.unlink()  # computed again
         if not path.is_file() or _read_window(folder, i, row).logits.dtype != dtype:
             window = _run(model, row, f"original, window {i}")
             logits = window.logits.float()
@@ -190,6 +193,7 @@ def cache_reference(
                 tensors[f"choices.{block}"] = choices.to(torch.int16)
             blocks = "none" if window.choices is None else str(len(window.choices))
             save_tensors(path, tensors, {"ids": _hash(row), "blocks": blocks})
+            seal(path)
         if progress is not None:
             progress(i + 1, len(rows))
     return ReferenceCache(folder)
@@ -282,6 +286,8 @@ def _read_window(folder: Path, i: int, row: Tensor) -> _Window:
         raise CheckpointError(
             f"{path}: no such file; the cache of the original holds fewer than {i + 1} windows"
         )
+    if fault := seal_fault(path):
+        raise CheckpointError(f"{path}: {fault}; fill the cache again from the original")
     try:
         with safe_open(path, "pt") as opened:
             metadata = opened.metadata() or {}

@@ -63,10 +63,16 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 
     Raises:
         TypeError: a key is not a string, or a value has no JSON form.
-        ValueError: a number is NaN or infinite, which JSON cannot hold.
+        ValueError: a number is NaN or infinite, which JSON cannot hold; or a text is no Unicode.
         OSError: as in `write_text`.
     """
-    write_text(path, render_json(value) + "\n")
+    try:
+        text = render_json(value) + "\n"
+        text.encode("utf-8")
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path}: cannot be written ({error})") from error
+    write_text(path, text)
 
 
 def render_json(value: object, depth: int = 0) -> str:
@@ -232,13 +238,14 @@ def naming(path: Path, temporary: Path | None = None, required: int | None = Non
     try:
         yield
     except OSError as error:
-        if error.errno is None or (error.filename and str(error.filename) != str(temporary)):
+        if error.errno is None or str(error.filename or path) not in (str(path), str(temporary)):
             raise
         text = error.strerror
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            wanted = "" if required is None else f": {required} bytes required, {free} free"
-            text = f"disk full{wanted}; free some space and run again"
+            text = "disk full; free some space and run again"
+            if required is not None:
+                free = shutil.disk_usage(path.parent).free
+                text = f"disk full: {required} bytes required, {free} free; free some space and run again"
         raise OSError(error.errno, text, str(path)) from error
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.files.atomic import render_json, write_text
+from dbrx_quant.runtime.files.atomic import render_json, write_json
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_text import load_json
 from dbrx_quant.runtime.files.sealed import check_seal, seal
@@ -155,7 +155,7 @@ class JsonFile:
 
     def write(self, path: Path, content: Mapping[str, Any]) -> None:
         """Write the file, its version included, atomically."""
-        write_text(path, self.text(content))
+        write_json(path, {VERSION_KEY: self.version, **content})
         if self.sealed:
             seal(path)
 

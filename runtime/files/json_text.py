@@ -5,7 +5,10 @@ import math
 import os
 import re
 import stat
+from pathlib import Path
 from typing import Any
+
+from dbrx_quant.runtime.files.atomic import naming
 
 LARGEST_BYTES = 1 << 30
 DEEPEST = 100  # objects and lists inside of each other
@@ -22,7 +25,7 @@ def load_json(path: str | os.PathLike[str]) -> Any:
         OSError: it cannot be read.
         ValueError: it is no regular file, or as in `parse_json`; the reason alone, without the path.
     """
-    with open(path, "rb", opener=_open) as file:
+    with naming(Path(path)), open(path, "rb", opener=_open) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
@@ -54,10 +57,8 @@ def parse_json(data: bytes | str) -> Any:
         level = [inner for outer in level for inner in _parts(outer) if isinstance(inner, (dict, list))]
     if level:
         raise ValueError(_TOO_DEEP)
-    if _HALF_CHARACTER.search(text):
-        json.dumps(value, ensure_ascii=False).encode(
-            "utf-8"
-        )  # a UnicodeEncodeError where it is not in a pair
+    if _HALF_CHARACTER.search(text):  # refused by the encoder unless it is in a pair
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 

@@ -51,8 +51,10 @@ def _make(folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         wrong = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
-        what = "a link that leads nowhere" if wrong.is_symlink() and not wrong.exists() else "not a folder"
-        raise NotADirectoryError(errno.ENOTDIR, f"{what}; give another place", str(wrong)) from None
+        text = "not a folder; give another place"
+        if wrong.is_symlink() and not os.path.exists(wrong):
+            text = "a link that leads nowhere; give another place"
+        raise NotADirectoryError(errno.ENOTDIR, text, str(wrong)) from None
     return missing
 
 

@@ -1,7 +1,7 @@
 """Files that are read again later: a checksum beside each, compared whenever the file is read.
 
 The checksum of `x` is in `.x.sha256`. It is written after the file and not flushed to the disk: where it is
-lost, the file counts as damaged and is made anew.
+lost, the file counts as damaged and is made anew. SHA-256 takes 0.7 s of processor time a GB.
 """
 
 import hashlib
@@ -57,6 +57,11 @@ def check_seal(path: Path) -> None:
     """
     if fault := seal_fault(path):
         raise CheckpointError(f"{path}: {fault}; run the same command again, which makes it anew")
+
+
+def was_sealed(path: Path) -> bool:
+    """Whether there is a checksum of a file, be the file there or not."""
+    return _expected(path) is not None
 
 
 def was_sealed_as(path: Path, content: bytes) -> bool:

@@ -87,12 +87,12 @@ def kind_of(inner):
 
 
 def kinds(work):
-    """Kind → the first and the last of its files."""
+    """Kind → some of its files: the last, and the first linear, whose block is finished."""
     found = {}
     for path in sorted(work.rglob("*")):
         if path.is_file() and not path.name.startswith("."):
             found.setdefault(kind_of(str(path.relative_to(work))), []).append(path)
-    return {kind: {paths[0], paths[-1]} for kind, paths in found.items()}
+    return {kind: {paths[0 if "linears" in kind else -1], paths[-1]} for kind, paths in found.items()}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

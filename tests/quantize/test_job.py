@@ -91,6 +91,15 @@ def test_a_start_that_came_to_nothing_does_not_bind_the_next_one(tmp_path, rest)
     assert start(tmp_path, FACTS | {"seed": 1}) is True
 
 
+@pytest.mark.parametrize("rest", [".job.json.1a2b3c4d.part", ".job.json.sha256", ".lock"])
+def test_a_start_that_was_killed_does_not_bind_the_next_one(tmp_path, rest):
+    (tmp_path / rest).write_text("half")
+    assert start(tmp_path) is False
+    assert start(tmp_path) is True
+    (tmp_path / JOB_NAME).unlink()
+    assert start(tmp_path, FACTS | {"seed": 1}) is False
+
+
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-1], lambda b: bytes([b[0] ^ 1]) + b[1:]])
 @pytest.mark.parametrize("name", ["a.json", "deep/b.npy", "c.safetensors"])
 def test_a_damaged_work_file_is_named_and_removed_alone(tmp_path, name, damage, capsys):
@@ -143,6 +152,11 @@ def test_a_damaged_job_file_is_made_anew_for_the_same_facts_and_refused_for_othe
         start(tmp_path, FACTS | {"seed": 1})
     assert start(tmp_path) is True
     assert f"{tmp_path / JOB_NAME}: damaged" in capsys.readouterr().err
+    assert (tmp_path / JOB_NAME).read_bytes() == sound
+    (tmp_path / JOB_NAME).unlink()
+    with pytest.raises(CheckpointError, match=r"job\.json: missing; .*--resume never"):
+        start(tmp_path, FACTS | {"seed": 1})
+    assert start(tmp_path) is True
     assert (tmp_path / JOB_NAME).read_bytes() == sound
     (tmp_path / JOB_NAME).write_text(text)
     assert start(tmp_path, FACTS | {"seed": 1}, "never") is False

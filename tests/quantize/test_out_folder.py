@@ -11,6 +11,7 @@ from small_models import save_model, save_random_tokens
 from dbrx_quant.quantize import conversion
 from dbrx_quant.quantize.conversion import convert, measure_model
 from dbrx_quant.quantize.options import ConvertOptions
+from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.lock import LOCK_NAME, locked
 from dbrx_quant.runtime.folder.verify import verify
 
@@ -166,6 +167,15 @@ def test_a_measurement_that_cannot_be_written_there_is_refused_before_the_work(n
     with pytest.raises((OSError, ValueError), match=r"no folder|a folder; give|lies in the work folder"):
         measure_model(asked(model, tokens, tmp_path / "m", work_dir=tmp_path / "work"), output)
     assert [path.name for path in tmp_path.rglob("*")] == ["work"]
+
+
+@pytest.mark.parametrize("make", [a_file, a_dangling_link, lambda path: path.mkdir(), os.mkfifo])
+def test_a_measurement_that_cannot_be_read_is_refused_before_the_work(make, model, tokens, tmp_path):
+    make(tmp_path / "given.json")
+    before = everything(tmp_path)
+    with pytest.raises(CheckpointError, match=r"given\.json: (not a|no such) measurement"):
+        convert(asked(model, tokens, tmp_path / "out", measurement=tmp_path / "given.json"))
+    assert everything(tmp_path) == before
 
 
 @pytest.mark.parametrize("work", ["out", "out/..", "."])

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from dbrx_quant.runtime.evaluation.scores import Scores, cache_reference, evaluate, windows
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.sealed import seal
 
 V = 50
 
@@ -188,11 +189,28 @@ def test_a_wrong_or_broken_cache_is_refused(tmp_path):
     with safetensors.safe_open(path, "pt") as opened:
         metadata = opened.metadata()
     safetensors.torch.save_file({"top": torch.zeros(70)}, path, metadata)
+    seal(path)
     with pytest.raises(CheckpointError, match="log_probs is missing"):
         evaluate(model(quantized), cache, rows)
     path.write_bytes(path.read_bytes()[:20])
+    seal(path)
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         evaluate(model(quantized), cache, rows)
+
+
+def test_a_damaged_window_of_a_cache_is_refused_and_computed_again_from_the_original(tmp_path):
+    rows, original, quantized, model = tables(6)
+    cache = cache_reference(model(original), rows, tmp_path)
+    sound = evaluate(model(quantized), cache, rows)
+    path = tmp_path / "window-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        CheckpointError, match=r"window-00001.safetensors: damaged since it was written; fill"
+    ):
+        evaluate(model(quantized), cache, rows)
+    assert evaluate(model(quantized), cache_reference(model(original), rows, tmp_path), rows) == sound
 
 
 # --- windows

@@ -28,8 +28,13 @@ def test_text_and_json_read_back_as_written(tmp_path):
 
 
 def test_json_refuses_what_would_not_read_back(tmp_path):
-    for value, error in (({2: 1}, TypeError), ({"a": float("nan")}, ValueError), ({"a": {1, 2}}, TypeError)):
-        with pytest.raises(error):
+    for value, error in (
+        ({2: 1}, TypeError),
+        ({"a": float("nan")}, ValueError),
+        ({"a": {1, 2}}, TypeError),
+        ({"a": "\ud800"}, ValueError),
+    ):
+        with pytest.raises(error, match=r"v\.json"):
             atomic.write_json(tmp_path / "v.json", value)
     assert os.listdir(tmp_path) == []
 
@@ -152,7 +157,7 @@ def test_a_place_that_cannot_be_written_is_told_beforehand(tmp_path):
         (tmp_path, "a folder"),
         (tmp_path / "no" / "x.json", "there is no folder"),
         (tmp_path / ("n" * 256), "name too long"),
-        (Path("/proc/x.json"), ""),
+        (Path("/proc/x.json"), "No such file"),
     ):
         with pytest.raises(OSError, match=text) as caught:
             atomic.check_place(place)

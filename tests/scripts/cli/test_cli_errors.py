@@ -110,3 +110,17 @@ def test_a_reader_that_leaves_early_is_no_error(folders, module):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_is_quiet_on_a_closed_pipe(path):
     assert "@quiet_on_closed_pipe\ndef main(" in path.read_text("utf-8")
+
+
+def test_outputs_that_cannot_be_written_are_told_before_anything_is_read(tmp_path, capsys):
+    page, cache = tmp_path / "no" / "x.html", tmp_path / "cache"
+    assert run(capsys, "report", "nowhere", "-o", page)[0::2] == (
+        1,
+        f"dbrx-quant: error: {page}: there is no folder {page.parent}; make it first\n",
+    )
+    arguments = ("eval", "nowhere", "--text", "x.txt", "--cache", cache)
+    code, _, err = run(capsys, *arguments)
+    assert (code, err) == (1, f"dbrx-quant: error: {cache}: no such folder; fill it with --reference MODEL\n")
+    cache.write_text("precious")
+    code, _, err = run(capsys, *arguments, "--reference", "nowhere")
+    assert (code, err) == (1, f"dbrx-quant: error: {cache}: File exists\n")
