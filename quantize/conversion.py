@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.calibration.text.tokens import HELD_OUT_EVERY
 from dbrx_quant.quantize.budget.allocate import allocate, check_targets
@@ -183,6 +185,7 @@ def _facts(options: ConvertOptions) -> dict[str, Any]:
     return {
         "model": source_facts(options.model),
         **asked,
+        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),  # the order of sums follows it
         "held_out": asked["held_out"] or f"1/{HELD_OUT_EVERY}",
         "repair": None if options.repair == NO_REPAIR else asdict(options.repair),
     }

@@ -263,6 +263,8 @@ def _parts_of_block(block: Any) -> LayerParts:
         raise UnknownPartError
     experts = quant_experts(ffn.experts)
     router = of_class(of_class(ffn.router, "DbrxRouter").layer, "Linear")
+    if ffn.moe_normalize_expert_weights == 0:  # a norm for torch; "none" for the native step
+        raise UnknownPartError
     return LayerParts(
         norms=(norms[0].weight, norms[1].weight),
         head_norms=None,

@@ -161,6 +161,7 @@ def layer_parts(model: Any) -> DecoderParts:
 
 
 def _parts_of_layer(prefix: str, layer: Any, config: Any) -> LayerParts:
+    from transformers.activations import ACT2FN
 
     of_class(layer, f"{prefix}DecoderLayer")
     attention = of_class(layer.self_attn, f"{prefix}Attention")
@@ -168,18 +169,21 @@ def _parts_of_layer(prefix: str, layer: Any, config: Any) -> LayerParts:
     heads = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     norms += [of_class(m, f"{prefix}RMSNorm") for m in heads]
     mlp = experts = router = None
-    active, expert_norm, activation = 0, 0.0, activation_name(config.hidden_act)
+    active, expert_norm = 0, 0.0
     if hasattr(layer.mlp, "experts"):
         block = of_class(layer.mlp, f"{prefix}SparseMoeBlock")
         if {name for name, _ in block.named_children()} != {"gate", "experts"}:  # such as a shared expert
             raise UnknownPartError
         gate = of_class(layer.mlp.gate, f"{prefix}TopKRouter")
         experts, router = quant_experts(layer.mlp.experts), gate.weight
-        active, expert_norm = gate.top_k, float(getattr(gate, "norm_topk_prob", True))
+        active, expert_norm = gate.top_k, 1.0 if getattr(gate, "norm_topk_prob", True) else 0.0
         activation = experts.activation
     else:
         dense = of_class(layer.mlp, f"{prefix}MLP")
         mlp = quant_linears(dense.gate_proj, dense.up_proj, dense.down_proj)
+        activation = activation_name(config.hidden_act)
+        if type(dense.act_fn) is not type(ACT2FN[config.hidden_act]):  # one of the two was changed
+            raise UnknownPartError
     if len({norm.variance_epsilon for norm in norms}) != 1:
         raise UnknownPartError
     return LayerParts(

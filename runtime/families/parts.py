@@ -14,6 +14,25 @@ if TYPE_CHECKING:
     from dbrx_quant.runtime.model.linear import QuantLinear
 
 
+# Attributes of transformers' modules that may change: the families' `layer_parts` read them, or the native
+# step calls the module itself (rotations), or they only note something. Any other that changes leaves the
+# model to transformers' own code.
+ADOPTED = frozenset(
+    (
+        "eps",
+        "variance_epsilon",
+        "scaling",
+        "clip_qkv",
+        "top_k",
+        "norm_topk_prob",
+        "moe_normalize_expert_weights",
+        "attention_scaling",
+        "max_seq_len_cached",
+        "_output_capturing_hooks_installed",
+    )
+)
+
+
 @dataclass(frozen=True)
 class LayerParts:
     """The modules and weights of one decoder layer.

@@ -18,8 +18,10 @@ EXACT = 1e-5  # relative error that float32 stays far below, and bfloat16 far ab
 def fast_products() -> Iterator[bool]:
     """Inside the `with` block float32 products go through oneDNN if they stay float32 there; yields whether.
 
-    The setting is torch's own and holds for the whole process.
+    The setting is torch's own and holds for the whole process. From here on MKL keeps to torch's number of
+    threads, too: left to choose (MKL_DYNAMIC) it may take fewer, and that can mean other last bits.
     """
+    torch.set_num_threads(torch.get_num_threads())
     settings: Any = vars(torch.backends)["mkldnn"].matmul  # not in torch's type stubs
     before = settings.fp32_precision
     try:

@@ -15,7 +15,7 @@ def version_sum(tensors: Sequence[Tensor]) -> int:
     try:
         return sum(map(_version, tensors))
     except RuntimeError:  # tensors made in inference mode count no versions
-        return 0
+        return sum(tensor._version for tensor in tensors if not tensor.is_inference())
 
 
 def remember(cache: dict[Any, Any], key: Any, tensors: Sequence[Tensor], made: Any) -> None:

@@ -11,8 +11,12 @@ with the same cache:
 * activations are rounded (`int8` or `int16`, see `activations`);
 * the call has token ids of at most 8 new tokens in all, no padding (no mask, or one without zeros), positions
   that go on from the cache, and a `DynamicCache`, whose layers are replaced by `GrowingLayer`s;
-* evaluation without gradients, hooks, adapters or other foreign modules, autocast, compilation or tracing;
+* evaluation without gradients, hooks, adapters, foreign modules or code, autocast, compilation or tracing;
+* no attribute of a module was changed since the model was loaded, those that are `ADOPTED` aside;
 * no hidden states, attentions or router logits are asked for.
+
+All of it is looked at before every step (`snapshot.py`): what changes is taken up, or the model is left to
+transformers until it is as it was.
 
 Activations are fp32 from the first layer to the last norm also in bf16 and fp16 models, whose own code rounds
 them after every operation; only keys and values have the model's dtype. Otherwise both ways compute the same,
@@ -22,6 +26,7 @@ DBRXQ_NATIVE_STEP=0 or `use_native_step(False)` leave every call to transformers
 """
 
 import ctypes
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,11 +38,11 @@ import torch
 from torch import Tensor, nn
 
 from dbrx_quant.runtime.families import family_of
-from dbrx_quant.runtime.families.parts import LayerParts, UnknownPartError
+from dbrx_quant.runtime.families.parts import ADOPTED, LayerParts, UnknownPartError
 from dbrx_quant.runtime.kernels.activations import BITS, activations
 from dbrx_quant.runtime.kernels.repacked import repacked_experts, repacked_linear
 from dbrx_quant.runtime.library import _abi, _native
-from dbrx_quant.runtime.model.snapshot import Snapshot
+from dbrx_quant.runtime.model.snapshot import Snapshot, attributes
 
 VARIABLE = "DBRXQ_NATIVE_STEP"
 MOST_TOKENS = 8
@@ -86,12 +91,33 @@ def layer_parts(model: Any) -> tuple[list[LayerParts], Tensor] | None:
         return None
     try:
         found = find(model)
-    except (UnknownPartError, ValueError):  # ValueError: an activation that the operators don't have
+        shared = {(p.eps, p.head_dim, p.scale, p.clip, p.layer_norm, p.activation) for p in found.layers}
+    except (UnknownPartError, AttributeError, TypeError, ValueError):  # also attributes that are gone, or odd
         return None
-    shared = {(p.eps, p.head_dim, p.scale, p.clip, p.layer_norm, p.activation) for p in found.layers}
-    if len(shared) != 1 or found.layers[0].eps != found.eps:
+    if len(shared) != 1 or found.layers[0].eps != found.eps or not all(map(_is_plain, found.layers)):
         return None
     return found.layers, found.last_norm
+
+
+def _is_plain(part: LayerParts) -> bool:
+    """Whether a layer's numbers are such that the native library means the same by them."""
+    numbers = (part.eps, part.scale, part.clip, part.expert_norm)
+    experts = 1 if part.experts is None else part.experts.num_experts
+    active = 1 if part.experts is None else part.active
+    return (
+        all(isinstance(number, (int, float)) for number in numbers)
+        and part.clip > 0
+        and 0 <= part.expert_norm < math.inf
+        and type(active) is int
+        and 1 <= active <= experts
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether an attribute has the same value: plain ones by value, others by identity."""
+    if one is other:
+        return True
+    return type(one) is type(other) and isinstance(one, (int, float, str, tuple)) and bool(one == other)
 
 
 class _Rotations:
@@ -197,10 +223,21 @@ class _Built:
         return struct
 
 
-def _build(model: Any, mode: str) -> _Built | Snapshot:
-    """The native form of a model; only its snapshot if it has none in its current state."""
+def _build(model: Any, mode: str, original: dict[str, Any]) -> _Built | Snapshot:
+    """The native form of a model; only its snapshot if it has none in its current state.
+
+    Args:
+        model: the decoder.
+        mode: how activations are rounded.
+        original: its attributes when it was loaded.
+    """
     snapshot = Snapshot(model)
-    found = layer_parts(model) if snapshot.all_on_cpu() else None
+    now = attributes(model)
+    changed = {
+        name for name, value in now.items() if name not in original or not _same(value, original[name])
+    }
+    plain = original.keys() <= now.keys() and {name.rpartition(".")[2] for name in changed} <= ADOPTED
+    found = layer_parts(model) if plain and snapshot.is_known() and snapshot.all_on_cpu() else None
     if found is None or not _native.available():
         return snapshot
     parts, last = found
@@ -228,6 +265,7 @@ class NativeForward:
         from transformers import modeling_outputs
 
         self.model = model
+        self._original = attributes(model)
         self._output = getattr(modeling_outputs, family_of(model.config.model_type).output)
         self._built: _Built | Snapshot | None = None
 
@@ -257,7 +295,7 @@ class NativeForward:
             if not snapshot.holds() or (isinstance(built, _Built) and built.mode != mode):
                 built = None
         if built is None:
-            self._built = built = _build(self.model, mode)
+            self._built = built = _build(self.model, mode, self._original)
         if isinstance(built, Snapshot) or built.snapshot.is_watched():
             return None
         return built
@@ -294,7 +332,7 @@ class NativeForward:
             return None
         mode = activations()
         model = self.model
-        if mode == "float" or model.training or _requests_extra_outputs(model.config, options):
+        if mode == "float" or _requests_extra_outputs(model.config, options):
             return None
         built = self._ready(mode)
         if built is None or torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None:

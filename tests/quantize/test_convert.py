@@ -354,6 +354,18 @@ def test_changed_arguments_are_refused_naming_them(tiny, tmp_path):
             convert(dataclasses.replace(chosen, **change))
 
 
+def test_another_number_of_threads_is_refused(tiny, tmp_path):
+    folder, _ = tiny
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        told = rf"threads \(OMP_NUM_THREADS\) was {before}, now {before + 1}"
+        with pytest.raises(ValueError, match=told):
+            convert(options(TINY, folder / "out", "offline", *TARGETS, rows=16, length=64))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_changed_source_is_refused_naming_the_file(tokens, tmp_path):
     model = save_model(tmp_path / "model", "llama")
     convert(options(model, tmp_path / "out", tokens, 4.0))

@@ -95,6 +95,20 @@ def test_bad_usage_exits_with_2(arguments, capsys):
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, spins, monkeypatch, capsys):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back as it was
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["completion", "bash"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
 def test_figures_for_people_have_units():
     assert bytes_text(131_900_000_000) == "131.9 GB"
     assert bytes_text(7_815_000) == "7.82 MB"
