@@ -50,7 +50,7 @@ from dbrx_quant.runtime.files.atomic import check_place, write_json
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.sealed import check_seal, seal
-from dbrx_quant.runtime.files.watched import ChangedError, WatchedFile
+from dbrx_quant.runtime.files.watched import WatchedFile
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME
 from dbrx_quant.runtime.folder.shards import write_shards
 from dbrx_quant.runtime.folder.verify import verify
@@ -345,26 +345,27 @@ def _write_output(
         options.max_shard_bytes,
         notify=notes.append,
     )
-    notes += write_tokenizer(options.model, out, model.architecture.vocabulary)
-    notes += write_configs(
-        options.model,
-        out,
-        model.architecture,
-        bits=strategy.target_bpw,
-        head_bits=options.head_bits,
-        rows=rows.tokens.input_ids.shape[0],
-        length=rows.tokens.input_ids.shape[1],
-        dataset=plain_name(str(rows.tokens.description.get("source", options.calibration))),
-        corrections=model.corrections,
-    )
-    side_files = copy_side_files(options.model, out)
-    skipped = side_files.skipped
-    notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
-    write_record(out, options, strategy.target_bpw, work / "linears")
     try:
+        notes += write_tokenizer(options.model, out, model.architecture.vocabulary)
+        notes += write_configs(
+            options.model,
+            out,
+            model.architecture,
+            bits=strategy.target_bpw,
+            head_bits=options.head_bits,
+            rows=rows.tokens.input_ids.shape[0],
+            length=rows.tokens.input_ids.shape[1],
+            dataset=plain_name(str(rows.tokens.description.get("source", options.calibration))),
+            corrections=model.corrections,
+        )
+        side_files = copy_side_files(options.model, out)
+        skipped = side_files.skipped
+        notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
+        write_record(out, options, strategy.target_bpw, work / "linears")
         model.check_unchanged()
-    except ChangedError:
+    except CheckpointError:
         (out / CHECKSUMS_NAME).unlink()  # so that nobody takes the result for a finished one
+        model.check_unchanged()  # which tells more than what follows from a change
         raise
     write_strategy(out / STRATEGY_NAME, strategy, Outcome(rows.held_out_source, measured, notes))
     return side_files.copied

@@ -22,6 +22,7 @@ from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config, read_config
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_file import read_object
+from dbrx_quant.runtime.files.links import refuse_links_out
 from dbrx_quant.runtime.folder.verify import PRODUCER
 
 KEPT_OUT = "calibration text kept out of the calibration"  # the text of what the conversion itself measured
@@ -178,7 +179,8 @@ def gather(
         branch: its name, for one folder; None: from the target, such as `3.0bpw`.
 
     Raises:
-        CheckpointError: a folder is not an EXL2 checkpoint, or one of its files is damaged.
+        CheckpointError: a folder is not an EXL2 checkpoint, or one of its files is damaged or a link out of
+            the folder.
         ValueError: the folders are of different models, two would become the same branch, the original is
             unknown, or it may not be passed on like this.
     """
@@ -187,6 +189,7 @@ def gather(
     models: list[Model] = []
     branches: dict[str, tuple[Branch, Path]] = {}
     for folder in folders:
+        refuse_links_out(path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
         config = quantized_config(folder)
         name = branch or target_name(_number(config["quantization_config"], "bits", folder / "config.json"))
         if name in branches:

@@ -61,7 +61,7 @@ def read_index(folder: Path, name: str = INDEX_NAME) -> dict[str, str] | None:
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: not a safetensors index ({error!r}); delete or rewrite it") from None
     for file in found.values():
-        if Path(file).name != file:
+        if Path(file).name != file or file in ("", ".."):
             raise CheckpointError(
                 f"{path}: places a tensor in {file!r}, expected the name of a file beside it"
             )

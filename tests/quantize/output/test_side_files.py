@@ -69,13 +69,16 @@ def test_large_files_stay_behind(folders, monkeypatch):
     assert copy_side_files(source, out).skipped == {"imatrix.dat": "larger than 4 MB"}
 
 
-def test_linked_files_are_copied_as_files(folders, tmp_path):
-    source, out = folders
-    fill(tmp_path, "blob")
-    (source / "LICENSE").symlink_to(tmp_path / "blob")
+def test_the_links_of_the_hubs_cache_are_copied_as_files(folders, tmp_path):
+    blobs, source = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "c"
+    blobs.mkdir(parents=True)
+    source.mkdir(parents=True)
+    fill(blobs, "blob")
+    (source / "LICENSE").symlink_to("../../blobs/blob")
+    out = folders[1]
     copy_side_files(source, out)
     assert not (out / "LICENSE").is_symlink()
-    assert (out / "LICENSE").read_bytes() == (tmp_path / "blob").read_bytes()
+    assert (out / "LICENSE").read_bytes() == (blobs / "blob").read_bytes()
 
 
 def test_a_dangling_link_is_reported(folders):
@@ -94,3 +97,16 @@ def test_an_unreadable_file_is_an_error_naming_it(folders, monkeypatch):
     monkeypatch.setattr(side_files.Path, "read_bytes", refuse)
     with pytest.raises(CheckpointError, match=r"NOTICE\.txt: cannot be read \(Input/output error\)"):
         copy_side_files(source, out)
+
+
+def test_links_out_of_the_folder_stay_behind_with_their_target(folders, tmp_path):
+    source, out = folders
+    (tmp_path / "token").write_text("secret")
+    (source / "NOTES.md").symlink_to(tmp_path / "token")
+    (source / "README.md").symlink_to("../token")
+    fill(source, "LICENSE")
+    (source / "COPYING").symlink_to("LICENSE")
+    report = copy_side_files(source, out)
+    assert report.copied == ("COPYING", "LICENSE")
+    assert report.skipped["NOTES.md"] == f"a link to {tmp_path / 'token'}, outside of the folder"
+    assert set(report.skipped) == {"NOTES.md", "README.md"}

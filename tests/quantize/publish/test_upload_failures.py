@@ -8,6 +8,8 @@ import pytest
 from hub_server import TOKEN
 from upload_runs import BASE, REPO, sent
 
+from dbrx_quant.quantize.publish.release import gather
+from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.scripts.cli.main import main
 
 pytest_plugins = ["upload_fixtures"]
@@ -186,3 +188,11 @@ def test_a_gate_may_hide_the_originals_card_but_a_hub_that_fails_is_not_taken_fo
     assert REPO not in hub.repos
     hub.failures[0].status, hub.failures[0].headers = 403, {"X-Error-Code": "GatedRepo"}
     assert upload(both)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["NOTES.md", "README.md", "model.safetensors"])
+def test_a_folder_with_a_link_out_of_it_is_not_published(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=f"{name}: is a link to .*secret, outside of the folder"):
+        gather("org/name", [tmp_path / "out"])

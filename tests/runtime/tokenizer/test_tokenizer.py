@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.tokenizer.fix import check_tokenizer, write_tokenizer
-from dbrx_quant.runtime.tokenizer.ids import read_vocabulary, special_ids, turn_end
+from dbrx_quant.runtime.tokenizer.ids import SpecialIds, read_vocabulary, set_ids, special_ids, turn_end
+from dbrx_quant.runtime.tokenizer.repair import apply_repair, check_folder, plan_repair
 
 CHAT = [{"role": "user", "content": "2024 cafés?"}, {"role": "assistant", "content": "No, 1999."}]
 
@@ -267,3 +268,77 @@ def test_the_tokenizer_of_the_small_model_passes_and_stays_exact(shared, out):
     assert fatal(out, 4096) == []
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     assert special_ids(out).eos == (4000, 4007)
+
+
+def with_pad(where):
+    """A [PAD] one beyond the embedding, as `where` has it."""
+
+    def change(source):
+        if where == "added_tokens.json":
+            write_json(source / where, {"[PAD]": VOCABULARY})
+        elif where == "tokenizer_config.json":
+            decoder = {str(VOCABULARY): {"content": "[PAD]", "special": True}}
+            write_json(source / where, TOKENIZER_CONFIG | {"added_tokens_decoder": decoder})
+        else:
+            found = json.loads((source / "tokenizer.json").read_text())
+            found["added_tokens"].append({**found["added_tokens"][0], "id": VOCABULARY, "content": "[PAD]"})
+            found["padding"] = {
+                **{"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None},
+                **{"pad_id": VOCABULARY, "pad_type_id": 0, "pad_token": "[PAD]"},
+            }
+            if where == "the vocabulary":
+                found["model"]["vocab"]["[PAD]"] = VOCABULARY
+            write_json(source / "tokenizer.json", found)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "where", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json", "the vocabulary"]
+)
+def test_a_token_beyond_the_embedding_that_nothing_needs_is_left_out_with_a_note(source, out, where):
+    with_pad(where)(source)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    write_json(source / "tokenizer_config.json", {**config, "pad_token": "[PAD]"})
+    notes = write_tokenizer(source, out, VOCABULARY)
+    assert "left out '[PAD]': its id 300 is beyond the embedding, which has 300 rows" in notes
+    assert fatal(out) == []
+    assert all("[PAD]" not in file.read_text() for file in out.iterdir())
+    assert AutoTokenizer.from_pretrained(out).pad_token is None
+
+
+@pytest.mark.parametrize("role", ["eos_token", "chat_template"])
+def test_a_token_beyond_the_embedding_that_is_needed_is_refused(source, out, role):
+    with_pad("added_tokens.json")(source)
+    write_json(source / "tokenizer_config.json", TOKENIZER_CONFIG | {role: "[PAD]"})
+    with pytest.raises(CheckpointError, match=r"'\[PAD\]' has id 300, the model's vocabulary has 300 rows"):
+        write_tokenizer(source, out, VOCABULARY)
+
+
+def test_an_id_of_a_config_beyond_the_embedding_becomes_null(source):
+    write_json(source / "config.json", {"pad_token_id": VOCABULARY, "bos_token_id": 257})
+    ids = special_ids(source, rows=VOCABULARY)
+    assert "config.json: pad_token_id 300 is beyond the embedding, which has 300 rows, left out" in ids.notes
+    config = {"pad_token_id": VOCABULARY}
+    set_ids(config, SpecialIds(ids.bos, ids.eos, None, beyond=ids.beyond))
+    assert config["pad_token_id"] is None
+
+
+def test_the_repair_leaves_such_a_token_out_and_then_finds_nothing(source):
+    with_pad("added_tokens.json")(source)
+    config = {"model_type": "llama", "vocab_size": VOCABULARY, "pad_token_id": VOCABULARY}
+    write_json(source / "config.json", config)
+    planned = plan_repair(source)
+    assert any(change.startswith("left out '[PAD]'") for change in planned.changes)
+    assert planned.remaining == ()
+    apply_repair(source, planned)
+    assert "[PAD]" not in json.loads((source / "added_tokens.json").read_text())
+    assert check_folder(source) == []
+    assert plan_repair(source).files == {}
+
+
+def test_links_out_of_the_folder_are_not_read(source, out, tmp_path):
+    (tmp_path / "secret").write_text("token")
+    (source / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: is a link to .*secret"):
+        write_tokenizer(source, out, VOCABULARY)
