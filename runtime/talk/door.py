@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse
 POSTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 OPEN_PATHS = ("/health",)  # for whoever watches over the server
 
-_DRAIN_SECONDS = 2  # a client that is still sending hears an answer only if what it sends is read
+_DRAIN_SECONDS = 5  # a client that is still sending hears an answer only if what it sends is read
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

@@ -30,6 +30,7 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.utils.logging import get_logger
 
 from dbrx_quant.runtime.model.load import load_model
+from dbrx_quant.runtime.talk.calls import tolerant
 from dbrx_quant.runtime.talk.door import Door, Places, error_response
 from dbrx_quant.runtime.talk.requests import (
     Asked,
@@ -91,11 +92,16 @@ def build_app(
     """
     get_logger("transformers").setLevel(logging.ERROR)  # what it thinks of options
     tokenizer = load_tokenizer(folder)
-    tokenizer.response_template = (
-        None  # patterns of the folder, which may never end: transformers has its own
-    )
-    model = load_model(folder, device=device)
-    service = _Service(model, tokenizer, name, limits)
+    tokenizer.response_template = None  # the folder's patterns may never end; transformers has some
+    tokenizer.parse_response = tolerant(tokenizer.parse_response, tokenizer.decode)
+    texts = TextProcess(tokenizer)
+    try:
+        model = load_model(folder, device=device)
+        texts.encode("", 0)  # it is ready when the server is
+    except BaseException:
+        texts.close()
+        raise
+    service = _Service(model, tokenizer, texts, name, limits)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -135,13 +141,12 @@ def build_app(
 class _Service:
     """The model, and what answers requests to it."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, limits: Limits) -> None:
+    def __init__(self, model: Any, tokenizer: Any, texts: TextProcess, name: str, limits: Limits) -> None:
         self.name, self.created = name, int(time.time())
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.texts = model, tokenizer, texts
         own = getattr(model.config, "max_position_embeddings", None) or _CONTEXT
         self.context: int = min(limits.context or own, own)
         self.turns = Turns(model, tokenizer, limits.seconds)
-        self.texts = TextProcess(tokenizer)
         self.text_thread = ThreadPoolExecutor(1, "texts")
         # Only their ways of putting answers together are used, which need no manager of models.
         self._chats = ChatCompletionHandler(None, None)

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cli.serving.utils import DirectStreamer, _StreamError
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
+from dbrx_quant.runtime.talk.calls import CallParser
 from dbrx_quant.runtime.talk.door import Visit
 from dbrx_quant.runtime.talk.requests import Asked
 
@@ -99,7 +100,8 @@ class Turn:
         """Begin; pieces of text come through the queue, then None or an error."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        streamer = DirectStreamer(processor._tokenizer, loop, queue, response_parser=response_parser)
+        parser = None if response_parser is None else CallParser(response_parser)
+        streamer = DirectStreamer(processor._tokenizer, loop, queue, response_parser=parser)
 
         def run() -> None:
             end: _StreamError | None

@@ -80,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not is_serve_available():
         raise ImportError("serving needs fastapi, uvicorn and openai: pip install 'dbrx-quant[serve]'")
+    key = api_key(arguments)
     listening = _bind(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
     with listening:
         from dbrx_quant.runtime.folder.find import find_folder
@@ -96,13 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
                 f"the server of transformers {transformers.__version__} is another than this was made for "
                 f"({error}); transformers 5.23 is known to work"
             ) from error
-        api_key = _api_key(arguments)
-        if api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
-            say("warning: everyone who can reach this machine can use the model; --api-key requires a key")
+        if key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+            say("warning: everyone who can reach this machine can use the model; --api-key-file sets a key")
         limits = Limits(arguments.queue, arguments.timeout, arguments.context)
-        app = build_app(
-            folder, name, arguments.device, api_key, [arguments.host, *arguments.allow_host], limits
-        )
+        app = build_app(folder, name, arguments.device, key, [arguments.host, *arguments.allow_host], limits)
         host, number = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{number}/v1"
@@ -111,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.json:
                 print_json({"url": url, "model": name})
             else:
-                print(f"{name} is served at {url}; Ctrl-C stops it. Try\n  {example(url, name, api_key)}")
+                print(f"{name} is served at {url}; Ctrl-C stops it. Try\n  {example(url, name, key)}")
             sys.stdout.flush()
 
         try:
@@ -128,7 +126,7 @@ def example(url: str, name: str, api_key: str | None) -> str:
     return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 
-def _api_key(arguments: argparse.Namespace) -> str | None:
+def api_key(arguments: argparse.Namespace) -> str | None:
     """The key that clients must send, if any.
 
     Raises:
@@ -138,7 +136,7 @@ def _api_key(arguments: argparse.Namespace) -> str | None:
     path = arguments.api_key_file
     key = arguments.api_key or os.environ.get(API_KEY) or None
     if path is not None:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="ascii", errors="replace") as file:
             key = file.read(_MOST_KEY + 1).strip()
     if key is not None and not (
         key.isascii() and key.isprintable() and " " not in key and 0 < len(key) <= _MOST_KEY

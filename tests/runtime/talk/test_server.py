@@ -8,12 +8,13 @@ import string
 import pytest
 import torch
 from asgi import ask, call
+from places import ROOT
 from scripted_model import byte_ids, scripted_folder
 from tiny_output import CHATML
 
 pytest.importorskip("fastapi", reason="the server: pip install 'dbrx-quant[serve]'")
 
-from dbrx_quant.runtime.talk import turns
+from dbrx_quant.runtime.talk import requests, turns
 from dbrx_quant.runtime.talk.door import Visit
 from dbrx_quant.runtime.talk.server import Limits, build_app
 
@@ -186,6 +187,12 @@ def test_what_asks_for_what_is_done_anyway_is_taken(app, path):
         RESPOND: {**chats, "background": False, "include": [], "text": {"format": {"type": "text"}}},
     }
     assert ask(app, path, {**GOOD[path], **every, **more[path]}).status == 200
+
+
+@pytest.mark.parametrize("kind", [requests.Chat, requests.Completion, requests.Response])
+def test_the_documentation_names_every_field(kind):
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert [name for name in kind.model_fields if f"`{name}" not in page] == []
 
 
 ODD_MESSAGES = [

@@ -19,7 +19,7 @@ from scripted_model import byte_ids, scripted_folder
 
 from dbrx_quant.runtime.folder import find
 from dbrx_quant.scripts.cli.main import main
-from dbrx_quant.scripts.cli.serve import example, port
+from dbrx_quant.scripts.cli.serve import api_key, example, port
 from dbrx_quant.scripts.terminal.output import model_title
 
 openai = pytest.importorskip("openai", reason="the server and its client: pip install 'dbrx-quant[serve]'")
@@ -262,6 +262,39 @@ def test_a_key_is_wanted_where_one_was_set(server):
     with pytest.raises(openai.AuthenticationError, match="missing or wrong API key"):
         server.client("wrong").models.list()
     assert raw(server, "/health", key=None) == (200, {"status": "ok"})
+
+
+def test_a_strangers_name_does_not_lead_to_it(server):
+    request = urllib.request.Request(server.url + "/models", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 403
+
+
+def key_of(**given):
+    return api_key(argparse.Namespace(**{"api_key": None, "api_key_file": None, **given}))
+
+
+def test_a_key_comes_from_its_option_a_file_or_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("DBRXQ_API_KEY", raising=False)
+    assert key_of() is None
+    monkeypatch.setenv("DBRXQ_API_KEY", "from-outside")
+    assert key_of() == "from-outside"
+    assert key_of(api_key="named") == "named"
+    (tmp_path / "key").write_text(" in-a-file\n")
+    assert key_of(api_key_file=tmp_path / "key") == "in-a-file"
+
+
+@pytest.mark.parametrize("content", ["", "\n", "two words", "two\nlines", "sécret", "a\0b", "x" * 5000])
+def test_what_no_client_can_send_is_no_key(tmp_path, content):
+    (tmp_path / "key").write_text(content)
+    with pytest.raises(ValueError, match="key: a key is 1 to 4096 letters"):
+        key_of(api_key_file=tmp_path / "key")
+
+
+def test_a_key_file_that_is_missing_is_told(tmp_path, capsys):
+    assert main(["serve", "none", "--port", "0", "--api-key-file", str(tmp_path / "none")]) == 1
+    assert "No such file" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_told_before_anything_is_loaded(capsys):
