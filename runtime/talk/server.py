@@ -1,7 +1,7 @@
 """An OpenAI-compatible server for one model, with answers put together by transformers' own.
 
 A request passes the door (`door.py`), is read against a list of fields (`requests.py`), becomes token ids in
-a process of its own (`tokenizer/template.py`) and has its turn at the model (`turns.py`). How answers and
+a process of its own (`text_process.py`) and has its turn at the model (`turns.py`). How answers and
 streams look is transformers' code. Nothing that takes long is done on the event loop.
 
 Wants `transformers[serving]`; imports it: import it where that is known to be there.
@@ -41,9 +41,9 @@ from dbrx_quant.runtime.talk.requests import (
     Templated,
     read_request,
 )
+from dbrx_quant.runtime.talk.text_process import TemplateError, TextProcess
 from dbrx_quant.runtime.talk.turns import FAILED, StoppedError, Turn, Turns
 from dbrx_quant.runtime.tokenizer.load import load_tokenizer
-from dbrx_quant.runtime.tokenizer.template import TemplateError, TextProcess
 
 QUEUE = 64
 SECONDS = 600.0

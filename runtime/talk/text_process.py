@@ -142,7 +142,7 @@ class TextProcess:
 
     def _start(self) -> subprocess.Popen[str]:
         """A new child; its modules are found where ours were, but never in the working directory."""
-        program = str(Path(__file__).with_name("template_process.py"))
+        program = str(Path(__file__).with_name("text_process_main.py"))
         paths = [path for path in sys.path if path]
         code = f"import runpy, sys; sys.path[:] = {paths!r}; runpy.run_path({program!r}, run_name='__main__')"
         child = subprocess.Popen(

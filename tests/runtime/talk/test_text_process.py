@@ -6,8 +6,8 @@ import signal
 import pytest
 from byte_tokenizer import write_tokenizer
 
+from dbrx_quant.runtime.talk.text_process import TemplateError, TextProcess
 from dbrx_quant.runtime.tokenizer.load import load_tokenizer
-from dbrx_quant.runtime.tokenizer.template import TemplateError, TextProcess
 
 HELLO = [{"role": "user", "content": "Hé\u2028🙂"}, {"role": "assistant", "content": "line\nline"}]
 
