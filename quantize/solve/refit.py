@@ -23,7 +23,8 @@ from dbrx_quant.calibration.statistics.moments import Moments
 from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, own_share
 from dbrx_quant.quantize.solve.prepare import energy
 from dbrx_quant.runtime.exl2.format import read_groups
-from dbrx_quant.runtime.kernels.ops import dequantize
+from dbrx_quant.runtime.kernels.ops import dequantize_op
+from dbrx_quant.runtime.kernels.stored import Stored
 
 RIDGE = 1e-4  # towards factors of 1, in units of the groups' average energy
 MOST = 2.0  # a maximum is at most doubled or halved
@@ -74,7 +75,7 @@ def refitted(tensors: Mapping[str, Tensor], matrix: Tensor, cross: Tensor) -> Te
         matrix: [K, K] float32, H.
         cross: [N, K] float32, C.
     """
-    weight, maxima = dequantize(tensors, cross.shape[0]).float(), tensors["q_scale_max"]
+    weight, maxima = _weight(tensors, cross.shape[0]), tensors["q_scale_max"]
     groups = read_groups(tensors["q_groups"], tensors["q_weight"].shape[0], weight.shape[1])
     rows = torch.tensor([group.rows for group in groups])
     group = torch.arange(len(groups)).repeat_interleave(rows)[tensors["q_invperm"].long()]  # of each channel
@@ -101,4 +102,10 @@ def _columns_by_group(values: Tensor, group: Tensor, count: int) -> Tensor:
 
 def loss_of(tensors: Mapping[str, Tensor], weight: Tensor, matrix: Tensor) -> float:
     """tr(E^T H E) of a linear as stored, for its weight [N, K] and H [K, K]."""
-    return energy(dequantize(tensors, weight.shape[0]).float().sub_(weight), matrix)
+    return energy(_weight(tensors, weight.shape[0]).sub_(weight), matrix)
+
+
+def _weight(tensors: Mapping[str, Tensor], n: int) -> Tensor:
+    """The float32 weight [N, K]; maxima that became infinite give an infinite loss, and are not taken."""
+    weight: Tensor = dequantize_op(*Stored.of(tensors), n).t().float()
+    return weight

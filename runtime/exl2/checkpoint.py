@@ -1,10 +1,14 @@
 """Folders of safetensors shards, read by header and memory-mapped: an unread tensor costs nothing."""
 
 import json
+import math
 import mmap
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ from dbrx_quant.runtime.exl2.format import SUFFIXES
 from dbrx_quant.runtime.exl2.pickled import load_pickled
 from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME, read_index, weight_files
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.regular import open_regular
 from dbrx_quant.runtime.files.watched import WatchedFile
 from dbrx_quant.runtime.library._native import explain_bus_errors
 
@@ -29,6 +34,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _HEADER_LIMIT = 100_000_000  # the safetensors format's own bound
+_MOST_DIMENSIONS = 8
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -55,8 +61,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file is cut short, is no safetensors file, or its tensors overlap or leave gaps.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)
         if len(prefix) < 8:
             raise CheckpointError(f"{file}: {size} bytes, too short for a safetensors file; fetch it again")
@@ -67,39 +73,57 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{file}: its header claims {length} bytes, the file has {size}; {hint}")
         raw = stream.read(length)
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        tensors = {
-            str(name): TensorInfo(
-                str(name),
-                str(entry["dtype"]),
-                tuple(int(d) for d in entry["shape"]),
-                file,
-                8 + length + int(entry["data_offsets"][0]),
-                8 + length + int(entry["data_offsets"][1]),
-            )
-            for name, entry in header.items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file}: not a valid safetensors header ({error})") from None
+        entries = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not a valid safetensors header ({error}); fetch it again") from None
+    if not isinstance(entries, dict):
+        kind = type(entries).__name__
+        raise CheckpointError(f"{file}: not a valid safetensors header ({kind}, expected an object)")
+    entries.pop("__metadata__", None)
+    infos = {name: _tensor_info(file, 8 + length, name, entry) for name, entry in entries.items()}
     expected = 8 + length
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if info.dtype not in _DTYPES:
-            known = ", ".join(_DTYPES)
-            raise CheckpointError(f"{file}: {name}: dtype {info.dtype}; supported are {known}")
-        expected_bytes = _DTYPES[info.dtype].itemsize
-        for dimension in info.shape:
-            expected_bytes *= dimension
-        if min(info.shape, default=0) < 0 or info.nbytes != expected_bytes:
-            raise CheckpointError(
-                f"{file}: {name}: {info.nbytes} bytes, its shape {info.shape} requires {expected_bytes}"
-            )
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != expected:
             raise CheckpointError(f"{file}: {name}: its data starts at {info.start}, expected {expected}")
         expected = info.end
     if expected != size:
         raise CheckpointError(f"{file}: {size} bytes, its header describes {expected}; fetch it again")
-    return tensors
+    return infos
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header, whose names must differ."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        double = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{double!r} occurs twice")
+    return made
+
+
+def _tensor_info(file: Path, base: int, name: str, entry: Any) -> TensorInfo:
+    """What the header says of one tensor, checked; its data is counted from `base`."""
+
+    def fault(text: str) -> CheckpointError:
+        return CheckpointError(f"{file}: {name}: {text}")
+
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise fault("not a valid safetensors header, which has dtype, shape and data_offsets for each tensor")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise fault(f"dtype {str(dtype)[:80]}; supported are {', '.join(_DTYPES)}")
+    for key, numbers, most in (("shape", shape, _MOST_DIMENSIONS), ("data_offsets", offsets, 2)):
+        counts = isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+        if not counts or len(numbers) > most:
+            raise fault(f"{key} is {str(numbers)[:80]}, expected at most {most} whole numbers below 2^63")
+    if len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise fault(f"data_offsets is {offsets}, expected the first byte and the end of its data")
+    if math.prod(n or 1 for n in shape) >= 2**63:  # so that strides can be computed, of empty tensors too
+        raise fault(f"shape {shape} is beyond 2^63 elements")
+    info = TensorInfo(name, dtype, tuple(shape), file, base + offsets[0], base + offsets[1])
+    required = _DTYPES[dtype].itemsize * math.prod(shape)
+    if info.nbytes != required:
+        raise fault(f"{info.nbytes} bytes, its shape {info.shape} requires {required}")
+    return info
 
 
 def read_files(files: Iterable[Path], normalise: Callable[[str], str] | None = None) -> dict[str, TensorInfo]:
@@ -249,7 +273,7 @@ class Checkpoint:
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             explain_bus_errors()
-            with file.open("rb") as stream:
+            with open_regular(file) as stream:
                 self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[file]
 

@@ -308,7 +308,15 @@ def dequantize_linear(tensors: Mapping[str, Tensor]) -> Tensor:
     """The exact fp16 weight [N, K] (out, in) of a linear, from its tensors keyed by suffix.
 
     N is as stored; a padded linear is trimmed by the caller, who knows its true width.
+
+    Raises:
+        CheckpointError: the tensors break a rule of the format.
+        ValueError: a tensor is not on the CPU.
     """
+    for suffix, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
+            raise ValueError(f"dequantize_linear.{suffix}: on {tensor.device}, expected a tensor on the CPU")
+    validate_linear(tensors, "dequantize_linear")
     unpacked = unpack_linear(tensors)
     weight = torch.empty_like(dequantized := dequantize_rows(unpacked))
     weight[unpacked.permutation] = dequantized
@@ -319,7 +327,8 @@ def validate_linear(tensors: Mapping[str, Tensor], name: str, file: str = "") ->
     """Check every tensor of a linear against the format, and return its group map.
 
     Args:
-        tensors: its tensors keyed by suffix.
+        tensors: its tensors keyed by suffix; q_weight and q_scale may be on "meta", where only their shapes
+            are checked.
         name: the linear's name, for messages.
         file: where it came from, for messages.
 
@@ -337,6 +346,8 @@ def validate_linear(tensors: Mapping[str, Tensor], name: str, file: str = "") ->
     for suffix, tensor in tensors.items():
         if suffix not in TENSORS:
             raise fail(suffix, "is not a tensor of the format")
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise fail(suffix, f"{type(tensor).__name__}, expected a dense tensor")
         dtype, dimensions = TENSORS[suffix]
         if tensor.dtype != dtype:
             raise fail(suffix, f"dtype {tensor.dtype}, expected {dtype}")
@@ -352,8 +363,12 @@ def validate_linear(tensors: Mapping[str, Tensor], name: str, file: str = "") ->
         raise fail("q_scale", f"shape {tuple(tensors['q_scale'].shape)}, expected {(g, n // 8)}")
     if tensors["q_groups"].shape[0] != 2 * g:
         raise fail("q_groups", f"{tensors['q_groups'].shape[0]} entries, expected {2 * g} for {g} groups")
-    if "bias" in tensors and tensors["bias"].shape[0] != n:
-        raise fail("bias", f"{tensors['bias'].shape[0]} entries, expected {n}")
+    if "bias" in tensors:
+        if tensors["bias"].shape[0] != n:
+            raise fail("bias", f"{tensors['bias'].shape[0]} entries, expected {n}")
+        if not bool(torch.isfinite(tensors["bias"]).all()):
+            at = int((~torch.isfinite(tensors["bias"])).nonzero()[0])
+            raise fail("bias", f"entry {at} is {tensors['bias'][at].item()}, expected a finite value")
     try:
         groups = read_groups(tensors["q_groups"], word_rows, k)
     except ValueError as error:
@@ -374,4 +389,11 @@ def validate_linear(tensors: Mapping[str, Tensor], name: str, file: str = "") ->
     if bool((counts != 1).any()):
         at = int((counts > 1).nonzero()[0])
         raise fail("q_invperm", f"row {at} occurs {int(counts[at])} times; expected a permutation")
+    most = torch.tensor([2 ** (group.bits - 1) for group in groups], device=scale_max.device)
+    large = bool((most * scale_max > torch.finfo(torch.float16).max).any())  # never, in a model that is one
+    if large and not tensors["q_weight"].is_meta:
+        finite = torch.isfinite(dequantize_rows(unpack_linear(tensors))).all(dim=1)
+        if not bool(finite.all()):
+            at = int((~finite).nonzero()[0])
+            raise fail("q_scale_max", f"packed row {at} has weights that do not fit into half precision")
     return groups

@@ -23,19 +23,37 @@ def describe(config: Any) -> Architecture:
         config: the model's transformers configuration.
 
     Raises:
-        CheckpointError: no family here has this architecture, or it is not one of its model type.
+        CheckpointError: no family here has this architecture, or it describes none that can be.
     """
-    names = list(config.architectures or [])
+    names = config.architectures
     for family in FAMILIES:
-        if len(names) == 1 and names[0] in family.architectures:
+        if isinstance(names, list) and len(names) == 1 and names[0] in family.architectures:
             if family.name != config.model_type:
                 raise CheckpointError(
                     f"config.json: model_type is {config.model_type!r}, but {names[0]} is of "
                     f"{family.name!r}; one of the two belongs to another model"
                 )
-            return family.describe(config)
+            return _checked(family, config)
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise CheckpointError(f"config.json: architectures is {names}; supported is one of {known}")
+
+
+def _checked(family: Family, config: Any) -> Architecture:
+    """The description, if its numbers can be those of a model."""
+    try:
+        architecture = family.describe(config)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(f"config.json: does not describe a {family.name} model ({error!r})") from None
+    specs = (*architecture.linears(), *architecture.all_floats())
+    for name, shape in ((spec.name, spec.shape) for spec in specs):
+        if any(type(size) is not int or size < 1 for size in shape):
+            raise CheckpointError(f"config.json: {name} would have the shape {shape}; its sizes are wrong")
+    for experts in (block.experts for block in architecture.blocks if block.experts is not None):
+        if type(experts.active) is not int or not 1 <= experts.active <= experts.count:
+            raise CheckpointError(
+                f"config.json: {experts.active} active experts a token, expected 1 to {experts.count}"
+            )
+    return architecture
 
 
 def family_of(model_type: Any) -> Family:

@@ -1,5 +1,6 @@
 """`checksums.json` of a quantized folder: size and SHA-256 of every shard, written when all of them are."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from dbrx_quant.runtime.files.json_file import JsonFile
 
 CHECKSUMS_NAME = "checksums.json"
+_SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 _FILE = JsonFile("a list of checksums", version=1, remedy="fetch it again, or convert again")
 
 
@@ -35,7 +37,17 @@ def read_checksums(folder: Path) -> dict[str, Checksum]:
 
     Raises:
         FileNotFoundError: the folder has no checksums.
-        CheckpointError: they are damaged, or of another version.
+        CheckpointError: they are damaged, of another version, or of something else than shards of the folder.
     """
     fields = _FILE.read(folder / CHECKSUMS_NAME)
-    return {name: Checksum(one.text("sha256"), one.integer("size")) for name, one in fields.objects("files")}
+    checksums = {}
+    for name, one in fields.objects("files"):
+        if not is_shard_name(name):
+            raise fields.fault("files", f"a list with {name!r}, which is no shard of this folder")
+        checksums[name] = Checksum(one.text("sha256"), one.integer("size"))
+    return checksums
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether it is the name of a shard: a file right in its folder."""
+    return bool(_SHARD.fullmatch(name))

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dbrx_quant.runtime.exl2.checkpoint import Checkpoint, TensorInfo, read_header
 from dbrx_quant.runtime.exl2.format import SUFFIXES, padded_columns, validate_linear
 from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME, read_index, shard_files
@@ -20,9 +18,13 @@ from dbrx_quant.runtime.families import describe, family_of
 from dbrx_quant.runtime.families.config import load_config, read_config
 from dbrx_quant.runtime.families.facts import ATTENTION_ROLES, Architecture, FloatSpec, LinearSpec
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.links import leaves
+from dbrx_quant.runtime.files.regular import check_model_folder, open_regular
 from dbrx_quant.runtime.folder.agreement import disagreements
-from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, read_checksums
+from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, is_shard_name, read_checksums
+from dbrx_quant.runtime.folder.finite import finite_fault
 from dbrx_quant.runtime.folder.sizes import stored_bits
+from dbrx_quant.runtime.folder.trial import run_one_token
 from dbrx_quant.runtime.tokenizer.check import check_tokenizer
 
 PRODUCER = "dbrx-quant"
@@ -69,6 +71,11 @@ def verify(
     if not folder.is_dir():
         report.faults.append(f"{folder}: no such folder")
         return report
+    try:
+        check_model_folder(folder)
+    except CheckpointError as error:  # what follows would open it
+        report.faults.append(str(error))
+        return report
     config, architecture = _read_architecture(folder, report)
     producer = str(_section(config, "quantization_config").get("version", ""))
     ours = producer.startswith(PRODUCER)
@@ -87,10 +94,13 @@ def verify(
             _count_bits(checkpoint, architecture, config, report)
             if ours:
                 report.faults += disagreements(folder, config, checkpoint, architecture)
+            _try_to_run(folder, report)
     if (folder / CHECKSUMS_NAME).exists():
         _check_checksums(folder, checksums, progress, report)
     elif ours:
-        report.faults.append(f"{CHECKSUMS_NAME}: missing; the conversion did not finish")
+        report.warnings.append(
+            f"{CHECKSUMS_NAME}: missing, as after save_pretrained; damage to the shards may go unnoticed"
+        )
     for lines in (report.faults, report.warnings):
         lines[:] = [" ".join(line.split()) for line in lines]  # libraries wrap their messages
     return report
@@ -104,8 +114,8 @@ def _read_architecture(folder: Path, report: Report) -> tuple[dict[str, Any], Ar
         return {}, None
     try:
         architecture = describe(load_config(folder))
-    except Exception as error:  # transformers' config classes raise what they will on nonsense
-        report.faults.append(f"config.json: does not describe a known model: {error}")
+    except CheckpointError as error:
+        report.faults.append(str(error))
         return config, None
     report.facts["family"] = architecture.family
     return config, architecture
@@ -158,6 +168,9 @@ def _check_index(folder: Path, infos: dict[str, TensorInfo], lost: set[str], rep
         if report.facts["shards"] > 1:
             report.warnings.append(f"{INDEX_NAME}: missing; {_NEEDS_INDEX.format(folder)}")
         return set()
+    for file in sorted({file for file in weight_map.values() if not is_shard_name(file)}):
+        report.faults.append(f"{INDEX_NAME}: names {file!r}, which is no shard of this folder")
+        weight_map = {name: other for name, other in weight_map.items() if other != file}
     stored = {info.name: info.file.name for info in infos.values()}
     quantized = any(name.endswith(".q_weight") for name in stored)
     if quantized and not any(name.endswith(".q_weight") for name in weight_map):
@@ -205,7 +218,7 @@ def _check_tensors(
             unchecked.append(spec.name)
             continue
         if dense is None:
-            report.faults.append(f"{spec.name}: missing")
+            report.faults.append(_missing(spec.name))
             continue
         used.add(dense.tensor)
         where = f"{checkpoint.info(dense.tensor).file.name}: {spec.name}"
@@ -240,6 +253,10 @@ def _check_tensors(
         )
 
 
+def _missing(name: str) -> str:
+    return f"config.json: requires {name}, which no shard holds"
+
+
 def _may_stay_dense(checkpoint: Checkpoint, architecture: Architecture, spec: LinearSpec) -> bool:
     """Whether the format allows it: the head, and the attention of a block if none of it is quantized."""
     if spec.block is None:
@@ -272,14 +289,12 @@ def _linear_faults(checkpoint: Checkpoint, spec: LinearSpec) -> list[str]:
     if ("bias" in tensors) != spec.bias:
         state, rule = ("present", "none") if "bias" in tensors else ("missing", "one")
         faults.append(f"{file}: {spec.name}.bias: {state}, the model's linear has {rule}")
-    if "bias" in tensors and not bool(torch.isfinite(tensors["bias"]).all()):
-        faults.append(f"{file}: {spec.name}.bias: holds NaN or infinity")
     return faults
 
 
 def _float_faults(checkpoint: Checkpoint, kept: FloatSpec) -> list[str]:
     if kept.name not in checkpoint:
-        return [f"{kept.name}: missing"]
+        return [_missing(kept.name)]
     info = checkpoint.info(kept.name)
     where = f"{info.file.name}: {kept.name}"
     faults = []
@@ -287,16 +302,8 @@ def _float_faults(checkpoint: Checkpoint, kept: FloatSpec) -> list[str]:
         faults.append(f"{where}: dtype {info.dtype}, expected F16")
     if info.shape != kept.shape:
         return [*faults, f"{where}: shape {info.shape}, the model requires {kept.shape}"]
-    row_bytes = max(1, info.nbytes // max(1, info.shape[0]))
-    step = max(1, _CHUNK_BYTES // row_bytes)
-    for begin in range(0, info.shape[0], step):
-        rows = checkpoint.load(kept.name, (begin, min(begin + step, info.shape[0])))
-        bad = ~torch.isfinite(rows)
-        if bool(bad.any()):
-            at = [int(i) for i in bad.nonzero()[0]]
-            value = rows[tuple(at)].item()
-            faults.append(f"{where}: element {[at[0] + begin, *at[1:]]} is {value}, expected finite values")
-            break
+    if fault := finite_fault(checkpoint, kept.name):
+        faults.append(f"{where}: {fault}")
     return faults
 
 
@@ -321,13 +328,23 @@ def _count_bits(
         )
 
 
+def _try_to_run(folder: Path, report: Report) -> None:
+    """Generate a token, for whatever makes a folder unusable and breaks no rule."""
+    try:
+        fault = run_one_token(folder)
+    except MemoryError:
+        report.warnings.append(f"{folder}: not tried out, because there is too little memory to load it")
+    else:
+        report.faults += [fault] if fault else []
+
+
 def _check_checksums(
     folder: Path, compare: bool, progress: Callable[[int, int], None] | None, report: Report
 ) -> None:
     try:
         listed = read_checksums(folder)
     except (CheckpointError, OSError) as error:
-        report.faults.append(f"{CHECKSUMS_NAME}: not readable ({error})")
+        report.faults.append(str(error))
         return
     for file in shard_files(folder):
         if file.name not in listed:
@@ -339,6 +356,9 @@ def _check_checksums(
         if not file.is_file():
             report.faults.append(f"{name}: missing; {CHECKSUMS_NAME} names it")
             continue
+        if leaves(file):
+            report.faults.append(f"{name}: a link out of the folder; put the shard itself there")
+            continue
         found = file.stat().st_size
         if found != checksum.size:
             report.faults.append(
@@ -348,7 +368,7 @@ def _check_checksums(
         if not compare:
             continue
         hasher = hashlib.sha256()
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             while piece := stream.read(_CHUNK_BYTES):
                 hasher.update(piece)
                 done += len(piece)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbrx_quant.runtime.exl2.format import validate_linear
 from dbrx_quant.runtime.kernels import checks, cpu, cuda, fake, reference
 from dbrx_quant.runtime.kernels.stored import Stored, StoredList
 from dbrx_quant.runtime.library import _abi
@@ -110,8 +111,16 @@ def dequantize(tensors: Mapping[str, Tensor], out_features: int | None = None) -
     """The exact fp16 weight [N, K] (out, in) of a linear, from its tensors keyed by suffix.
 
     The memory behind it is [K, N]: the result is a transposed view. All stored columns come by default.
+
+    Raises:
+        ValueError: the tensors break a rule of the format (on a GPU, only what a kernel relies on is checked).
     """
-    stored = Stored.of(tensors)
+    devices = {tensor.device for tensor in tensors.values() if isinstance(tensor, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"dequantize: tensors on {' and '.join(map(str, devices))}, expected one device")
+    if devices <= {torch.device("cpu")}:
+        validate_linear(tensors, "dequantize")
+    stored = Stored(*(tensor.contiguous() for tensor in Stored.of(tensors)))
     weight: Tensor = dequantize_op(*stored, stored.n if out_features is None else out_features)
     return weight.t()
 

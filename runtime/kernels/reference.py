@@ -42,6 +42,8 @@ def dequantize(stored: Stored, out_features: int) -> Tensor:
     """The exact weight [K, out_features] fp16, input channels in their original order."""
     q_weight, q_scale, q_scale_max, q_groups, q_invperm = stored
     groups = read_groups(q_groups, q_weight.shape[0], stored.k)
+    if not torch.equal(q_invperm.sort().values, torch.arange(stored.k, device=q_invperm.device).int()):
+        raise ValueError("dequantize: q_invperm does not name every row once")
     shifts = torch.arange(0, 32, 4, device=q_scale.device, dtype=torch.int32)
     nibbles = ((q_scale[:, :, None] >> shifts) & 15).reshape(q_scale.shape[0], -1)  # [G, N]
     unit = (q_scale_max.float() / 256).half().float()

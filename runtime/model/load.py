@@ -11,8 +11,11 @@ from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.contents import DERIVED, read_contents
 from dbrx_quant.runtime.folder.find import find_folder
+from dbrx_quant.runtime.folder.finite import check_finite
 from dbrx_quant.runtime.model.quantizer import METHOD, use_contents
 from dbrx_quant.runtime.tokenizer.ids import special_ids
+
+_MOST_SEQUENCES = 256  # side by side, each of which takes memory
 
 
 def load_model(
@@ -40,8 +43,9 @@ def load_model(
         **options: passed on to `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        CheckpointError: the folder is no EXL2 checkpoint, or does not fit its configuration in every tensor.
-            A model is never returned with weights that were not read.
+        CheckpointError: the folder is no EXL2 checkpoint, does not fit its configuration in every tensor, or
+            holds NaN or infinity (0.1 s a gigabyte of 16-bit tensors to see). A model is never returned with
+            weights that were not read.
     """
     import transformers
 
@@ -49,6 +53,8 @@ def load_model(
     config = load_config(folder)
     architecture = describe(config)
     contents = read_contents(architecture, architecture.open(folder))
+    check_finite(contents)
+    generation = _generation_config(folder, config)
     config.quantization_config = _quantization(config, folder)
     if device_map is None:
         device_map = {"": torch.device(device)}
@@ -57,16 +63,26 @@ def load_model(
         on_cpu = not torch.accelerator.is_available()
     checkpoint = contents.checkpoint
     names = [name for name in checkpoint.names() if not name.endswith(DERIVED)]
-    with use_contents(contents):
-        model = getattr(transformers, config.architectures[0]).from_pretrained(
-            None,
-            config=config,
-            state_dict={name: checkpoint.load(name) for name in names},
-            dtype=dtype or (torch.float32 if on_cpu else torch.float16),
-            device_map=device_map,
-            generation_config=_generation_config(folder, config),
-            **options,
-        )
+    try:
+        with use_contents(contents):
+            model = getattr(transformers, config.architectures[0]).from_pretrained(
+                None,
+                config=config,
+                state_dict={name: checkpoint.load(name) for name in names},
+                dtype=dtype or (torch.float32 if on_cpu else torch.float16),
+                device_map=device_map,
+                **options,
+            )
+    except (CheckpointError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if options or not on_cpu or "memory" in str(error):  # then it need not be the file's fault
+            raise
+        path = folder / "config.json"
+        raise CheckpointError(
+            f"{path}: transformers cannot build the model that it describes: {error!r}"
+        ) from error
+    model.generation_config = generation
     model.config.name_or_path = str(source)
     return model
 
@@ -84,17 +100,26 @@ def _generation_config(folder: Path, config: Any) -> Any:
     """The folder's generation config, with all ids that its files say end a text or a chat turn."""
     from transformers import GenerationConfig
 
-    found = (folder / "generation_config.json").exists()
-    if found:
-        try:
+    path = folder / "generation_config.json"
+    found = path.exists()
+    try:
+        if found:
             made = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error
-    else:
-        made = GenerationConfig.from_model_config(config)
-    if (folder / "tokenizer.json").exists():
-        ids = special_ids(folder)
-        made.eos_token_id = list(ids.eos) or None
-        if not found:
-            made.bos_token_id, made.pad_token_id = ids.bos, ids.pad
+        else:
+            made = GenerationConfig.from_model_config(config)
+        if (folder / "tokenizer.json").exists():
+            ids = special_ids(folder)
+            made.eos_token_id = list(ids.eos) or None
+            if not found:
+                made.bos_token_id, made.pad_token_id = ids.bos, ids.pad
+        for key in ("num_beams", "num_return_sequences"):
+            if (getattr(made, key) or 1) > _MOST_SEQUENCES:
+                raise ValueError(f"{key} is {getattr(made, key)}, expected at most {_MOST_SEQUENCES}")
+        made._original_object_hash = hash(made)  # transformers saves what is as it was loaded without a fuss
+    except CheckpointError:
+        raise
+    except Exception as error:  # of fields that have a wrong type
+        raise CheckpointError(
+            f"{path if found else folder / 'config.json'}: {error or repr(error)}"
+        ) from error
     return made

@@ -30,6 +30,7 @@ from dbrx_quant.runtime.families.config import read_config
 from dbrx_quant.runtime.families.facts import to_half
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.contents import Contents, read_contents
+from dbrx_quant.runtime.folder.finite import check_finite
 from dbrx_quant.runtime.folder.index import unnamed_shard
 
 METHOD = "exl2"
@@ -167,6 +168,7 @@ def _open_contents(model: Any, checkpoint_files: list[str] | None) -> Contents:
     folder = Path(checkpoint_files[0]).parent
     architecture = describe(model.config)
     contents = read_contents(architecture, architecture.open(folder))
+    check_finite(contents)
     loaded = {Path(file).name for file in checkpoint_files}
     for name in contents.names:
         file = contents.checkpoint.info(name).file

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dbrx_quant.runtime.talk.text_stream import TextStream
+from dbrx_quant.runtime.tokenizer.template import chat_ids
 
 Message = dict[str, str]
 
@@ -146,10 +147,7 @@ class Conversation:
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        ids = self._tokenizer.apply_chat_template(
-            [*system, *messages], add_generation_prompt=True, return_dict=False
-        )
-        return [int(number) for number in ids]
+        return chat_ids(self._tokenizer, [*system, *messages])
 
     def _prompt(self) -> list[int]:
         """The ids of the prompt, with `_first` moved past the turns that don't fit.

@@ -1,4 +1,4 @@
-"""The program of the process that `text_process.py` keeps: renders and encodes what it is asked for, a line each.
+"""The program of the process that `text_process.py` keeps: renders and encodes, a line for each request.
 
 Run by its path, so that it imports nothing of ours, nor torch: it is ready in a second and is small.
 """

@@ -1,5 +1,6 @@
 """Whether the tokenizer files of a checkpoint folder agree with the model and with each other."""
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ from dbrx_quant.runtime.tokenizer.ids import (
     render_chat,
     special_ids,
     special_token,
+    template_file,
     turn_end,
 )
+from dbrx_quant.runtime.tokenizer.load import panics_are_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -57,6 +60,13 @@ def check_tokenizer(folder: Path, vocab_size: int) -> list[Problem]:
         folder: the checkpoint folder; `config.json` and `generation_config.json` are looked at where present.
         vocab_size: rows of the embedding.
     """
+    try:
+        return _problems(folder, vocab_size)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # fields of unexpected types
+        return [Problem("tokenizer.json", f"a field of it or of the files beside it is wrong: {error!r}")]
+
+
+def _problems(folder: Path, vocab_size: int) -> list[Problem]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return [
@@ -79,11 +89,14 @@ def check_tokenizer(folder: Path, vocab_size: int) -> list[Problem]:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        with panics_are_errors():
+            tokenizer = Tokenizer.from_file(str(path))
+            problems += _check_effective_ids(tokenizer, vocabulary)
+            problems += _check_chat(folder, tokenizer, vocabulary)
+    except CheckpointError as error:
+        return [*problems, Problem("tokenizer.json", str(error))]
     except Exception as error:  # the library raises the bare class
         return [*problems, Problem("tokenizer.json", f"the tokenizers library rejects it: {error}")]
-    problems += _check_effective_ids(tokenizer, vocabulary)
-    problems += _check_chat(folder, tokenizer, vocabulary)
     try:
         problems += _check_configs(folder, vocabulary, vocab_size)
     except CheckpointError as error:
@@ -115,7 +128,9 @@ def _check_ids(vocabulary: Vocabulary, vocab_size: int) -> list[Problem]:
         problems.append(Problem("tokenizer.json", f"id {number} belongs to {', '.join(map(repr, names))}"))
     holes = [] if outside else vocabulary.holes()
     if holes:
-        text = ", ".join(map(str, holes[:8])) + (f" and {len(holes) - 8} more" if len(holes) > 8 else "")
+        count = sum(hole.stop - hole.start for hole in holes)
+        shown = itertools.islice(itertools.chain.from_iterable(holes), 8)
+        text = ", ".join(map(str, shown)) + (f" and {count - 8} more" if count > 8 else "")
         problems.append(Problem("tokenizer.json", f"no token has id {text}; fill the holes", fatal=False))
     return problems
 
@@ -163,11 +178,14 @@ def _check_side_files(folder: Path, vocabulary: Vocabulary) -> list[Problem]:
 def _check_class(folder: Path, tokenizer: dict[str, Any]) -> list[Problem]:
     """Whether transformers' AutoTokenizer loads anything other than what `tokenizer.json` says."""
     config = read_object(folder / "tokenizer_config.json")
-    if "AutoTokenizer" in (config.get("auto_map") or {}):
+    mapped = config.get("auto_map")
+    if isinstance(mapped, dict) and "AutoTokenizer" in mapped:
         message = "auto_map asks for remote code, which loads another tokenizer than tokenizer.json"
         return [Problem("tokenizer_config.json", message, fatal=False)]
-    splitter = tokenizer.get("pre_tokenizer") or {}
-    plain = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    splitter = tokenizer.get("pre_tokenizer")
+    plain = (
+        isinstance(splitter, dict) and splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    )
     if str(config.get("tokenizer_class")).removesuffix("Fast") == "GPT2Tokenizer" and not plain:
         message = (
             f"tokenizer_class is {config['tokenizer_class']}: transformers 5 then splits text as GPT-2 does, "
@@ -179,7 +197,7 @@ def _check_class(folder: Path, tokenizer: dict[str, Any]) -> list[Problem]:
 
 def _check_chat(folder: Path, tokenizer: "Tokenizer", vocabulary: Vocabulary) -> list[Problem]:
     """Faults in encoding a rendered chat and decoding it again."""
-    file = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"
+    file = template_file(folder).name
     try:
         text = render_chat(folder, _CHAT, generation_prompt=True)
     except CheckpointError as error:

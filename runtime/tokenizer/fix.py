@@ -55,6 +55,7 @@ READ_FILES = (
     *("config.json", "generation_config.json", "merges.txt", "vocab.bpe", "tiktoken.model"),
     *(f"{ENCODING}.tiktoken", *TOKENIZER_FILES, *_OTHER_SOURCES),
 )
+_MOST_HOLES = 100_000
 _GENERIC_CLASS = "PreTrainedTokenizerFast"
 _REBUILT_CLASSES = ("GPT2Tokenizer", "TokenizersBackend")
 
@@ -156,7 +157,14 @@ def fix_tokenizer(
                 f"{vocab_size} rows; the tokenizer belongs to another model"
             )
     first_added = 1 + max(base.values(), default=-1)
-    holes = Vocabulary(base, added).holes()
+    runs = Vocabulary(base, added).holes()
+    count = sum(run.stop - run.start for run in runs)
+    if count > _MOST_HOLES:
+        raise CheckpointError(
+            f"{where}/tokenizer.json: {count} ids have no token, at most {_MOST_HOLES} are filled; "
+            "the tokenizer belongs to another model"
+        )
+    holes = [number for run in runs for number in run]
     for number in holes:
         content = f"<|reserved_{number}|>"
         if content in base or content in added:

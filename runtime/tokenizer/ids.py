@@ -7,6 +7,7 @@ tokenizer names <|endoftext|>, and chat turns end with <|im_end|>. A checkpoint 
 never stops talking.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_text import load_json
+from dbrx_quant.runtime.tokenizer.template import TemplateError, render
 
 PROBE_ANSWER = "pong"
 PROBE_CHAT = ({"role": "user", "content": "ping"}, {"role": "assistant", "content": PROBE_ANSWER})
@@ -42,9 +44,10 @@ class Vocabulary:
         """The id of a token, added tokens first as tokenizers does, or None."""
         return self.added.get(content, self.base.get(content))
 
-    def holes(self) -> list[int]:
-        """Ids below `size` that no token has; `size` must be reasonable."""
-        return sorted(set(range(self.size)) - set(self.base.values()) - set(self.added.values()))
+    def holes(self) -> list[range]:
+        """The runs of ids below `size` that no token has, in order."""
+        taken = sorted({-1, *self.base.values(), *self.added.values()})
+        return [range(a + 1, b) for a, b in itertools.pairwise(taken) if b - a > 1]
 
 
 @dataclass(frozen=True)
@@ -135,14 +138,20 @@ def special_token(folder: Path, role: str) -> str | None:
     return None
 
 
+def template_file(folder: Path) -> Path:
+    """The file with the folder's chat template, if it has one; `chat_template.jinja` wins, as in transformers."""
+    file = folder / "chat_template.jinja"
+    return file if file.is_file() else folder / "tokenizer_config.json"
+
+
 def chat_template(folder: Path) -> str | None:
-    """The folder's default chat template; a `chat_template.jinja` wins, as in transformers.
+    """The folder's default chat template.
 
     Raises:
         CheckpointError: a file is damaged.
     """
-    file = folder / "chat_template.jinja"
-    if file.is_file():
+    file = template_file(folder)
+    if file.suffix == ".jinja":
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -163,20 +172,13 @@ def render_chat(folder: Path, messages: list[dict[str, str]], generation_prompt:
     template = chat_template(folder)
     if template is None:
         return None
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     roles = {f"{role}_token": special_token(folder, role) for role in ("bos", "eos", "pad", "unk")}
-    tokens: dict[str, Any] = {role: content for role, content in roles.items() if content is not None}
+    tokens = {role: content for role, content in roles.items() if content is not None}
     try:
-        rendered, _ = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            add_generation_prompt=generation_prompt,
-            **tokens,
-        )
-    except Exception as error:  # a template is a program, it can fail in any way
-        raise CheckpointError(f"{folder}: the chat template cannot be rendered: {error!r}") from None
-    return str(rendered[0])
+        return render(template, messages, add_generation_prompt=generation_prompt, **tokens)
+    except TemplateError as error:
+        file = template_file(folder)
+        raise CheckpointError(f"{file}: the chat template cannot be rendered: {error}") from None
 
 
 def turn_end(folder: Path, vocabulary: Vocabulary) -> str | None:

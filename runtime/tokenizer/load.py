@@ -1,12 +1,15 @@
 """Tokenizers of model folders, always loaded locally."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dbrx_quant.runtime.families.config import read_config
 from dbrx_quant.runtime.families.source import embedding_rows
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.files.regular import check_model_folder
 
 # What decides how text becomes ids; the first name found stands for all.
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
@@ -26,14 +29,31 @@ def load_tokenizer(folder: str | Path) -> Any:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder, hence no tokenizer")
+    check_model_folder(folder)
     try:
-        kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
-        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        with panics_are_errors():
+            kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+            made = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            made("a")  # some fields of a wrong type are noticed only here
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise what they will on nonsense
         raise CheckpointError(
-            f"{folder}: transformers cannot load a tokenizer from here: {error}; "
+            f"{folder}: transformers cannot load a tokenizer from here: {error or repr(error)}; "
             "'dbrx-quant tokenizer' can repair some of these"
         ) from error
+    return made
+
+
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """Turn a panic inside the tokenizers library, which is no `Exception`, into a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise ValueError(f"the tokenizers library gave up: {error}") from None
+        raise
 
 
 def tokenizer_fingerprint(folder: str | Path) -> str:

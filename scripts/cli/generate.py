@@ -99,17 +99,18 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> "Tensor":
 
     Raises:
         ValueError: the prompt is empty, or the model has no chat template.
+        CheckpointError: its template cannot be rendered.
     """
+    import torch
+
+    from dbrx_quant.runtime.tokenizer.template import chat_ids
+
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("this model has no chat template; leave out --chat")
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        ids = torch.tensor([chat_ids(tokenizer, [{"role": "user", "content": prompt}])])
     else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    ids: Tensor = encoded["input_ids"].long()
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
     if not ids.shape[1]:
         raise ValueError("the prompt is empty")
     return ids

@@ -14,7 +14,9 @@ CHECK_FAILED = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("folder", metavar="DIR", type=Path, help="a quantized folder")
-    parser.add_argument("--no-checksums", action="store_true", help="don't read whole shards")
+    parser.add_argument(
+        "--no-checksums", action="store_true", help="don't read whole shards to compare their checksums"
+    )
     add_quiet_argument(parser)
 
 
@@ -44,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 VERB = Verb(
     "verify",
-    "check every rule of the format, the checksums, the tokenizer and the config",
+    "check every rule of the format, the checksums, the tokenizer and the config, and try it out",
     "dbrx-quant verify out/dbrx",
     add_arguments,
     run,

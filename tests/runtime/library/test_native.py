@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import oracles_ops as oracle
 from dbrx_quant.runtime.kernels import ops
+from dbrx_quant.runtime.kernels.stored import Stored
 from dbrx_quant.runtime.library import _native
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
@@ -78,7 +79,7 @@ def test_every_scale_maximum_dequantizes_exactly(isa, part):
         unit = (halves.view(np.float16).astype(np.float64) / 256).astype(np.float16)
         scale = (steps**2 * unit.astype(np.float64)[:, None]).astype(np.float16).astype(np.float64)
         wanted = ((codes.astype(np.float64) - 8) * scale.repeat(32, axis=0)).astype(np.float16)
-    weight = ops.dequantize(tensors).t()[torch.argsort(tensors["q_invperm"].long())]
+    weight = ops.dequantize_op(*Stored.of(tensors), 32)[torch.argsort(tensors["q_invperm"].long())]
     assert oracle.first_difference(weight, torch.from_numpy(wanted)) is None
 
 
