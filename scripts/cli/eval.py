@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.runtime.progress import counter
-from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, positive
+from dbrx_quant.scripts.terminal.arguments import add_model_argument, add_quiet_argument, find_model, positive
 from dbrx_quant.scripts.terminal.output import (
     hide_loading_bar,
     print_json,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
+    add_model_argument(parser)
     parser.add_argument("--reference", metavar="MODEL", help="the original's folder, or its id on the Hub")
     parser.add_argument(
         "--cache",
@@ -48,13 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("no original to compare with: give --reference MODEL, or a filled --cache")
     from dbrx_quant.runtime.evaluation.record import read_evaluations
     from dbrx_quant.runtime.evaluation.scores import evaluate, windows
-    from dbrx_quant.runtime.folder.find import find_folder
     from dbrx_quant.runtime.folder.inspect import inspect_folder
     from dbrx_quant.runtime.model.load import load_model
 
     started = time.monotonic()
     hide_loading_bar(arguments.quiet)
-    folder = find_folder(arguments.folder, None)
+    folder = find_model(arguments.folder, arguments)
     facts = inspect_folder(folder)
     save = not arguments.no_save
     if save:

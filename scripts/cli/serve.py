@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dbrx_quant.scripts.terminal.arguments import add_quiet_argument
+from dbrx_quant.runtime.redact import hide
+from dbrx_quant.scripts.terminal.arguments import add_model_argument, add_quiet_argument, find_model
 from dbrx_quant.scripts.terminal.output import hide_loading_bar, model_title, print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb
 
@@ -19,7 +20,7 @@ _STOP_SECONDS = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
+    add_model_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
     parser.add_argument("--port", type=port, default=8000, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--name", help="what clients call the model (default: the folder's name, or the id)")
@@ -49,10 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ImportError("serving needs fastapi, uvicorn and openai: pip install 'dbrx-quant[serve]'")
     listening = _bind(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
     with listening:
-        from dbrx_quant.runtime.folder.find import find_folder
-
         hide_loading_bar(arguments.quiet)
-        folder = find_folder(arguments.folder, None)
+        folder = find_model(arguments.folder, arguments)
         name = arguments.name or model_title(arguments.folder)
         try:
             from dbrx_quant.runtime.talk.server import build_app
@@ -64,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"({error}); transformers 5.23 is known to work"
             ) from error
         api_key = arguments.api_key or os.environ.get(API_KEY) or None
+        hide(api_key)
         if api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
             say("warning: everyone who can reach this machine can use the model; --api-key requires a key")
         app = build_app(folder, name, arguments.device, api_key)
