@@ -44,11 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Chat until the input ends."""
     import torch
 
+    from dbrx_quant.runtime.files.text import unicode_fault
     from dbrx_quant.runtime.model.load import load_model
     from dbrx_quant.runtime.talk.conversation import Conversation
     from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
     folder = find_model(arguments.folder, arguments)
+    if fault := unicode_fault(arguments.system or ""):
+        raise ValueError(f"--system is {fault}")
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ValueError(f"{folder}: no chat template; 'dbrx-quant generate' continues a text")

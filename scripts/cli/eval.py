@@ -121,6 +121,8 @@ def _reference(arguments: argparse.Namespace, rows: "Tensor") -> Any:
 
 
 def _print_scores(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    from dbrx_quant.runtime.evaluation.record import ppl_text
+
     error, routed = result["kl_stderr"], result["router_topk"]
     print_table(
         f"{arguments.folder} on {arguments.windows} windows of {arguments.length} tokens",
@@ -128,8 +130,8 @@ def _print_scores(arguments: argparse.Namespace, result: dict[str, Any]) -> None
         [
             [
                 f"{result['bpw']:.4f}",
-                f"{result['ppl']:.3f}",
-                f"{result['reference_ppl']:.3f}",
+                ppl_text(result["ppl"]),
+                ppl_text(result["reference_ppl"]),
                 f"{result['kl']:.5f}" + (f" ± {error:.5f}" if error is not None else ""),
                 f"{100 * result['top1']:.2f} %",
                 f"{100 * routed:.2f} %" if routed is not None else "-",

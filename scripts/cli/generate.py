@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate; the text appears as it is made, and stays when Ctrl-C ends it."""
     import torch
 
+    from dbrx_quant.runtime.files.text import unicode_fault
     from dbrx_quant.runtime.model.load import load_model
     from dbrx_quant.runtime.talk.conversation import end_ids, sampling
     from dbrx_quant.runtime.talk.text_stream import TextStream
@@ -46,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     hide_loading_bar(arguments.quiet)
     folder = find_model(arguments.folder, arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if fault := unicode_fault(prompt):
+        raise ValueError(f"the prompt is {fault}")
     tokenizer = load_tokenizer(folder)
     ids = _encode(tokenizer, prompt, arguments.chat)
     model = load_model(folder, device=arguments.device)

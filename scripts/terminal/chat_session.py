@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from dbrx_quant.runtime.files.text import unicode_fault
 from dbrx_quant.scripts.terminal.arguments import positive, temperature
 from dbrx_quant.scripts.terminal.output import seconds_text
 
@@ -65,6 +66,8 @@ class Session:
         if not text:
             return True
         try:
+            if fault := unicode_fault(text):
+                raise ValueError(f"the message is {fault}")
             if text.startswith("/") and not text.startswith("//"):
                 return self._command(*text.split(maxsplit=1))
             self._answer(lambda write: self.conversation.ask(text.removeprefix("/"), write))
@@ -129,11 +132,13 @@ class Session:
     def _load(self, path: Path) -> None:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
         messages = content.get("messages") if isinstance(content, dict) else content
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise ValueError(f"{path}: not a saved conversation; /save writes one")
+        if fault := unicode_fault(json.dumps(messages, ensure_ascii=False)):
+            raise ValueError(f"{path}: {fault}")
         self.conversation.reset(messages)
         turns = len(self.conversation.messages) // 2
         self._screen.note(f"{turns} turn{'s' * (turns != 1)} from {path}")

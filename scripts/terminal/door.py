@@ -1,5 +1,7 @@
 """The command's door: what goes out holds no secret, drives no terminal, and is never a bare traceback."""
 
+import io
+import logging
 import os
 import re
 import sys
@@ -86,6 +88,8 @@ def guarded_streams() -> Iterator[None]:
     characters as text; a pipe or file gets them as they are. A stream that is closed swallows what it gets.
     """
     before = sys.stdin, sys.stdout, sys.stderr
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments: whoever takes a text checks it
     stdin, stdout, stderr = (stream or _closed(mode) for stream, mode in zip(before, "rww", strict=True))
     results = Filtered(stdout, redact)
     sys.stdin = stdin
@@ -97,10 +101,21 @@ def guarded_streams() -> Iterator[None]:
         TextIO,
         Filtered(stderr, (lambda text: _drawn(redact_message(text))) if stderr.isatty() else redact_message),
     )
+    make = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(lambda *given, **more: _cleaned(make(*given, **more)))
     try:
         yield
     finally:
+        logging.setLogRecordFactory(make)
         sys.stdin, sys.stdout, sys.stderr = before
+
+
+def _cleaned(record: logging.LogRecord) -> logging.LogRecord:
+    """A record without secrets: a library's handler may have been made before the streams were guarded."""
+    record.msg = redact_message(record.msg) if isinstance(record.msg, str) else record.msg
+    if isinstance(record.args, tuple):
+        record.args = tuple(redact_message(arg) if isinstance(arg, str) else arg for arg in record.args)
+    return record
 
 
 def _closed(mode: str) -> TextIO:
