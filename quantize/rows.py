@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dbrx_quant.calibration.text.sources import kind_of
 from dbrx_quant.calibration.text.tokens import (
     TokenRows,
     load_tokens,
@@ -49,7 +50,7 @@ def load_rows(options: ConvertOptions) -> Rows:
     if options.held_out is None:
         calibration, held_out = split_held_out(tokens.input_ids)
         return Rows(tokens, calibration, held_out if len(held_out) else None, None)
-    ready = Path(options.held_out).suffix == ".safetensors"
+    ready = kind_of(Path(options.held_out)) == ".safetensors"
     count = options.held_out_rows or (None if ready else HELD_OUT_ROWS)
     apart = _tokens(options, _HELD_OUT, options.held_out, count, tokens.input_ids.shape[1])
     return Rows(tokens, tokens.input_ids, apart.input_ids, plain_name(options.held_out))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.text.offline import plain_conversation
-from dbrx_quant.calibration.text.sources import Document, Part
+from dbrx_quant.calibration.text.records import Document
+from dbrx_quant.calibration.text.sources import Part
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ A source becomes `Texts`: parts with a share of the tokens each, and documents i
 a string, or a conversation (list of messages) that the tokenizer's chat template will render.
 """
 
+import gzip
 import json
 import platform
 import random
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.calibration.text import offline
-from dbrx_quant.calibration.text.offline import Conversation
+from dbrx_quant.calibration.text.records import ACCEPTED, Document, document_of, form_among, of_any_form
 from dbrx_quant.runtime.files.errors import CheckpointError
-
-Document = str | Conversation
+from dbrx_quant.runtime.redact import redact_message
 
 NAMED = ("default", "offline")
-FILE_TYPES = (".txt", ".jsonl", ".parquet")
+FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet")
+_LINES = (".jsonl", ".ndjson")
+_PACKED = ".gz"
 
 # The default set: educational web prose, Python sources, chat turns; (part, share of the tokens, dataset).
 DEFAULT_MIX = (
@@ -30,7 +33,6 @@ DEFAULT_MIX = (
     ("chat", 0.25, "HuggingFaceH4/ultrachat_200k::train_sft:messages"),
 )
 
-_FIELDS = ("messages", "text")  # of a record, the first one that is there
 _SEPARATOR = re.compile(r"\f|^[ \t]*<\|endoftext\|>[ \t\r]*$\n?", re.MULTILINE)  # of documents in a .txt file
 _PASSAGE = 16_000  # characters after which a .txt without separators is cut at the next blank line
 _SHUFFLE_BUFFER = 1_000  # documents of a streamed dataset that are shuffled together, beside its shards
@@ -76,8 +78,8 @@ def open_texts(source: str | Path, seed: int) -> Texts:
     """Documents of a source in seeded order.
 
     Args:
-        source: "default", "offline", a .txt, .jsonl or .parquet file, or `org/name[@revision][:config[:split
-            [:column]]]` on the Hub.
+        source: "default", "offline", a .txt, .jsonl, .json or .parquet file, or a dataset on the Hub,
+            `org/name[@revision][:config[:split[:column]]]`.
         seed: decides the order of the documents; the same seed and the same source give the same order.
 
     Raises:
@@ -108,7 +110,7 @@ def open_texts(source: str | Path, seed: int) -> Texts:
             {"datasets": {name: details for name, (_, details) in opened.items()}},
         )
     text = str(source)
-    if isinstance(source, Path) or path.suffix in FILE_TYPES or text.count("/") != 1 or text[0] in "./~":
+    if isinstance(source, Path) or kind_of(path) in FILE_TYPES or text.count("/") != 1 or text[0] in "./~":
         raise ValueError(
             f"calibration source {text!r}: no such file; a source is one of {', '.join(NAMED)}, a file"
             f" ({' '.join(FILE_TYPES)} or tokens .safetensors), or org/name[:config[:split[:column]]]"
@@ -117,58 +119,37 @@ def open_texts(source: str | Path, seed: int) -> Texts:
     return Texts((Part("text", 1.0, documents),), {"dataset": details})
 
 
+def kind_of(path: Path) -> str:
+    """The suffix that says what a file holds, whatever its case; that of a packed one is within the name."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix == _PACKED else suffix
+
+
 def read_file(path: Path) -> Iterator[Document]:
     """Documents of a local file, in its order.
 
     A .txt is cut at form feeds or lines `<|endoftext|>`; without any, into passages of whole paragraphs of at
-    least 16,000 characters. A line of a .jsonl and a record of a .parquet is a document: the column
-    `messages` (role and content each), else `text`, else (.parquet) all strings, joined by line feeds.
+    least 16,000 characters. A line of a .jsonl, an item of a .json and a record of a .parquet is a document,
+    in one of the forms of `records`; of a .parquet without any of them it is all strings, joined by line
+    feeds. All but a .parquet may be packed as .gz.
 
     Raises:
         ValueError: the kind of file is not known.
         CheckpointError: broken contents, with the place.
     """
-    if path.suffix == ".txt":
+    kind = kind_of(path)
+    if kind == ".txt":
         return _read_text(path)
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path)
-    if path.suffix == ".parquet":
+    if kind in _LINES:
+        return _read_lines(path)
+    if kind == ".json":
+        return _read_json(path)
+    if kind == ".parquet" and path.suffix.lower() != _PACKED:
         return _read_parquet(path)
-    raise ValueError(f"{path}: calibration files are {', '.join(FILE_TYPES)} or tokens .safetensors")
-
-
-def document_of(record: Mapping[str, Any], column: str | None, where: str) -> Document | None:
-    """The document that a record holds (None: an empty one).
-
-    Raises:
-        CheckpointError: no such column, or its value is neither text nor messages.
-    """
-    if column is None:
-        column = next((name for name in _FIELDS if record.get(name) is not None), None)
-    if column is None:
-        texts = [value for value in record.values() if isinstance(value, str) and value.strip()]
-        if not texts and not any(value is None or isinstance(value, str) for value in record.values()):
-            raise CheckpointError(f"{where}: neither messages nor text in columns {', '.join(record)}")
-        return "\n".join(texts) or None
-    if column not in record:
-        raise CheckpointError(f"{where}: no column {column!r}, only {', '.join(record) or '(none)'}")
-    value = record[column]
-    if value is None or isinstance(value, str):
-        return value if value and value.strip() else None
-    if not isinstance(value, list):
-        raise CheckpointError(
-            f"{where}: column {column!r} is neither text nor messages, but {type(value).__name__}"
-        )
-    turns: Conversation = []
-    for turn in value:
-        if not isinstance(turn, dict) or not all(
-            isinstance(turn.get(key), str) for key in ("role", "content")
-        ):
-            raise CheckpointError(
-                f"{where}: a message needs a role and a content, both text; got {str(turn)[:80]}"
-            )
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    return turns or None
+    raise ValueError(
+        f"{path}: calibration files are {', '.join(FILE_TYPES)} or tokens .safetensors; all but .parquet and "
+        "tokens also as .gz"
+    )
 
 
 def _shuffled(documents: Iterable[Document], seed: str) -> list[Document]:
@@ -194,7 +175,7 @@ def _passages(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
+def _read_lines(path: Path) -> Iterator[Document]:
     for number, line in enumerate(_decoded(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -203,12 +184,44 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{where}: not JSON: {error}") from error
-        fields = {key: record[key] for key in _FIELDS if key in record} if isinstance(record, dict) else {}
-        if not fields:
-            raise CheckpointError(f"{where}: expected a JSON object with messages or text, got {line[:80]}")
-        document = document_of(fields, None, where)
+        document = _of_json(record, where)
         if document is not None:
             yield document
+
+
+def _read_json(path: Path) -> Iterator[Document]:
+    """A list of records, one alone, an object that holds such a list, or lines in spite of the name."""
+    text = _decoded(path)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        if getattr(error, "msg", "") != "Extra data":
+            raise CheckpointError(f"{path}: not JSON: {error}") from error
+        yield from _read_lines(path)
+        return
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if isinstance(content, dict) and not of_any_form(content):
+        content = next((value for value in content.values() if isinstance(value, list)), content)
+    for number, record in enumerate(content if isinstance(content, list) else [content], 1):
+        document = _of_json(record, f"{path}, record {number}")
+        if document is not None:
+            yield document
+
+
+def _of_json(record: Any, where: str) -> Document | None:
+    if isinstance(record, str):
+        record = {"text": record}
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{where}: expected a JSON object with {ACCEPTED}; got {str(record)[:80]}")
+    form = form_among([name for name, value in record.items() if value is not None])
+    if form is None and isinstance(record.get("content"), str):
+        form = ("content",)
+    if form is None and not of_any_form(record):
+        raise CheckpointError(
+            f"{where}: expected a JSON object with {ACCEPTED}; this one has {', '.join(record) or 'nothing'}"
+        )
+    return document_of({name: record[name] for name in form}, None, where) if form else None
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
@@ -216,29 +229,61 @@ def _read_parquet(path: Path) -> Iterator[Document]:
     import pyarrow.parquet  # type: ignore[import-untyped] # likewise
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        schema = file.schema_arrow
-        types = pyarrow.types
-        strings = [
-            entry.name for entry in schema if types.is_string(entry.type) or types.is_large_string(entry.type)
-        ]
-        columns = next(([name] for name in _FIELDS if name in schema.names), strings)
-        if not columns:
-            raise CheckpointError(f"{path}: no column of text or messages among {', '.join(schema.names)}")
-        records = (record for batch in file.iter_batches(columns=columns) for record in batch.to_pylist())
-        for number, record in enumerate(records, 1):
-            document = document_of(record, None, f"{path}, record {number}")
-            if document is not None:
-                yield document
-    except (pyarrow.ArrowException, OSError) as error:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = _columns(file)
+            if not columns:
+                names = ", ".join(file.schema_arrow.names) or "(none)"
+                raise CheckpointError(
+                    f"{path}: no column of text or messages among {names}; taken are {ACCEPTED}"
+                )
+            records = (record for batch in file.iter_batches(columns=columns) for record in batch.to_pylist())
+            for number, record in enumerate(records, 1):
+                document = document_of(record, None, f"{path}, record {number}")
+                if document is not None:
+                    yield document
+    except CheckpointError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable parquet file: {error}") from error
+
+
+def _columns(file: Any) -> list[str]:
+    """The columns of a parquet file that hold the documents, those without any value left aside."""
+    from pyarrow import types
+
+    def plain(kind: Any) -> bool:
+        return bool(types.is_string(kind) or types.is_large_string(kind))
+
+    def textual(kind: Any) -> bool:
+        if types.is_dictionary(kind):
+            return textual(kind.value_type)
+        return plain(kind) or bool(types.is_string_view(kind))
+
+    schema = file.schema_arrow
+    filled = [
+        name
+        for name in schema.names
+        if not of_any_form([name])
+        or any(batch.column(0).null_count < len(batch) for batch in file.iter_batches(columns=[name]))
+    ]
+    form = form_among(filled)
+    if form:
+        return list(form)
+    fields = [field for field in schema if field.name in filled]
+    strings = [field.name for field in fields if plain(field.type)]
+    return strings or [field.name for field in fields if textual(field.type)]
 
 
 def _decoded(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        if path.suffix.lower() == _PACKED:
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CheckpointError(f"{path}: not a readable .gz file: {error}") from error
 
 
 def _open_dataset(name: str, seed: int, *, ours: bool = False) -> tuple[Iterator[Document], dict[str, Any]]:
@@ -295,7 +340,7 @@ def _patience(name: str, ours: bool) -> Iterator[None]:
         remote = type(error).__module__.partition(".")[0] in _NETWORK_LIBRARIES
         if not (remote or isinstance(error, OSError) or (ours and isinstance(error, ValueError))):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(redact_message(str(error)).split())[:200] or type(error).__name__
         raise SourceUnreachable(f"dataset {name} is unavailable: {reason}") from error
     finally:
         config.STREAMING_READ_MAX_RETRIES, config.STREAMING_READ_RETRY_INTERVAL = known

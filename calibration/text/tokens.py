@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.text.packing import pack_rows
-from dbrx_quant.calibration.text.sources import NAMED, SourceUnreachable, open_texts
+from dbrx_quant.calibration.text.sources import NAMED, SourceUnreachable, kind_of, open_texts
 from dbrx_quant.runtime.files.atomic import save_tensors
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_text import parse_json
@@ -21,6 +21,7 @@ ROWS = 128
 LENGTH = 2048
 HELD_OUT_EVERY = 7  # one row in so many, an odd number since every second row starts with a document
 _FEWEST_ROWS = 16  # with fewer, all are for calibration
+_TOO_SHORT = "rows need two tokens at least, since each token is predicted from those before it"
 _VERSION = "1"  # of the description in a saved file
 
 
@@ -68,10 +69,14 @@ def load_tokens(
     for name, value in (("rows", rows), ("length", length)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if length == 1:
+        raise ValueError(f"length 1: {_TOO_SHORT}")
     if length is not None and longest is not None and length > longest:
         raise ValueError(f"length {length} is more than the {longest} tokens that the model was made for")
-    if Path(source).suffix == ".safetensors":
+    if kind_of(Path(source)) == ".safetensors":
         saved = load_saved(Path(source), rows, length, vocabulary)
+        if saved.input_ids.shape[1] < 2:
+            raise ValueError(f"{source}: its rows have one token: {_TOO_SHORT}")
         described = dict(saved.description)
         made_with = described.get("tokenizer")
         if made_with is not None and made_with != tokenizer_fingerprint(tokenizer_folder):

@@ -83,7 +83,10 @@ def read_strategy(path: Path) -> tuple[Strategy, Outcome | None]:
     measured = None
     if fields.values["measured"] is not None:
         scores = fields.object("measured")
-        scores.number("kl")
+        for name in ("kl", "top1"):
+            scores.number(name)
+        for name in ("ppl", "reference_ppl", "kl_stderr"):
+            scores.number_or_none(name)
         measured = scores.values
     held_out = fields.text_or_none("held_out") if "held_out" in fields else None
     return strategy, Outcome(held_out, measured, [str(note) for note in fields.items("notes")])

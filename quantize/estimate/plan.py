@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dbrx_quant.calibration.text.sources import kind_of
 from dbrx_quant.quantize.estimate.memory import peak_bytes, states_bytes
 from dbrx_quant.quantize.estimate.sizes import decoder_weights, shape_range, source_architecture, total_bytes
 from dbrx_quant.quantize.estimate.time import machine_speed, measuring_operations, quantizing_operations
@@ -81,7 +82,7 @@ def plan(options: ConvertOptions) -> Plan:
 
 
 def _token_shape(options: ConvertOptions) -> tuple[int, int]:
-    if Path(options.calibration).suffix == ".safetensors":
+    if kind_of(Path(options.calibration)) == ".safetensors":
         from dbrx_quant.calibration.text.tokens import load_saved
 
         shape = load_saved(Path(options.calibration), options.rows, options.length).input_ids.shape

@@ -10,6 +10,7 @@ from typing import Any
 from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
 from dbrx_quant.quantize.publish.release import KEPT_OUT, MAIN, Branch, Evaluation, Model
 from dbrx_quant.quantize.publish.source_card import dump_front_matter
+from dbrx_quant.runtime.evaluation.record import ppl_text
 from dbrx_quant.runtime.families import family_of
 from dbrx_quant.runtime.folder.verify import PRODUCER
 
@@ -168,7 +169,7 @@ def _table(repository: str, branches: Sequence[Branch], key: _EvaluationKey | No
             f"{branch.bpw:.2f}",
             f"{branch.head_bits} bits",
             size_text(branch.shard_bytes),
-            f"{found.ppl:.3f}" if found else UNMEASURED,
+            ppl_text(found.ppl) if found else UNMEASURED,
             _kl(branch, found),
             f"{100 * found.top1:.2f} %" if found else UNMEASURED,
         ]
@@ -194,9 +195,8 @@ def _explanation(branches: Sequence[Branch], key: _EvaluationKey | None) -> str:
     if found:
         lines.append(
             f"Measured against the original on {_text(found)}, {found.windows} windows of {found.length} "
-            f"tokens, where the original's perplexity is "
-            f"{found.ppl_original:.3f}. KL divergence is in nats per token, ± its standard error; 0 is the "
-            "original."
+            f"tokens, where the original's perplexity is {ppl_text(found.ppl_original)}. KL divergence is in "
+            "nats per token, ± its standard error; 0 is the original."
         )
     open_ones = [branch for branch in branches if evaluation_of(branch, key) is None]
     if any(branch.predicted_kl is not None for branch in open_ones):
@@ -212,8 +212,8 @@ def _other_evaluations(branches: Sequence[Branch], key: _EvaluationKey | None) -
         [
             f"{_text(e)}, {e.windows} windows of {e.length}",
             branch.name,
-            f"{e.ppl:.3f}",
-            f"{e.ppl_original:.3f}",
+            ppl_text(e.ppl),
+            ppl_text(e.ppl_original),
             _kl(branch, e),
             f"{100 * e.top1:.2f} %",
         ]

@@ -1,12 +1,14 @@
 """The Hub, asked patiently: waits where it asks to wait, and says in one line what went wrong.
 
-The token is only ever handed to huggingface_hub; whatever it or a server says is cleared of it.
+The token is only ever handed to huggingface_hub; what it or a server says is cleared of it.
 """
 
 import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
+
+from dbrx_quant.runtime.redact import hide, redact_message
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -18,7 +20,6 @@ LONGEST_WAIT_S = 900  # the Hub's rate limits are reset after five minutes
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
-_SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}|(?<=Bearer )[^\s'\"]+")
 
 
 class HubError(RuntimeError):
@@ -42,6 +43,7 @@ class Hub:
         self.notify = notify
         token = self.api.token
         self.token = token if isinstance(token, str) else get_token()
+        hide(self.token)
 
     def ask(self, call: Callable[[], Result]) -> Result:
         """What `call` returns; tried again where the Hub is busy or the connection breaks.
@@ -84,14 +86,8 @@ class Hub:
                 return None
             raise
 
-    def clean(self, text: str) -> str:
-        """The text without the token, and without anything that looks like one."""
-        if self.token:
-            text = text.replace(self.token, "<token>")
-        return _SECRET.sub("<token>", text)
-
     def _explain(self, error: BaseException) -> str:
-        return " ".join(self.clean(self._advice(error)).split())
+        return " ".join(redact_message(self._advice(error)).split())
 
     def _advice(self, error: BaseException) -> str:
         from huggingface_hub.errors import (

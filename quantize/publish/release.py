@@ -41,7 +41,7 @@ class Evaluation:
         windows: pieces of it.
         length: tokens of each.
         tokens: in all.
-        ppl: perplexity of the quantized model.
+        ppl: perplexity of the quantized model; None: beyond what a float holds.
         ppl_original: of the original.
         kl: KL divergence to the original, nats per token.
         kl_stderr: its standard error, where known.
@@ -53,8 +53,8 @@ class Evaluation:
     windows: int
     length: int
     tokens: int
-    ppl: float
-    ppl_original: float
+    ppl: float | None
+    ppl_original: float | None
     kl: float
     kl_stderr: float | None
     top1: float
@@ -298,16 +298,20 @@ def _own_evaluation(
                 windows=tokens // length,
                 length=length,
                 tokens=tokens,
-                ppl=float(scores["ppl"]),
-                ppl_original=float(scores["reference_ppl"]),
+                ppl=_or_none(scores["ppl"]),
+                ppl_original=_or_none(scores["reference_ppl"]),
                 kl=float(scores["kl"]),
-                kl_stderr=None if scores["kl_stderr"] is None else float(scores["kl_stderr"]),
+                kl_stderr=_or_none(scores["kl_stderr"]),
                 top1=float(scores["top1"]),
                 router_topk=None,
             ),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{folder / STRATEGY_NAME}: measured is damaged ({error!r})") from None
+
+
+def _or_none(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _model(folder: Path, config: Mapping[str, Any], base_model: str | None, card: Path | None) -> Model:

@@ -13,8 +13,8 @@ _PATIENCE = 10.0  # seconds
 
 _KEY = ("text", "windows", "length")  # what tells entries apart
 _WHOLE = ("windows", "length", "tokens")
-_NUMBERS = ("ppl", "ppl_original", "kl", "top1", "bpw")
-_NUMBERS_OR_NULL = ("kl_stderr", "router_topk")
+_NUMBERS = ("kl", "top1", "bpw")
+_NUMBERS_OR_NULL = ("ppl", "ppl_original", "kl_stderr", "router_topk")
 _NAMES = ("text", *_WHOLE, *_NUMBERS, *_NUMBERS_OR_NULL)
 
 Evaluation = Mapping[str, Any]
@@ -23,9 +23,9 @@ Evaluation = Mapping[str, Any]
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """The entries of a folder's `evaluation.json`, in order of text, windows and length; none without it.
 
-    An entry has `text` (a name), `windows`, `length` and `tokens`, `ppl` and `ppl_original`, `kl` in nats and
-    `kl_stderr` (null for a single window), `top1`, `router_topk` (mean over the blocks, null without experts)
-    and `bpw`.
+    An entry has `text` (a name), `windows`, `length` and `tokens`, `ppl` and `ppl_original` (null: beyond
+    1e308), `kl` in nats and `kl_stderr` (null for a single window), `top1`, `router_topk` (mean over the
+    blocks, null without experts) and `bpw`.
 
     Raises:
         CheckpointError: the file is damaged, or of another version.
@@ -60,6 +60,13 @@ def save_evaluation(folder: Path, entry: Evaluation) -> Path:
         entries = sorted([*kept, {name: entry[name] for name in _NAMES}], key=_key)
         _FILE.write(path, {"evaluations": entries})
     return path
+
+
+def ppl_text(value: float | None) -> str:
+    """A perplexity as people read it; None is beyond what a float holds."""
+    if value is None:
+        return "> 1e308"
+    return f"{value:.3f}" if value < 1e6 else f"{value:.3g}"
 
 
 def _key(entry: Evaluation) -> tuple[Any, ...]:

@@ -45,8 +45,8 @@ _CHUNK = (
 class Scores:
     """Distances over `positions` = N·L tokens; see the head of the module for the terms."""
 
-    ppl: float
-    reference_ppl: float
+    ppl: float | None  # None: beyond what a float holds, at losses of more than 709 nats a token
+    reference_ppl: float | None
     kl: float  # nats
     kl_stderr: float | None  # standard error over the windows' means; None: a single window has none
     top1: float
@@ -116,10 +116,13 @@ def evaluate(
         progress: called after each window with the windows done and their number.
 
     Raises:
-        ValueError: the models' vocabularies or blocks with experts differ, or a logit is not finite.
+        ValueError: the models' vocabularies or blocks with experts differ, a logit or the divergence is not
+            finite, or windows have one token.
         CheckpointError: the cache is missing, broken, or of other windows.
     """
     count, length = rows.shape
+    if length < 2:
+        raise ValueError(f"windows of {length} token: nothing is predicted in them; give two tokens at least")
     losses = torch.zeros(2, dtype=torch.float64)
     kl = torch.zeros(count, dtype=torch.float64)
     agreeing = 0
@@ -136,6 +139,8 @@ def evaluate(
                 f"vocabulary of {ours} tokens against the original's {theirs}: not the same model"
             )
         window_losses, window_kl = _compare(original.logits, quantized.logits, row)
+        if not math.isfinite(window_kl):
+            raise ValueError(f"window {i}: logits too far apart for a KL divergence; a model is broken")
         losses += window_losses
         kl[i] = window_kl
         agreeing += int((original.top == quantized.top.to(original.top.device)).sum())
@@ -147,8 +152,8 @@ def evaluate(
     positions = count * length
     mean_losses = (losses / (count * (length - 1))).tolist()
     return Scores(
-        ppl=math.exp(mean_losses[1]),
-        reference_ppl=math.exp(mean_losses[0]),
+        ppl=_perplexity(mean_losses[1]),
+        reference_ppl=_perplexity(mean_losses[0]),
         kl=kl.sum().item() / positions,
         kl_stderr=(kl / length).std().item() / math.sqrt(count) if count > 1 else None,
         top1=agreeing / positions,
@@ -197,6 +202,14 @@ def cache_reference(
         if progress is not None:
             progress(i + 1, len(rows))
     return ReferenceCache(folder)
+
+
+def _perplexity(loss: float) -> float | None:
+    try:
+        value = math.exp(loss)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _compare(original: Tensor, quantized: Tensor, row: Tensor) -> tuple[Tensor, float]:

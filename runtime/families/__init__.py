@@ -44,8 +44,9 @@ def _checked(family: Family, config: Any) -> Architecture:
         architecture = family.describe(config)
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"config.json: does not describe a {family.name} model ({error!r})") from None
-    specs = (*architecture.linears(), *architecture.all_floats())
-    for name, shape in ((spec.name, spec.shape) for spec in specs):
+    shapes: list[tuple[str, tuple[int, ...]]] = [(one.name, one.shape) for one in architecture.linears()]
+    shapes += [(one.name, one.shape) for one in architecture.all_floats()]
+    for name, shape in shapes:
         if any(type(size) is not int or size < 1 for size in shape):
             raise CheckpointError(f"config.json: {name} would have the shape {shape}; its sizes are wrong")
     for experts in (block.experts for block in architecture.blocks if block.experts is not None):

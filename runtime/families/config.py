@@ -44,8 +44,8 @@ def load_config(folder: Path, corrections: Mapping[str, Any] | None = None) -> A
         corrections: keys of its `config.json` that have other values in truth.
 
     Raises:
-        CheckpointError: there is no `config.json`, it names sizes that the shards cannot have, or transformers
-            does not know its architecture.
+        CheckpointError: there is no `config.json`, it names sizes that the shards cannot have, or
+            transformers does not know its architecture.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 

@@ -113,7 +113,7 @@ def dequantize(tensors: Mapping[str, Tensor], out_features: int | None = None) -
     The memory behind it is [K, N]: the result is a transposed view. All stored columns come by default.
 
     Raises:
-        ValueError: the tensors break a rule of the format (on a GPU, only what a kernel relies on is checked).
+        ValueError: the tensors break a rule of the format (on a GPU, only what kernels rely on is checked).
     """
     devices = {tensor.device for tensor in tensors.values() if isinstance(tensor, Tensor)}
     if len(devices) > 1:

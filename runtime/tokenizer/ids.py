@@ -139,7 +139,7 @@ def special_token(folder: Path, role: str) -> str | None:
 
 
 def template_file(folder: Path) -> Path:
-    """The file with the folder's chat template, if it has one; `chat_template.jinja` wins, as in transformers."""
+    """The file with the folder's chat template, if any; `chat_template.jinja` wins, as in transformers."""
     file = folder / "chat_template.jinja"
     return file if file.is_file() else folder / "tokenizer_config.json"
 

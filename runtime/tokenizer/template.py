@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a process of their own with limits: a template is a program that a stranger wrote.
+"""Chat templates, rendered in a process of their own with limits: each is a program that a stranger wrote.
 
 Jinja's sandbox keeps it from the machine, not from endless loops or gigabytes of text. The process starts
 with the first template (about a second), renders all that follow, and ends with ours.

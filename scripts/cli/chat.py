@@ -5,10 +5,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, natural, positive, temperature
+from dbrx_quant.scripts.terminal.arguments import (
+    add_model_argument,
+    add_quiet_argument,
+    find_model,
+    natural,
+    positive,
+    temperature,
+)
 from dbrx_quant.scripts.terminal.chat_screen import PlainScreen, TerminalScreen
 from dbrx_quant.scripts.terminal.chat_session import Screen, Session
-from dbrx_quant.scripts.terminal.output import hide_loading_bar, model_title, print_json
+from dbrx_quant.scripts.terminal.output import hide_loading_bar, model_title, print_json, stdout_console
 from dbrx_quant.scripts.terminal.verb import Verb
 
 _PROMPT = "\001\033[1;36m\002> \001\033[0m\002"  # \001 … \002: no columns, for readline
@@ -16,7 +23,7 @@ _PROMPT = "\001\033[1;36m\002> \001\033[0m\002"  # \001 … \002: no columns, fo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
+    add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument(
         "--max-new-tokens", type=positive, default=512, help="of an answer (default: %(default)s)"
@@ -37,12 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Chat until the input ends."""
     import torch
 
-    from dbrx_quant.runtime.folder.find import find_folder
+    from dbrx_quant.runtime.files.text import unicode_fault
     from dbrx_quant.runtime.model.load import load_model
     from dbrx_quant.runtime.talk.conversation import Conversation
     from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
-    folder = find_folder(arguments.folder, None)
+    folder = find_model(arguments.folder, arguments)
+    if fault := unicode_fault(arguments.system or ""):
+        raise ValueError(f"--system is {fault}")
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ValueError(f"{folder}: no chat template; 'dbrx-quant generate' continues a text")
@@ -59,9 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     screen: Screen
     if typed:
-        from rich.console import Console
-
-        screen = TerminalScreen(Console(highlight=False), markdown=not arguments.plain)
+        screen = TerminalScreen(stdout_console(highlight=False), markdown=not arguments.plain)
         screen.note(_greeting(arguments.folder, model, conversation.context))
     else:
         screen = PlainScreen(answers=not arguments.json)

@@ -5,7 +5,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbrx_quant.scripts.terminal.arguments import add_options, bpw_list, options_of, positive, size
+from dbrx_quant.scripts.terminal.arguments import (
+    add_model_argument,
+    add_options,
+    bpw_list,
+    find_model,
+    options_of,
+    positive,
+    size,
+)
 from dbrx_quant.scripts.terminal.coverage import print_coverage
 from dbrx_quant.scripts.terminal.output import bytes_text, print_json, print_table, say, seconds_text
 from dbrx_quant.scripts.terminal.verb import Verb
@@ -18,7 +26,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="the original's folder, or its id on the Hub")
+    add_model_argument(parser, "the original's folder, or its id on the Hub", "model", "MODEL")
     parser.add_argument("out", metavar="OUT", type=Path, help="the result; OUT/<bpw>bpw for several targets")
     goal = parser.add_argument_group("target").add_mutually_exclusive_group(required=True)
     goal.add_argument(
@@ -44,10 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.quantize.estimate.plan import plan
     from dbrx_quant.quantize.estimate.sizes import bpw_for_size, bpw_for_vram
     from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
-    from dbrx_quant.runtime.folder.find import find_folder
 
     options = options_of(
-        arguments, find_folder(arguments.model, None), arguments.out, targets=arguments.bpw or ()
+        arguments, find_model(arguments.model, arguments), arguments.out, targets=arguments.bpw or ()
     )
     if arguments.size is not None:
         options = _aim(options, bpw_for_size(options, arguments.size))

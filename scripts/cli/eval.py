@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.runtime.progress import counter
-from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, positive
+from dbrx_quant.scripts.terminal.arguments import add_model_argument, add_quiet_argument, find_model, positive
 from dbrx_quant.scripts.terminal.output import (
     hide_loading_bar,
     print_json,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
+    add_model_argument(parser)
     parser.add_argument("--reference", metavar="MODEL", help="the original's folder, or its id on the Hub")
     parser.add_argument(
         "--cache",
@@ -49,7 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.runtime.evaluation.record import read_evaluations
     from dbrx_quant.runtime.evaluation.scores import evaluate, windows
     from dbrx_quant.runtime.files.atomic import check_place
-    from dbrx_quant.runtime.folder.find import find_folder
     from dbrx_quant.runtime.folder.inspect import inspect_folder
     from dbrx_quant.runtime.model.load import load_model
 
@@ -60,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.cache and not arguments.cache.is_dir():
         raise ValueError(f"{arguments.cache}: no such folder; fill it with --reference MODEL")
     hide_loading_bar(arguments.quiet)
-    folder = find_folder(arguments.folder, None)
+    folder = find_model(arguments.folder, arguments)
     facts = inspect_folder(folder)
     save = not arguments.no_save
     if save:
@@ -130,6 +129,8 @@ def _reference(arguments: argparse.Namespace, rows: "Tensor") -> Any:
 
 
 def _print_scores(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    from dbrx_quant.runtime.evaluation.record import ppl_text
+
     error, routed = result["kl_stderr"], result["router_topk"]
     print_table(
         f"{arguments.folder} on {arguments.windows} windows of {arguments.length} tokens",
@@ -137,8 +138,8 @@ def _print_scores(arguments: argparse.Namespace, result: dict[str, Any]) -> None
         [
             [
                 f"{result['bpw']:.4f}",
-                f"{result['ppl']:.3f}",
-                f"{result['reference_ppl']:.3f}",
+                ppl_text(result["ppl"]),
+                ppl_text(result["reference_ppl"]),
                 f"{result['kl']:.5f}" + (f" ± {error:.5f}" if error is not None else ""),
                 f"{100 * result['top1']:.2f} %",
                 f"{100 * routed:.2f} %" if routed is not None else "-",

@@ -5,7 +5,14 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, natural, positive, temperature
+from dbrx_quant.scripts.terminal.arguments import (
+    add_model_argument,
+    add_quiet_argument,
+    find_model,
+    natural,
+    positive,
+    temperature,
+)
 from dbrx_quant.scripts.terminal.output import hide_loading_bar, print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb
 
@@ -15,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
+    add_model_argument(parser)
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="(default: %(default)s)")
     parser.add_argument(
@@ -31,15 +38,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate; the text appears as it is made, and stays when Ctrl-C ends it."""
     import torch
 
-    from dbrx_quant.runtime.folder.find import find_folder
+    from dbrx_quant.runtime.files.text import unicode_fault
     from dbrx_quant.runtime.model.load import load_model
     from dbrx_quant.runtime.talk.conversation import end_ids, sampling
     from dbrx_quant.runtime.talk.text_stream import TextStream
     from dbrx_quant.runtime.tokenizer.load import load_tokenizer, model_limits
 
     hide_loading_bar(arguments.quiet)
-    folder = find_folder(arguments.folder, None)
+    folder = find_model(arguments.folder, arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if fault := unicode_fault(prompt):
+        raise ValueError(f"the prompt is {fault}")
     tokenizer = load_tokenizer(folder)
     ids = _encode(tokenizer, prompt, arguments.chat)
     context = model_limits(folder)[1]

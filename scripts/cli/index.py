@@ -1,17 +1,15 @@
 """`dbrx-quant index`: write the index that transformers needs to find the tensors of several shards."""
 
 import argparse
-from pathlib import Path
 
+from dbrx_quant.scripts.terminal.arguments import local_folder
 from dbrx_quant.scripts.terminal.output import print_json
 from dbrx_quant.scripts.terminal.verb import Verb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "folder", metavar="DIR", type=Path, help="a quantized folder, for example from exllamav2"
-    )
+    parser.add_argument("folder", metavar="DIR", help="a quantized folder, for example from exllamav2")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -19,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME
     from dbrx_quant.runtime.folder.index import write_index
 
-    weight_map = write_index(arguments.folder)
+    weight_map = write_index(local_folder(arguments.folder, "index"))
     shards = len(set(weight_map.values()))
     if arguments.json:
         print_json({"file": INDEX_NAME, "tensors": len(weight_map), "shards": shards})

@@ -7,6 +7,7 @@ Not named after its verb: a script run from this folder would find it in place o
 import argparse
 from typing import TYPE_CHECKING
 
+from dbrx_quant.scripts.terminal.arguments import add_model_argument, find_model
 from dbrx_quant.scripts.terminal.output import bytes_text, print_json, print_table
 from dbrx_quant.scripts.terminal.verb import Verb
 
@@ -16,15 +17,14 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
+    add_model_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the facts."""
-    from dbrx_quant.runtime.folder.find import find_folder
     from dbrx_quant.runtime.folder.inspect import inspect_folder
 
-    facts = inspect_folder(find_folder(arguments.folder, None))
+    facts = inspect_folder(find_model(arguments.folder, arguments))
     if arguments.json:
         print_json(facts.to_json())
         return 0

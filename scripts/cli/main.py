@@ -4,6 +4,7 @@
     1   an error, reported in one line
     2   not used as documented
     3   a check failed
+    70  an error that nobody thought of: a fault of this program, to be reported
     75  SIGTERM; the work done so far is kept
     130 Ctrl-C; likewise
 
@@ -37,6 +38,7 @@ from dbrx_quant.scripts.cli import (
 from dbrx_quant.scripts.cli import eval as evaluate
 from dbrx_quant.scripts.cli import inspect as inspection
 from dbrx_quant.scripts.terminal.arguments import add_output_arguments
+from dbrx_quant.scripts.terminal.door import fault_line, guarded_streams
 from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe, say
 from dbrx_quant.scripts.terminal.verb import UsageError, Verb
 
@@ -57,7 +59,10 @@ VERBS: tuple[Verb, ...] = (
     completion.VERB,
 )
 
-OK, FAILED, USAGE, CHECK_FAILED, TERMINATED, CTRL_C = 0, 1, 2, 3, 75, 130
+OK, FAILED, USAGE, CHECK_FAILED, FAULT, TERMINATED, CTRL_C = 0, 1, 2, 3, 70, 75, 130
+
+EXPECTED = (ValueError, OSError, RuntimeError, MemoryError, ImportError)
+UNFORESEEN = (UnicodeError, RecursionError, NotImplementedError)  # of those, what should have been made clear
 
 
 class _Terminated(BaseException):
@@ -67,28 +72,34 @@ class _Terminated(BaseException):
 @quiet_on_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code (bad usage raises SystemExit(2), as argparse does)."""
-    arguments = make_parser().parse_args(argv)
-    _let_waiting_threads_sleep()
-    verb: Verb = arguments.verb
-    try:
-        with _terminable():
-            code = verb.run(arguments)
-            sys.stdout.flush()  # so that a full disk is reported like any error
-        return code
-    except (KeyboardInterrupt, _Terminated) as stop:
-        say(f"dbrx-quant: {_interrupted(verb, arguments)}")
-        return TERMINATED if isinstance(stop, _Terminated) else CTRL_C
-    except BrokenPipeError:
-        raise
-    except UsageError as error:
-        say(f"dbrx-quant {verb.name}: error: {_one_line(error)}")
-        return USAGE
-    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
-        if arguments.debug:
-            traceback.print_exc()
-        else:
-            say(f"dbrx-quant: error: {_one_line(error)}")
-        return FAILED
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments: argparse.Namespace | None = None
+    with guarded_streams():
+        try:
+            try:
+                arguments = make_parser().parse_args(given)
+                _let_waiting_threads_sleep()
+                with _terminable():
+                    return int(arguments.verb.run(arguments))
+            finally:
+                sys.stdout.flush()  # so that a full disk is reported like any error
+        except (SystemExit, BrokenPipeError):
+            raise
+        except (KeyboardInterrupt, _Terminated) as stop:
+            say(f"dbrx-quant: {_interrupted(arguments)}")
+            return TERMINATED if isinstance(stop, _Terminated) else CTRL_C
+        except UsageError as error:
+            say(f"dbrx-quant {given[0]}: error: {_one_line(error)}")
+            return USAGE
+        except BaseException as error:  # what Rust libraries call a panic is no Exception
+            expected = isinstance(error, EXPECTED) and not isinstance(error, UNFORESEEN)
+            if "--debug" in given:
+                traceback.print_exception(error)
+            elif expected:
+                say(f"dbrx-quant: error: {_one_line(error)}")
+            else:
+                say(f"dbrx-quant: internal error: {fault_line(error, given)}")
+            return FAILED if expected else FAULT
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -155,8 +166,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _interrupted(verb: Verb, arguments: argparse.Namespace) -> str:
-    if not verb.resumable or getattr(arguments, "dry_run", False):
+def _interrupted(arguments: argparse.Namespace | None) -> str:
+    if arguments is None or not arguments.verb.resumable or getattr(arguments, "dry_run", False):
         return "interrupted"
     if getattr(arguments, "resume", "auto") == "never":
         return "interrupted; run it again with --resume auto to continue"
@@ -168,6 +179,8 @@ def _one_line(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         text = str(error)
+    if isinstance(error, MemoryError):
+        text = f"out of memory; {text}".removesuffix("; ")
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dbrx_quant.scripts.terminal.arguments import add_options, options_of
+from dbrx_quant.scripts.terminal.arguments import add_model_argument, add_options, find_model, options_of
 from dbrx_quant.scripts.terminal.coverage import print_coverage
 from dbrx_quant.scripts.terminal.output import print_json
 from dbrx_quant.scripts.terminal.verb import Verb
@@ -11,7 +11,7 @@ from dbrx_quant.scripts.terminal.verb import Verb
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="the original's folder, or its id on the Hub")
+    add_model_argument(parser, "the original's folder, or its id on the Hub", "model", "MODEL")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="measurement.json")
     add_options(parser, measuring=True)
 
@@ -19,9 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write the file."""
     from dbrx_quant.quantize.conversion import measure_model
-    from dbrx_quant.runtime.folder.find import find_folder
 
-    options = options_of(arguments, find_folder(arguments.model, None), arguments.output)
+    options = options_of(arguments, find_model(arguments.model, arguments), arguments.output)
     written = measure_model(options, arguments.output)
     if arguments.json:
         print_json({"measurement": str(written)})

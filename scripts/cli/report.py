@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from dbrx_quant.scripts.terminal.arguments import add_model_argument, find_model
 from dbrx_quant.scripts.terminal.output import bytes_text, print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb
 
@@ -11,12 +12,8 @@ PAGE_NAME = "report.html"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "folders",
-        metavar="DIR",
-        nargs="+",
-        help="a quantized folder, or its id on the Hub; several are compared",
-    )
+    several = "a quantized folder, or its id on the Hub; several are compared"
+    add_model_argument(parser, several, "folders", nargs="+")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help=f"the page (default: {PAGE_NAME}; none with --json)"
     )
@@ -28,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Gather, then write what was asked for."""
     from dbrx_quant.runtime.files.atomic import check_place, write_text
-    from dbrx_quant.runtime.folder.find import find_folder
     from dbrx_quant.scripts.report.data import compare, gather, read_folder
     from dbrx_quant.scripts.report.page import render
     from dbrx_quant.scripts.report.pictures import write_pictures
@@ -39,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     reports = []
     for name in arguments.folders:
         given = None if Path(name).is_dir() else name  # a repository keeps its id for a name
-        reports.append(gather(read_folder(find_folder(name, None), given)))
+        reports.append(gather(read_folder(find_model(name, arguments), given)))
     data = reports[0] if len(reports) == 1 else compare(reports)
     if arguments.png:
         for picture in write_pictures(data, arguments.png):

@@ -11,7 +11,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, natural, positive
+from dbrx_quant.runtime.redact import hide
+from dbrx_quant.scripts.terminal.arguments import (
+    add_model_argument,
+    add_quiet_argument,
+    find_model,
+    natural,
+    positive,
+)
 from dbrx_quant.scripts.terminal.output import hide_loading_bar, model_title, print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb
 
@@ -23,7 +30,7 @@ _MOST_KEY = 4096
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", metavar="DIR", help="a quantized folder, or its id on the Hub")
+    add_model_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
     parser.add_argument("--port", type=port, default=8000, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--name", help="what clients call the model (default: the folder's name, or the id)")
@@ -83,10 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     key = api_key(arguments)
     listening = _bind(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
     with listening:
-        from dbrx_quant.runtime.folder.find import find_folder
-
         hide_loading_bar(arguments.quiet)
-        folder = find_folder(arguments.folder, None)
+        folder = find_model(arguments.folder, arguments)
         name = arguments.name or model_title(arguments.folder)
         try:
             from dbrx_quant.runtime.talk.server import Limits, build_app
@@ -97,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"the server of transformers {transformers.__version__} is another than this was made for "
                 f"({error}); transformers 5.23 is known to work"
             ) from error
+        hide(key)
         if key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
             say("warning: everyone who can reach this machine can use the model; --api-key-file sets a key")
         limits = Limits(arguments.queue, arguments.timeout, arguments.context)

@@ -1,8 +1,8 @@
 """`dbrx-quant tokenizer`: check and repair the extra tokens of a model folder."""
 
 import argparse
-from pathlib import Path
 
+from dbrx_quant.scripts.terminal.arguments import add_model_argument, find_model, local_folder
 from dbrx_quant.scripts.terminal.output import print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb
 
@@ -11,7 +11,9 @@ CHECK_FAILED = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="a model folder, quantized or not")
+    add_model_argument(
+        parser, "a model folder, quantized or not; for --check and --dry-run also its id on the Hub"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--check", action="store_true", help="change nothing; print one line per fault, exit with 3 if any"
@@ -23,9 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Check or repair; 3 where something is wrong (that is, or stays)."""
     from dbrx_quant.runtime.tokenizer.repair import apply_repair, check_folder, plan_repair
 
-    folder: Path = arguments.folder
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+    changing = not (arguments.check or arguments.dry_run)
+    given = arguments.folder
+    folder = local_folder(given, "tokenizer") if changing else find_model(given, arguments)
     if arguments.check:
         faults = [str(problem) for problem in check_folder(folder)]
         if arguments.json:

@@ -3,7 +3,7 @@
 import argparse
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,9 +149,7 @@ def _listing(contents: "Contents") -> dict[str, Any]:
 
 
 def _upload(arguments: argparse.Namespace, release: "Release") -> int:
-    import traceback
-
-    from dbrx_quant.quantize.publish.client import Hub, HubError
+    from dbrx_quant.quantize.publish.client import Hub
     from dbrx_quant.quantize.publish.release import files_that_mention
     from dbrx_quant.quantize.publish.repository import look
     from dbrx_quant.quantize.publish.upload import publish
@@ -160,15 +158,10 @@ def _upload(arguments: argparse.Namespace, release: "Release") -> int:
     for folder in release.folders.values():
         if hub.token and (found := files_that_mention(folder, hub.token)):
             raise ValueError(f"{folder / found[0]}: contains your token; remove it before publishing")
-    with _huggingface_tidied(hub.clean, arguments.quiet):
-        try:
-            remote = look(release, hub, private=arguments.private, replace_card=arguments.replace_card)
-            progress = (lambda line: None) if arguments.quiet else say
-            sent = publish(release, hub, remote, private=arguments.private, notify=progress)
-        except HubError as error:
-            if arguments.debug:
-                say(hub.clean(traceback.format_exc()))
-            raise HubError(str(error)) from None  # what lies behind it may hold the token
+    with _bars_hidden(arguments.quiet):
+        remote = look(release, hub, private=arguments.private, replace_card=arguments.replace_card)
+        progress = (lambda line: None) if arguments.quiet else say
+        sent = publish(release, hub, remote, private=arguments.private, notify=progress)
     url = f"{hub.api.endpoint}/{release.repository}"
     if arguments.json:
         branches = [
@@ -202,26 +195,15 @@ def _row(sent: "Sent") -> list[str]:
 
 
 @contextmanager
-def _huggingface_tidied(clean: Callable[[str], str], quiet: bool) -> Iterator[None]:
-    """Strip tokens and signed URLs from huggingface_hub's messages, and show no bars when quiet."""
-    import logging
-
+def _bars_hidden(quiet: bool) -> Iterator[None]:
+    """Show no bars of huggingface_hub when quiet."""
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-    def tidy(record: logging.LogRecord) -> bool:
-        record.msg, record.args = clean(re.sub(r"\?[^\s'\"]+", "", record.getMessage())), ()
-        return True
-
-    handlers = list(logging.getLogger("huggingface_hub").handlers)
-    for handler in handlers:
-        handler.addFilter(tidy)
     if quiet:
         disable_progress_bars()
     try:
         yield
     finally:
-        for handler in handlers:
-            handler.removeFilter(tidy)
         if quiet:
             enable_progress_bars()
 

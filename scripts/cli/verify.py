@@ -1,10 +1,9 @@
 """`dbrx-quant verify`: check a quantized folder against every rule; a line for each violation."""
 
 import argparse
-from pathlib import Path
 
 from dbrx_quant.runtime.progress import counter
-from dbrx_quant.scripts.terminal.arguments import add_quiet_argument
+from dbrx_quant.scripts.terminal.arguments import add_model_argument, add_quiet_argument, find_model
 from dbrx_quant.scripts.terminal.output import bytes_text, print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb
 
@@ -13,7 +12,7 @@ CHECK_FAILED = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="a quantized folder")
+    add_model_argument(parser)
     parser.add_argument(
         "--no-checksums", action="store_true", help="don't read whole shards to compare their checksums"
     )
@@ -24,8 +23,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify; 3 where something is wrong."""
     from dbrx_quant.runtime.folder.verify import verify
 
+    folder = find_model(arguments.folder, arguments)
     with counter("checksums", "B", arguments.quiet or arguments.no_checksums) as progress:
-        report = verify(arguments.folder, checksums=not arguments.no_checksums, progress=progress)
+        report = verify(folder, checksums=not arguments.no_checksums, progress=progress)
     if arguments.json:
         print_json(
             {"ok": report.ok, "faults": report.faults, "warnings": report.warnings, "facts": report.facts}

@@ -195,7 +195,7 @@ def main_attacks(server: Server) -> dict[str, Callable[[], str]]:
         return " ".join(found)
 
     def faults() -> str:
-        odd = ({"a": 1}, [[]], -1, 2**70, "\ud800", [None], {"role": []}, True)
+        odd: tuple[Any, ...] = ({"a": 1}, [[]], -1, 2**70, "\ud800", [None], {"role": []}, True)
         names = ("messages", "stop", "seed", "tools", "stream", "temperature", "logit_bias", "max_tokens")
         found = [server.ask(*chat(**{name: value}))[0] for name in names for value in odd]
         raw = (b"", b"{", b"NaN", rb'{"prompt": "\ud800"}', b'{"prompt": "x", "seed": ' + b"9" * 9999 + b"}")

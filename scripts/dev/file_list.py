@@ -19,6 +19,7 @@ BEGIN, END = "<!-- files -->\n", "<!-- end of files -->\n"
 ORDER: dict[str, tuple[str, ...]] = {
     "runtime": (
         "progress",
+        "redact",
         "files",
         "library",
         "exl2",

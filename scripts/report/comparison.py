@@ -8,7 +8,7 @@ from dbrx_quant.quantize.budget.frontier import rescaled
 from dbrx_quant.scripts.report.charts import Mark, log_chart
 from dbrx_quant.scripts.report.data import BLOCK, BPW, Report, label, measured_kl
 from dbrx_quant.scripts.report.heatmaps import Scale, grids, heat_table, key, stripes
-from dbrx_quant.scripts.report.marks import MINUS, MISSING, count_text, digits, escape, percent
+from dbrx_quant.scripts.report.marks import MINUS, MISSING, count_text, digits, escape, percent, perplexity
 from dbrx_quant.scripts.report.sections import bits_scale, data_table, details, section
 from dbrx_quant.scripts.terminal.output import bytes_text
 
@@ -98,8 +98,8 @@ def side_by_side(reports: Sequence[Report]) -> str:
     if text is not None:
         rows += [
             row("measured KL, nats", [digits(entry["kl"]) if entry else None for entry in found]),
-            row("perplexity", [digits(entry["ppl"], 4) if entry else None for entry in found]),
-            row("original's", [digits(entry["ppl_original"], 4) if entry else None for entry in found]),
+            row("perplexity", [perplexity(entry["ppl"]) if entry else None for entry in found]),
+            row("original's", [perplexity(entry["ppl_original"]) if entry else None for entry in found]),
             row("same top token", [percent(entry["top1"]) if entry else None for entry in found]),
             row(
                 "same experts",

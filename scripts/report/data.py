@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dbrx_quant.calibration.text.sources import FILE_TYPES
 from dbrx_quant.quantize.budget.frontier import FrontierPoint, frontier, rescaled
 from dbrx_quant.quantize.budget.strategy import Outcome, Strategy, find_strategy
 from dbrx_quant.quantize.measurement import Measurement, find_measurement
@@ -32,7 +33,7 @@ HELD_OUT = "held-out calibration rows"  # what the conversion measured itself on
 ATTENTION = "attention"  # the kind of the linears with these roles; others are called by their own names
 
 _SIZE_NAME = re.compile(r"[\d.]+bpw")
-_FILE_SUFFIXES = (".safetensors", ".txt", ".jsonl", ".parquet")  # of calibration files; datasets have none
+_FILE_SUFFIXES = (".safetensors", ".gz", *FILE_TYPES)  # of calibration files; datasets have none
 _STEP = 0.1  # bits between the points of the curve
 _LEAST_END = 5.0  # where the curve ends at the earliest, bits
 
@@ -282,7 +283,7 @@ def _calibration(measurement: Measurement | None, quantization: Mapping[str, Any
     }
     source = str(described.get("source", described.get("dataset", "unknown")))
     return {
-        "source": Path(source).name if source.endswith(_FILE_SUFFIXES) else source,
+        "source": Path(source).name if source.lower().endswith(_FILE_SUFFIXES) else source,
         "rows": described.get("rows"),
         "length": described.get("length"),
         "seed": described.get("seed"),

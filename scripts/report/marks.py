@@ -16,9 +16,14 @@ def digits(value: float, count: int = 3) -> str:
     if value == 0:
         return "0"
     magnitude = math.floor(math.log10(abs(value)))
-    if magnitude < -5:
+    if not -6 < magnitude < 15:
         return f"{value:.{count - 1}e}"
     return f"{value:,.{max(0, count - 1 - magnitude)}f}"
+
+
+def perplexity(value: float | None) -> str:
+    """A perplexity; None is beyond what a float holds."""
+    return "> 1e308" if value is None else digits(value, 4)
 
 
 def percent(share: float) -> str:

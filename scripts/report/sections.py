@@ -20,7 +20,16 @@ from dbrx_quant.scripts.report.data import (
     measured_kl,
 )
 from dbrx_quant.scripts.report.heatmaps import Grid, Scale, grids, heat_table, key, stripes
-from dbrx_quant.scripts.report.marks import MINUS, MISSING, TIMES, count_text, digits, escape, percent
+from dbrx_quant.scripts.report.marks import (
+    MINUS,
+    MISSING,
+    TIMES,
+    count_text,
+    digits,
+    escape,
+    percent,
+    perplexity,
+)
 from dbrx_quant.scripts.terminal.output import bytes_text
 
 
@@ -63,7 +72,7 @@ def tiles(report: Report) -> str:
         error = f"± {digits(entry['kl_stderr'], 1)}, " if entry["kl_stderr"] is not None else ""
         found += [
             ("KL divergence, nats", digits(entry["kl"]), f"{error}{expected}".removesuffix(", ")),
-            ("Perplexity", digits(entry["ppl"], 4), f"original {digits(entry['ppl_original'], 4)}"),
+            ("Perplexity", perplexity(entry["ppl"]), f"original {perplexity(entry['ppl_original'])}"),
             ("Same top token", percent(entry["top1"]), f"on {entry['text']}"),
         ]
         routed = entry.get("router_topk")  # the conversion itself does not follow the routing
@@ -299,7 +308,7 @@ def provenance(report: Report) -> str:
                 entry["text"],
                 f"{entry['windows']} {TIMES} {entry['length']}",
                 digits(entry["kl"]),
-                f"{digits(entry['ppl'], 4)} ({digits(entry['ppl_original'], 4)})",
+                f"{perplexity(entry['ppl'])} ({perplexity(entry['ppl_original'])})",
                 percent(entry["top1"]),
                 MISSING if entry["router_topk"] is None else percent(entry["router_topk"]),
             ]

@@ -12,11 +12,15 @@ from typing import Any
 
 from dbrx_quant.quantize.declared import Declared, flag
 from dbrx_quant.quantize.options import ConvertOptions, declarations, defaults
+from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.scripts.terminal.verb import UsageError
 
 LOWEST_BPW, HIGHEST_BPW = 2.0, 8.5  # what the format's widths allow; a model's own range is narrower
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_MOST_BYTES = 2.0**62
+_LARGEST = 2**62  # what torch takes for a number
 _LEAST_BARE_SIZE = 1_000_000  # a smaller number without a unit is a forgotten unit
 
 
@@ -32,7 +36,10 @@ def size(text: str) -> int:
     number, prefix, binary, _ = match.groups()
     if binary and not prefix:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 40GB, 22.5GB or 22GiB")
-    value = int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])
+    exact = float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()]
+    if exact > _MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than any machine has; write it like 40GB")
+    value = int(exact)
     if not prefix and value < _LEAST_BARE_SIZE:
         raise argparse.ArgumentTypeError(f"{text!r} is {value} bytes; for gigabytes write {number}GB")
     if value == 0:
@@ -92,7 +99,53 @@ def _whole(text: str, least: int) -> int:
         value = least - 1
     if value < least:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
+    if value > _LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at most {_LARGEST}")
     return value
+
+
+def add_model_argument(
+    parser: argparse.ArgumentParser,
+    help: str = "a quantized folder, or its id on the Hub",
+    name: str = "folder",
+    metavar: str = "DIR",
+    **more: Any,
+) -> None:
+    """A model, on this machine or on the Hub, and `--revision`; `find_model` finds it."""
+    parser.add_argument(name, metavar=metavar, help=f"{help}; ORG/NAME@BRANCH names a branch", **more)
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="branch, tag or commit of a model on the Hub (default: main)"
+    )
+
+
+def find_model(given: str, arguments: argparse.Namespace) -> Path:
+    """The folder of a model that a command line gives, fetched if it is on the Hub.
+
+    Raises:
+        UsageError: a revision of a folder, or two revisions.
+        CheckpointError: there is no such model.
+    """
+    from dbrx_quant.runtime.folder.find import find_folder
+
+    try:
+        return find_folder(given, arguments.revision)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def local_folder(given: str, verb: str) -> Path:
+    """The folder on this machine that a command line gives to a verb which writes into it.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    folder = Path(given)
+    if not folder.is_dir():
+        fetch = "a model of the Hub has to be fetched first, with `hf download ORG/NAME --local-dir DIR`"
+        raise CheckpointError(f"{folder}: no such folder; {verb} writes into it: {fetch}")
+    return folder
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from dbrx_quant.scripts.terminal.door import visible
 from dbrx_quant.scripts.terminal.output import say
 
 if TYPE_CHECKING:
@@ -62,13 +63,13 @@ class TerminalScreen:
         """In a faint colour."""
         from rich.text import Text
 
-        self._console.print(Text(text, style="dim"), soft_wrap=True)
+        self._console.print(Text(visible(text), style="dim"), soft_wrap=True)
 
     def problem(self, text: str) -> None:
         """In red."""
         from rich.text import Text
 
-        self._console.print(Text(text, style="red"), soft_wrap=True)
+        self._console.print(Text(visible(text), style="red"), soft_wrap=True)
 
     @contextmanager
     def answer(self) -> Iterator[Callable[[str], None]]:
@@ -76,9 +77,9 @@ class TerminalScreen:
         with _no_echo():
             if self._markdown:
                 with _Formatted(self._console) as formatted:
-                    yield formatted.write
+                    yield lambda piece: formatted.write(visible(piece))
             else:
-                yield lambda piece: self._console.out(piece, end="", highlight=False)
+                yield lambda piece: self._console.out(visible(piece), end="", highlight=False)
                 self._console.print()
 
 

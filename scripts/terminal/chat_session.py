@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from dbrx_quant.runtime.files.text import unicode_fault
 from dbrx_quant.scripts.terminal.arguments import positive, temperature
 from dbrx_quant.scripts.terminal.output import seconds_text
 
@@ -64,6 +65,8 @@ class Session:
         if not text:
             return True
         try:
+            if fault := unicode_fault(text):
+                raise ValueError(f"the message is {fault}")
             if text.startswith("/") and not text.startswith("//"):
                 return self._command(*text.split(maxsplit=1))
             self._answer(lambda write: self.conversation.ask(text.removeprefix("/"), write))

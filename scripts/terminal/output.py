@@ -1,13 +1,20 @@
 """What the command prints: results on stdout, for people or as JSON; remarks on stderr."""
 
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+from dbrx_quant.runtime.redact import redact
+from dbrx_quant.scripts.terminal.door import visible
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 P = ParamSpec("P")
 _PIPE_WIDTH = 200  # columns where no terminal sets them: wide enough that nothing is cut off
@@ -22,7 +29,8 @@ def quiet_on_closed_pipe(main: Callable[P, int]) -> Callable[P, int]:
             try:
                 return main(*args, **kwargs)
             finally:
-                sys.stdout.flush()  # also what argparse has printed
+                if sys.stdout is not None:  # it is closed
+                    sys.stdout.flush()  # also what argparse has printed
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
             return 1
@@ -31,17 +39,21 @@ def quiet_on_closed_pipe(main: Callable[P, int]) -> Callable[P, int]:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout.
+    """One JSON object on stdout; numbers that JSON cannot hold, infinite ones and NaN, are null."""
+    print(json.dumps(_finite(value), indent=1, allow_nan=False))
 
-    Raises:
-        ValueError: a number is NaN or infinite.
-    """
-    print(json.dumps(value, indent=1, allow_nan=False))
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say(text: str) -> None:
     """A line on stderr, for people."""
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)
 
 
 def print_table(
@@ -57,7 +69,6 @@ def print_table(
         note: a line below it.
     """
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -65,12 +76,19 @@ def print_table(
     for index, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if index < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
-    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-    console.print(Text(title, style="bold"), soft_wrap=True)
+        table.add_row(*(Text(visible(redact(cell))) for cell in row))
+    console = stdout_console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    console.print(Text(visible(title), style="bold"), soft_wrap=True)
     console.print(table)
     if note:
-        console.print(Text(note))
+        console.print(Text(visible(note)))
+
+
+def stdout_console(**options: Any) -> "Console":
+    """Rich's console on stdout; what it shows must be `visible`, since its own sequences pass the door."""
+    from rich.console import Console
+
+    return Console(file=getattr(sys.stdout, "drawn", None), **options)
 
 
 def model_title(source: str) -> str:

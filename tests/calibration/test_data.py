@@ -207,6 +207,13 @@ def test_unknown_sources_and_bad_sizes_are_the_callers_mistake(tmp_path, model):
     (tmp_path / "a.pdf").write_bytes(b"")
     with pytest.raises(ValueError, match=r"calibration files are \.txt"):
         text_tokens.load_tokens(tmp_path / "a.pdf", model, 1, 4)
+    with pytest.raises(ValueError, match="length 1: rows need two tokens at least"):
+        text_tokens.load_tokens("offline", model, 4, 1)
+    safetensors.torch.save_file(
+        {"input_ids": torch.zeros(4, 1, dtype=torch.int64)}, tmp_path / "1.safetensors"
+    )
+    with pytest.raises(ValueError, match="rows have one token"):
+        text_tokens.load_tokens(tmp_path / "1.safetensors", model)
     with pytest.raises(ValueError, match="rows must be at least 1"):
         text_tokens.load_tokens("offline", model, 0, 4)
     with pytest.raises(ValueError, match="more than the 4096 tokens"):

@@ -7,7 +7,7 @@ import pytest
 import tiny_output
 
 from dbrx_quant.quantize.output.side_files import copy_side_files
-from dbrx_quant.runtime.evaluation.record import read_evaluations, save_evaluation
+from dbrx_quant.runtime.evaluation.record import ppl_text, read_evaluations, save_evaluation
 from dbrx_quant.runtime.files import json_file
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.verify import verify
@@ -68,6 +68,12 @@ def test_a_damaged_file_is_named_with_its_fault(content, message, tmp_path):
 def test_an_entry_without_a_figure_is_refused(tmp_path):
     with pytest.raises(ValueError, match="top1 is None"):
         save_evaluation(tmp_path, ENTRY | {"top1": None})
+
+
+def test_a_perplexity_that_no_number_holds_is_kept_as_null_and_told(tmp_path):
+    save_evaluation(tmp_path, ENTRY | {"ppl": None})
+    assert read_evaluations(tmp_path)[0]["ppl"] is None
+    assert [ppl_text(value) for value in (None, 13.35649, 1e300)] == ["> 1e308", "13.356", "1e+300"]
 
 
 @pytest.fixture(scope="module")

@@ -246,7 +246,7 @@ def damage_shard(raw, rng):
 
 
 def damage(files, rng):
-    """The files of a folder with some damage; a value may be None (missing), "fifo", "folder" or a link's aim."""
+    """The files of a folder with some damage; a value may be None (missing), "fifo", "folder" or a link."""
     made = dict(files)
     name = rng.choice(
         [n for n in made for _ in range(4 if n.endswith((".safetensors", "onfig.json")) else 1)]
@@ -340,11 +340,11 @@ def faults_of(seed, sound, place):
         verified = kind == "ok" and report.ok
         inspected, text = outcome(lambda: inspect_folder(folder))
         loaded, model = outcome(lambda: load_model(folder))
-        for what, kind, text in (("inspect", inspected, text), ("load", loaded, model)):
+        for what, kind, said in (("inspect", inspected, text), ("load", loaded, model)):
             if kind not in ("ok", CheckpointError.__name__):
-                found.append(f"{what}: {kind}: {text}")
-            elif kind != "ok" and (verified or not names_a_file(text, files, folder)):
-                found.append(f"{what}, verified {verified}: {text}")
+                found.append(f"{what}: {kind}: {said}")
+            elif kind != "ok" and (verified or not names_a_file(said, files, folder)):
+                found.append(f"{what}, verified {verified}: {said}")
         if loaded == "ok":
             kind, finite = outcome(lambda: one_token(folder, model))
             if kind in ("Hang", "MemoryError") or (verified and (kind, finite) != ("ok", True)):

@@ -1,4 +1,4 @@
-"""Folders of strangers: sizes that cannot be, files that are none, values that are not finite, fields of any type.
+"""Folders of strangers: sizes that cannot be, files that are none, values that are not finite, odd fields.
 
 Each is refused at once, by `verify`, `inspect` and `load_model` alike; what `verify` calls sound runs.
 """
@@ -30,6 +30,15 @@ def refused(report):
         raise CheckpointError("\n".join(report.faults))
 
 
+def refusal(reader, folder):
+    """What a reader says against a folder; None if it takes it."""
+    try:
+        reader(folder)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return make_output(tmp_path_factory.mktemp("one"))
@@ -54,7 +63,7 @@ def change_tensors(folder, edit):
     (folder / "checksums.json").unlink(missing_ok=True)
 
 
-# --- numbers -----------------------------------------------------------------------------------------------
+# --- numbers ------------------------------------------------------------
 
 COUNTS = {
     "dbrx": (
@@ -99,15 +108,13 @@ def test_counts_that_the_shards_cannot_hold_are_refused_before_anything_loops_ov
 @pytest.mark.parametrize("value", [10**9, 0, -1, 2.5, "64", None, [64], {}, True])
 def test_sizes_that_are_not_those_of_the_tensors_are_refused(tmp_path, family, key, value):
     folder = build_quantized_folder(CONFIGS[family](), tmp_path / "q").path
-    before = json.loads((folder / "config.json").read_text())
     change_json(folder / "config.json", lambda c: put(c, key, value))
     for name in ("inspect", "load"):
-        try:
-            READERS[name](folder)
-        except CheckpointError as error:
-            assert str(folder) in str(error) or "config.json" in str(error)
-        else:  # a default of transformers in place of null
-            assert value is None, before
+        said = refusal(READERS[name], folder)
+        if said is None:
+            assert value is None  # a default of transformers in place of null
+        else:
+            assert str(folder) in said or "config.json" in said
 
 
 @pytest.mark.parametrize("active", [0, -1, 3, 1000, None, "1", 1.0])
@@ -118,7 +125,7 @@ def test_as_many_experts_are_active_as_there_are(folder, active):
             reader(folder)
 
 
-# --- files -------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,7 +176,7 @@ def test_an_index_names_shards_of_the_folder_alone(folder, file):
     assert fault == f"model.safetensors.index.json: names {file!r}, which is no shard of this folder"
 
 
-# --- values ------------------------------------------------------------------------------------------------
+# --- values ------------------------------------------------------------
 
 VALUES = {
     "dbrx": ("model.norm.weight", "model.embed_tokens.weight", "model.layers.1.block_sparse_moe.gate.weight"),
@@ -206,7 +213,7 @@ def test_a_finite_scale_with_infinite_weights_is_refused(folder):
             reader(folder)
 
 
-# --- what breaks no rule and does not run --------------------------------------------------------------------
+# --- what breaks no rule and does not run ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -251,13 +258,11 @@ def test_what_verify_calls_sound_runs(folder, file, key, value):
 def test_a_damaged_side_file_is_named_by_every_reader(folder, name, content):
     (folder / name).write_bytes(content)
     for reader in (*READERS.values(), load_tokenizer):
-        try:
-            reader(folder)
-        except CheckpointError as error:
-            assert name in str(error) or str(folder) in str(error)
+        said = refusal(reader, folder)
+        assert said is None or str(folder) in said
 
 
-# --- saved again ---------------------------------------------------------------------------------------------
+# --- saved again ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "30KB"])

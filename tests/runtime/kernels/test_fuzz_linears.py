@@ -1,4 +1,4 @@
-"""Damaged linears, at random: every way to dequantize refuses them by a ValueError, or all give one weight."""
+"""Damaged linears, at random: every way to dequantize refuses them by a ValueError, or all agree."""
 
 import random
 
@@ -83,12 +83,11 @@ DAMAGES = (
 )
 
 
-def outcome(compute):
+def outcome(compute, *arguments):
     try:
-        weight = compute()
+        weight = compute(*arguments)
         weight = weight.where(~weight.isnan(), float("nan")).contiguous().view(torch.int16)  # one NaN for all
-    except ValueError as error:
-        assert str(error)
+    except ValueError:
         return None
     return weight
 
@@ -96,13 +95,13 @@ def outcome(compute):
 def disagreements(seed):
     """What is wrong with how linear number `seed` is taken, a line each."""
     tensors = damaged(random.Random(seed))
-    public, native = (outcome(lambda: f(tensors)) for f in (dequantize_linear, ops.dequantize))
+    public, native = (outcome(f, tensors) for f in (dequantize_linear, ops.dequantize))
     found = [] if same(public, native) else ["dequantize_linear and ops.dequantize differ"]
     if public is None and all(isinstance(t, torch.Tensor) for t in tensors.values()):
         known = [tensors.get(suffix) for suffix in Stored._fields]
         if all(t is not None and is_plain(t) for t in known):
             n = known[0].shape[-1] if known[0].dim() else 0
-            slow, fast = (outcome(lambda: f(*known, n)) for f in (REFERENCE, ops.dequantize_op))
+            slow, fast = (outcome(f, *known, n) for f in (REFERENCE, ops.dequantize_op))
             found += [] if same(slow, fast) else ["the operator's backends differ"]
     return [f"seed {seed}: {line}" for line in found]
 
@@ -119,7 +118,7 @@ def test_all_ways_to_dequantize_agree_on_damaged_linears():
 
 
 def test_some_damage_is_found_and_some_is_none():
-    refused = [outcome(lambda: dequantize_linear(damaged(random.Random(seed)))) is None for seed in range(60)]
+    refused = [outcome(dequantize_linear, damaged(random.Random(seed))) is None for seed in range(60)]
     assert 20 < sum(refused) < 55
 
 

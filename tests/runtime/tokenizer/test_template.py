@@ -1,4 +1,4 @@
-"""Chat templates render as in transformers, and whatever a hostile one does comes to an end, told in a line."""
+"""Chat templates render as in transformers, and whatever a hostile one does comes to an end."""
 
 import pytest
 from tiny_output import CHATML, TOKENIZER_CONFIG, make_tokenizer

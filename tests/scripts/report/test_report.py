@@ -24,7 +24,7 @@ from dbrx_quant.scripts.cli.main import main
 from dbrx_quant.scripts.report.charts import Mark, linear_ticks, log_chart, log_ticks
 from dbrx_quant.scripts.report.data import LINEAR_COLUMNS, compare, gather, label, measured_kl, read_folder
 from dbrx_quant.scripts.report.heatmaps import STEPS, Scale
-from dbrx_quant.scripts.report.marks import count_text, digits, percent
+from dbrx_quant.scripts.report.marks import count_text, digits, percent, perplexity
 from dbrx_quant.scripts.report.page import render
 from dbrx_quant.scripts.report.sections import bits_scale
 
@@ -305,6 +305,7 @@ def test_pictures_without_matplotlib_are_an_error_in_one_line(converted, tmp_pat
 
 
 def test_numbers_are_short():
+    assert [perplexity(value) for value in (None, 1e300, 13.3561)] == ["> 1e308", "1.000e+300", "13.36"]
     found = [digits(value) for value in (0.031234, 71.58, 1234.5, 0, 2.1e-8, 0.000752)]
     assert found == ["0.0312", "71.6", "1,234", "0", "2.10e-08", "0.000752"]
     assert [percent(value) for value in (0.978759, 0.00039, 0.0)] == ["97.88 %", "0.039 %", "0 %"]
