@@ -20,26 +20,23 @@ def shard_files(folder: Path) -> list[Path]:
 def weight_files(folder: Path, source: bool = False) -> list[Path]:
     """The files that hold a model.
 
-    An index chooses, if any of its shards is there (exllamav2 leaves stale ones). Without one, files of
-    Mistral's own format and adapters do not count.
+    Hidden files, files of Mistral's own format and adapters do not count. Of an original, an index chooses,
+    if any of its shards is there; of a quantized folder all shards count: exllamav2 leaves stale indexes.
 
     Args:
         folder: of the model.
-        source: it is an original, to be read as transformers does: `model.safetensors` stands for itself, and
-            where there is nothing else, `pytorch_model*.bin` are taken.
+        source: it is an original, to be read as transformers does: without an index, `model.safetensors`
+            stands for itself, and where there is nothing else, `pytorch_model*.bin` are taken.
 
     Raises:
         CheckpointError: there are none, a shard of the index is missing, or the index is none.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    files = shard_files(folder)
-    chosen = _indexed(folder, INDEX_NAME, files)
-    if chosen:
-        return chosen
-    files = [file for file in files if not _OTHERS.fullmatch(file.name)]
+    files = [file for file in shard_files(folder) if not _OTHERS.fullmatch(file.name)]
     if source:
-        files = _alone(files, "model.safetensors") or files or _pickled(folder)
+        indexed = _indexed(folder, INDEX_NAME, shard_files(folder))
+        files = indexed or _alone(files, "model.safetensors") or files or _pickled(folder)
     if not files:
         pickled = " or pytorch_model*.bin" if source else ""
         raise CheckpointError(f"{folder}: no *.safetensors{pickled} files in it")

@@ -1,5 +1,6 @@
 """Values that are not finite in the 16-bit tensors of a checkpoint: one of them makes every output NaN."""
 
+import numpy as np
 import torch
 
 from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
@@ -35,6 +36,6 @@ def finite_fault(checkpoint: Checkpoint, name: str) -> str | None:
         part = flat[begin : begin + step]
         if not bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()):
             at = int((~torch.isfinite(part)).nonzero()[0])
-            place = list(map(int, torch.unravel_index(torch.tensor(begin + at), checkpoint.info(name).shape)))
+            place = list(map(int, np.unravel_index(begin + at, checkpoint.info(name).shape)))
             return f"element {place} is {part[at].item()}, expected finite values"
     return None

@@ -21,7 +21,7 @@ from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.links import leaves
 from dbrx_quant.runtime.files.regular import check_model_folder, open_regular
 from dbrx_quant.runtime.folder.agreement import disagreements
-from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, is_shard_name, read_checksums
+from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, read_checksums
 from dbrx_quant.runtime.folder.finite import finite_fault
 from dbrx_quant.runtime.folder.sizes import stored_bits
 from dbrx_quant.runtime.folder.trial import run_one_token
@@ -168,9 +168,6 @@ def _check_index(folder: Path, infos: dict[str, TensorInfo], lost: set[str], rep
         if report.facts["shards"] > 1:
             report.warnings.append(f"{INDEX_NAME}: missing; {_NEEDS_INDEX.format(folder)}")
         return set()
-    for file in sorted({file for file in weight_map.values() if not is_shard_name(file)}):
-        report.faults.append(f"{INDEX_NAME}: names {file!r}, which is no shard of this folder")
-        weight_map = {name: other for name, other in weight_map.items() if other != file}
     stored = {info.name: info.file.name for info in infos.values()}
     quantized = any(name.endswith(".q_weight") for name in stored)
     if quantized and not any(name.endswith(".q_weight") for name in weight_map):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -73,7 +72,7 @@ def test_a_priced_linear_has_its_errors_multiplied(made):
         (("linears", NAME, "options"), [[2, 0.1, "2:96"], [2, 0.1, "2:96"]], "rising bits"),
         (("linears", NAME, "options"), [[2, 0.1, "2:96"], [3, 0.2, "3:96"]], "falling error"),
         (("linears", NAME, "options"), [[2, 0.1]], "expected bits, error and group map"),
-        (("linears", NAME, "options"), [[2, math.inf, "2:96"]], "expected bits, error and group map"),
+        (("linears", NAME, "options"), [[2, None, "2:96"]], "expected bits, error and group map"),
         (("linears", NAME, "options"), [[2, 0.1, "2:64"]], "expected a group map of 96 rows"),
         (("linears", NAME, "options"), [[2, 0.1, "2:32x99999999999"]], "expected a group map of 96 rows"),
         (("linears", NAME, "feedback"), [1.0], "1 values, expected 6 numbers"),
@@ -120,7 +119,8 @@ def test_a_measurement_of_another_converter_is_left_aside(tmp_path):
 
 
 def test_a_strategy_is_read_back_with_its_outcome(made, tmp_path):
-    strategy, outcome = allocate(made, 3.0, 3), Outcome("text.txt", {"kl": 0.1}, ["a note"])
+    scores = {"kl": 0.1, "top1": 0.9, "ppl": 3.0, "reference_ppl": 2.9, "kl_stderr": None}
+    strategy, outcome = allocate(made, 3.0, 3), Outcome("text.txt", scores, ["a note"])
     write_strategy(tmp_path / "strategy.json", strategy)
     assert read_strategy(tmp_path / "strategy.json") == (strategy, None)
     write_strategy(tmp_path / "strategy.json", strategy, outcome)

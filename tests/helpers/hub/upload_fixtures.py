@@ -7,7 +7,7 @@ import hub_server
 import pytest
 from hub_server import TOKEN
 from tiny_output import make_output
-from upload_runs import BASE, CARD, MEASURED, REPO, retarget
+from upload_runs import BASE, CARD, REPO, measured_of, retarget
 
 from dbrx_quant.quantize.measurement import write_measurement
 from dbrx_quant.quantize.publish import upload as publishing
@@ -24,7 +24,7 @@ def made(tmp_path_factory):
     (out / "NOTICE.txt").write_text("the notice\n", encoding="utf-8")
     (out / ".cache").mkdir()
     (out / ".token").write_text(TOKEN, encoding="utf-8")
-    write_measurement(out / "measurement.json", MEASURED)
+    write_measurement(out / "measurement.json", measured_of(out))
     both = folder / "both"
     for bits in (3.0, 4.0):
         shutil.copytree(out, both / f"{bits}bpw")

@@ -4,6 +4,10 @@ import json
 
 from measurements import linear, measurement
 
+from dbrx_quant.runtime.families import describe
+from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.folder.sizes import linear_bits, stored_bits
+
 REPO = "me/tiny-exl2"
 BASE = "databricks/tiny"
 CARD = """---
@@ -24,9 +28,29 @@ language: no
 
 Made for tests.
 """
-STRATEGY = {"target_bpw": 3.0, "bpw": 3.3, "predicted_kl": 0.04, "linears": {}, "notes": []}
-OPTIONS = [(2000, 0.3, "2:32"), (3000, 0.1, "3:32"), (4000, 0.02, "4:32"), (6000, 0.001, "6:32")]
-MEASURED = measurement({"a": linear((32, 32), OPTIONS), "lm_head": linear((32, 32), OPTIONS, "head")})
+ERRORS = {2: 0.3, 3: 0.1, 4: 0.02, 6: 0.001}
+
+
+def measured_of(folder):
+    """A measurement of the linears of a quantized folder."""
+    found = {}
+    for spec in describe(load_config(folder)).linears():
+        k, n = spec.shape
+        options = [(k * n * bits, error, f"{bits}:{k}") for bits, error in ERRORS.items()]
+        found[spec.name] = linear(spec.shape, options, "head" if spec.name == "lm_head" else "q")
+    return measurement(found)
+
+
+def strategy_of(folder, target=3.0, kl=0.04):
+    """The strategy.json of a quantized folder, whatever it was made for."""
+    architecture = describe(load_config(folder))
+    checkpoint = architecture.open(folder)
+    linears = {
+        spec.name: {"bits": linear_bits(checkpoint, spec), "error": 0.1, "groups": f"3:{spec.shape[0]}"}
+        for spec in architecture.linears()
+    }
+    facts = {"target_bpw": target, "bpw": stored_bits(checkpoint, architecture).bpw, "predicted_kl": kl}
+    return {**facts, "linears": linears, "notes": []}
 
 
 def write_json(path, value):
@@ -39,7 +63,7 @@ def retarget(folder, bits):
     config = json.loads(path.read_text(encoding="utf-8"))
     config["quantization_config"]["bits"] = bits
     write_json(path, config)
-    write_json(folder / "strategy.json", {**STRATEGY, "target_bpw": bits, "predicted_kl": 0.12 / bits})
+    write_json(folder / "strategy.json", strategy_of(folder, bits, 0.12 / bits))
 
 
 def sent(output):

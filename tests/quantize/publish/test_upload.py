@@ -12,7 +12,7 @@ import hub_server
 import pytest
 from hub_server import TOKEN
 from places import TINY
-from upload_runs import BASE, CARD, MEASURED, REPO, retarget, sent, write_json
+from upload_runs import BASE, CARD, REPO, measured_of, retarget, sent, write_json
 
 from dbrx_quant.quantize.measurement import write_measurement
 from dbrx_quant.quantize.publish import upload as publishing
@@ -223,7 +223,7 @@ def test_what_may_surprise_is_told_before_anything_is_sent(both, hub, upload, mo
     folder = both / "3.0bpw"
     (folder / "figures").mkdir()
     (folder / "notes.txt").write_text("from /home/someone/private/texts\n", encoding="utf-8")
-    write_measurement(folder / "measurement.json", replace(MEASURED, tokens=1))
+    write_measurement(folder / "measurement.json", replace(measured_of(folder), tokens=1))
     code, _, error = upload(both)
     assert code == 0
     assert "folders in it are not uploaded: figures" in error
@@ -259,15 +259,13 @@ def test_the_original_must_be_known_and_a_downloaded_quant_knows_it(both, hub, c
     arguments = ["upload", str(both / "3.0bpw"), REPO, "--quiet"]
     assert main(arguments) == 1
     assert "--base-model ORG/NAME" in capsys.readouterr().err
-    record = {"format_version": 1, "command": "dbrx-quant convert", "settings": {"model": BASE}}
-    write_json(both / "3.0bpw" / "conversion.json", {**record, "versions": {}, "relative_errors": {}})
+    record = {"format_version": 1, "command": "dbrx-quant convert", "versions": {}, "relative_errors": {}}
+    settings = {"bpw": 3.0, "head_bits": 6}
+    write_json(both / "3.0bpw" / "conversion.json", {**record, "settings": {"model": BASE, **settings}})
     assert main(arguments) == 0
     card = hub.repos[REPO].files("3.0bpw")["README.md"]
     assert f"base_model: {BASE}\n" in card.decode()
-    write_json(
-        both / "3.0bpw" / "conversion.json",
-        {**record, "settings": {"model": "tiny"}, "versions": {}, "relative_errors": {}},
-    )
+    write_json(both / "3.0bpw" / "conversion.json", {**record, "settings": {"model": "tiny", **settings}})
     (both / "3.0bpw" / "README.md").write_bytes(card)  # as a download leaves it
     assert main([*arguments, "--json"]) == 0
     again = hub.repos[REPO].files("3.0bpw")["README.md"]

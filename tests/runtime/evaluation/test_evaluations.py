@@ -53,7 +53,10 @@ def test_an_entry_is_replaced_by_the_next_one_of_the_same_text_and_windows(tmp_p
             json.dumps({"format_version": 1, "evaluations": [ENTRY, ENTRY | {"kl": "low"}]}),
             r"evaluations\[1\] is invalid: kl is",
         ),
-        (json.dumps({"format_version": 1, "evaluations": [ENTRY | {"ppl": float("nan")}]}), "NaN is no JSON"),
+        (
+            json.dumps({"format_version": 1, "evaluations": [ENTRY | {"ppl": float("nan")}]}),
+            "NaN is not JSON",
+        ),
         (json.dumps({"format_version": 1, "evaluations": [ENTRY | {"windows": 0}]}), "windows is 0"),
         (json.dumps({"format_version": 1, "evaluations": [{"text": "x"}]}), "without windows"),
     ],

@@ -71,7 +71,7 @@ def test_an_index_of_absent_shards_is_stale_and_ignored(folder):
 def test_an_index_that_disagrees_with_its_shards_is_refused(folder, weight_map, message):
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=message):
-        Checkpoint(folder)
+        Checkpoint(folder, source=True)
 
 
 def rewrite_header(path, change):

@@ -112,7 +112,7 @@ def test_sizes_that_are_not_those_of_the_tensors_are_refused(tmp_path, family, k
     for name in ("inspect", "load"):
         said = refusal(READERS[name], folder)
         if said is None:
-            assert value is None  # a default of transformers in place of null
+            assert value is None or (key, value) == ("head_dim", 0)  # transformers has a default instead
         else:
             assert str(folder) in said or "config.json" in said
 
@@ -173,7 +173,8 @@ def test_an_index_names_shards_of_the_folder_alone(folder, file):
     weight_map = dict.fromkeys(names, "model.safetensors") | {"x.q_weight": file}
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     (fault,) = verify(folder).faults
-    assert fault == f"model.safetensors.index.json: names {file!r}, which is no shard of this folder"
+    index = folder / "model.safetensors.index.json"
+    assert fault == f"{index}: places a tensor in {file!r}, expected the name of a file beside it"
 
 
 # --- values ------------------------------------------------------------
@@ -259,7 +260,7 @@ def test_a_damaged_side_file_is_named_by_every_reader(folder, name, content):
     (folder / name).write_bytes(content)
     for reader in (*READERS.values(), load_tokenizer):
         said = refusal(reader, folder)
-        assert said is None or str(folder) in said
+        assert said is None or str(folder) in said or name in said
 
 
 # --- saved again ------------------------------------------------------------

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 from tiny_output import make_output
-from upload_runs import MEASURED, STRATEGY
+from upload_runs import measured_of, strategy_of
 
 from dbrx_quant.quantize import conversion
 from dbrx_quant.quantize.measurement import write_measurement
@@ -67,9 +67,9 @@ def folders(tmp_path_factory):
     """A quantized folder with every side file, and its source."""
     folder = tmp_path_factory.mktemp("fuzz")
     out = make_output(folder)
-    write_measurement(out / "measurement.json", MEASURED)
+    write_measurement(out / "measurement.json", measured_of(out))
     scores = {"kl": 0.1, "kl_stderr": 0.01, "ppl": 3.0, "reference_ppl": 2.9, "top1": 0.9, "positions": 64}
-    strategy = {**STRATEGY, "held_out": None, "measured": scores}
+    strategy = {**strategy_of(out), "held_out": None, "measured": scores}
     entry = {
         **{"text": "a", "windows": 1, "length": 8, "tokens": 8, "ppl": 2.0, "ppl_original": 1.9},
         **{"kl": 0.1, "kl_stderr": None, "top1": 0.9, "router_topk": None, "bpw": 3.3},
