@@ -48,10 +48,12 @@ def run_one_token(folder: Path) -> str | None:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keep transformers' bars and warnings back: what matters is said by whoever called."""
+    from logging import CRITICAL
+
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         yield

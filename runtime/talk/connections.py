@@ -39,7 +39,8 @@ class Connection(H11Protocol):  # type: ignore[misc]
         self._since = self.loop.time()
         self._watch()
         if len(self.connections) > most_connections():
-            waiting = [one for one in self.connections if one._awaited in _SECONDS or one.flow.write_paused]
+            ours: Any = self.connections  # all are of this class
+            waiting = [one for one in ours if one._awaited in _SECONDS or one.flow.write_paused]
             min(waiting or [self], key=lambda one: one._since).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:

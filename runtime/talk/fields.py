@@ -239,7 +239,7 @@ def explain(error: ValidationError) -> str:
         )
         return f"{where}: only {served} is served, not {given}"
     if fault["type"] == "value_error":
-        return f"{where} {fault['ctx']['error']}"
+        return f"{where} {fault.get('ctx', {}).get('error')}"
     return f"{where}: {re.sub('^Input ', '', fault['msg'])}, not {given}"
 
 

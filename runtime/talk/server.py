@@ -148,10 +148,10 @@ class _Service:
         self.context: int = min(limits.context or own, own)
         self.turns = Turns(model, tokenizer, limits.seconds)
         self.text_thread = ThreadPoolExecutor(1, "texts")
-        # Only their ways of putting answers together are used, which need no manager of models.
-        self._chats = ChatCompletionHandler(None, None)
-        self._completions = CompletionHandler(None, None)
-        self._responses = ResponseHandler(None, None)
+        nobody: Any = None  # only their ways of putting answers together are used, which need no managers
+        self._chats = ChatCompletionHandler(nobody, nobody)
+        self._completions = CompletionHandler(nobody, nobody)
+        self._responses = ResponseHandler(nobody, nobody)
 
     def close(self) -> None:
         """End all that runs."""

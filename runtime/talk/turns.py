@@ -17,9 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cli.serving.utils import DirectStreamer, _StreamError
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from dbrx_quant.runtime.talk.calls import CallParser
 from dbrx_quant.runtime.talk.door import Visit
@@ -100,7 +105,7 @@ class Turn:
         """Begin; pieces of text come through the queue, then None or an error."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        parser = None if response_parser is None else CallParser(response_parser)
+        parser: Any = None if response_parser is None else CallParser(response_parser)
         streamer = DirectStreamer(processor._tokenizer, loop, queue, response_parser=parser)
 
         def run() -> None:
@@ -187,7 +192,7 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, prompt: int, checks: Sequence[Callable[[Tensor], bool]]) -> None:
         self._prompt, self._checks = prompt, checks
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         new = input_ids[0, self._prompt :]
         over = any([check(new) for check in self._checks])
         return torch.full((len(input_ids),), over, device=input_ids.device)

@@ -32,7 +32,8 @@ def quiet_on_closed_pipe(main: Callable[P, int]) -> Callable[P, int]:
                 if sys.stdout is not None:  # it is closed
                     sys.stdout.flush()  # also what argparse has printed
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
+            if sys.stdout is not None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain
             return 1
 
     return run
