@@ -1,5 +1,6 @@
 """Builds csrc/cuda with csrc/emulator for the host, once a state of the sources, under build/emulator."""
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -37,7 +38,15 @@ def build(sanitized=False):
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    objects = []
+    with (folder / "lock").open("w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.is_file():
+            _compile(compiler, flags, sources, library)
+    return library
+
+
+def _compile(compiler, flags, sources, library):
+    folder, objects = library.parent, []
     for source in sources:
         objects.append(folder / f"{source.name}.o")
         command = [compiler, *flags, *INCLUDES, "-x", "c++", "-c", source, "-o", objects[-1]]
@@ -45,4 +54,3 @@ def build(sanitized=False):
     partial = folder / f"{library.name}.partial"
     subprocess.run([compiler, *flags, "-shared", *objects, "-o", partial], check=True)
     partial.rename(library)
-    return library
