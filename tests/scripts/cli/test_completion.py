@@ -62,13 +62,13 @@ def ask(folder, *command):
     return done.stdout
 
 
-@pytest.mark.parametrize(("words", "expected"), ASKED, ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(("words", "expected"), ASKED, ids=lambda value: " ".join(sorted(value)))
 def test_bash_completes(words, expected, folder):
     out = ask(folder, shell("bash"), "--norc", "-c", BASH, "bash", "script.bash", *words)
     assert set(out.split()) == expected
 
 
-@pytest.mark.parametrize(("words", "expected"), ASKED, ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(("words", "expected"), ASKED, ids=lambda value: " ".join(sorted(value)))
 def test_fish_completes(words, expected, folder):
     line = " ".join(["dbrx-quant", *words])
     code = f"source script.fish; complete -C '{line}'"
