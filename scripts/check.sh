@@ -28,7 +28,7 @@ check 'ruff check' ruff check .
 check mypy mypy
 check pyright pyright
 # Two processes with a file of tests each at a time; their idle threads sleep, since they share the cores.
-check pytest env GOMP_SPINCOUNT=1000 pytest -n 2 --dist loadfile "$@"
+check pytest env GOMP_SPINCOUNT=1000 pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}" >&2
