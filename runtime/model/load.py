@@ -115,6 +115,8 @@ def _generation_config(folder: Path, config: Any) -> Any:
         for key in ("num_beams", "num_return_sequences"):
             if (getattr(made, key) or 1) > _MOST_SEQUENCES:
                 raise ValueError(f"{key} is {getattr(made, key)}, expected at most {_MOST_SEQUENCES}")
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            _check_ids(key, getattr(made, key))
         made._original_object_hash = hash(made)  # transformers saves what is as it was loaded without a fuss
     except CheckpointError:
         raise
@@ -123,3 +125,10 @@ def _generation_config(folder: Path, config: Any) -> Any:
             f"{path if found else folder / 'config.json'}: {error or repr(error)}"
         ) from error
     return made
+
+
+def _check_ids(key: str, value: Any) -> None:
+    """Raise ValueError unless a value is a token's id, a list of ids, or None."""
+    ids = value if isinstance(value, list) and value else [value]
+    if value is not None and any(type(one) is not int or one < 0 for one in ids):
+        raise ValueError(f"{key} is {value!r}, expected an id of a token or a list of ids")

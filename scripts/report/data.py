@@ -47,7 +47,7 @@ class Folder:
     Attributes:
         name: what to call it.
         facts: from its shards' headers.
-        config: `config.json`.
+        quantization: what `config.json` says of the quantization.
         strategy: `strategy.json`, None where there is none of ours; likewise the next three.
         outcome: what became of it, from the same file.
         measurement: `measurement.json`.
@@ -57,7 +57,7 @@ class Folder:
 
     name: str
     facts: FolderFacts
-    config: Mapping[str, Any]
+    quantization: Mapping[str, Any]
     strategy: Strategy | None = None
     outcome: Outcome | None = None
     measurement: Measurement | None = None
@@ -75,13 +75,29 @@ def read_folder(folder: Path, name: str | None = None) -> Folder:
     return Folder(
         name=name or _folder_name(folder.resolve()),
         facts=inspect_folder(folder),
-        config=read_config(folder),
+        quantization=_quantization(folder),
         strategy=strategy,
         outcome=outcome,
         measurement=find_measurement(folder),
         record=read_record(folder),
         evaluations=read_evaluations(folder),
     )
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
+    """The section of config.json, the parts of it that the report counts with checked."""
+    found = read_config(folder).get("quantization_config") or {}
+    sound = (
+        isinstance(found, dict)
+        and isinstance(found.get("calibration") or {}, dict)
+        and type(found.get("head_bits", 6)) is int
+    )
+    if not sound:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: quantization_config must be an object, with a whole number "
+            "as head_bits and an object as calibration, if any"
+        )
+    return found
 
 
 def gather(folder: Folder) -> Report:
@@ -94,7 +110,7 @@ def gather(folder: Folder) -> Report:
         `settings`, `versions`, `notes`.
     """
     facts, strategy, outcome, record = folder.facts, folder.strategy, folder.outcome, folder.record
-    quantization = folder.config.get("quantization_config") or {}
+    quantization = folder.quantization
     held_out = None
     if outcome is not None and outcome.measured:
         held_out = {**outcome.measured, "text": outcome.held_out or HELD_OUT}
@@ -236,8 +252,9 @@ def _frontier(folder: Folder) -> list[FrontierPoint]:
     last = max(_LEAST_END, bpw + 1)
     targets = [round(2 + _STEP * i, 1) for i in range(round((last - 2) / _STEP) + 1)]
     kind_of = {linear.name: _kind(linear) for linear in folder.facts.decoder}
-    head_bits = (folder.config.get("quantization_config") or {}).get("head_bits", 6)
-    points = frontier(folder.measurement, head_bits, targets, kind_of.__getitem__)
+    points = frontier(
+        folder.measurement, folder.quantization.get("head_bits", 6), targets, kind_of.__getitem__
+    )
     return [
         point for at, point in enumerate(points) if at + 1 == len(points) or points[at + 1].bpw > point.bpw
     ]

@@ -85,7 +85,7 @@ def folder(measured, bpw=3.0, name="made/3.0bpw", model="maker/dbrx-mini"):
     return Folder(
         name=name,
         facts=FolderFacts("dbrx", tuple(linears), sum(linear.bits for linear in linears) // 8),
-        config={"quantization_config": {"version": "dbrx-quant 0.1.0", "head_bits": HEAD_BITS}},
+        quantization={"version": "dbrx-quant 0.1.0", "head_bits": HEAD_BITS},
         strategy=strategy,
         outcome=Outcome(None, None, ["a note"]),
         measurement=measured,

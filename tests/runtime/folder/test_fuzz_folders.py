@@ -12,6 +12,7 @@ import shutil
 import signal
 import warnings
 from contextlib import contextmanager
+from copy import deepcopy
 
 import pytest
 import torch
@@ -34,106 +35,124 @@ VALUES = [
 ]
 # Fields that a reader knows and that a sound folder need not have.
 FIELDS = {
-    "config.json": (
-        *("attention_bias", "clip_qkv", "dtype", "head_dim", "hidden_act", "id2label", "layer_types"),
-        *(
-            "mlp_bias",
-            "mlp_only_layers",
-            "num_labels",
-            "pad_token_id",
-            "partial_rotary_factor",
-            "pruned_heads",
-        ),
-        *(
-            "rms_norm_eps",
-            "rope_parameters",
-            "rope_scaling",
-            "rope_theta",
-            "sliding_window",
-            "tie_word_embeddings",
-        ),
-        *("torch_dtype", "use_cache", "use_sliding_window", "max_window_layers", "norm_topk_prob"),
-        *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "transformers_weights"),
-        *("attn_implementation", "is_encoder_decoder", "is_decoder", "problem_type", "pretraining_tp"),
-        *("quantization_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size"),
-    ),
-    "generation_config.json": (
-        *(
-            "assistant_confidence_threshold",
-            "bad_words_ids",
-            "cache_implementation",
-            "cache_config",
-            "use_cache",
-        ),
-        *("compile_config", "constraints", "decoder_start_token_id", "diversity_penalty", "do_sample"),
-        *("dola_layers", "early_stopping", "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff"),
-        *(
-            "exponential_decay_length_penalty",
-            "force_words_ids",
-            "forced_bos_token_id",
-            "forced_eos_token_id",
-        ),
-        *(
-            "guidance_scale",
-            "length_penalty",
-            "low_memory",
-            "max_length",
-            "max_matching_ngram_size",
-            "max_time",
-        ),
-        *(
-            "min_length",
-            "min_new_tokens",
-            "min_p",
-            "no_repeat_ngram_size",
-            "num_assistant_tokens",
-            "num_beams",
-        ),
-        *(
-            "num_beam_groups",
-            "num_return_sequences",
-            "output_attentions",
-            "penalty_alpha",
-            "prefill_chunk_size",
-        ),
-        *("prompt_lookup_num_tokens", "remove_invalid_values", "renormalize_logits", "repetition_penalty"),
-        *("return_dict_in_generate", "sequence_bias", "stop_strings", "suppress_tokens", "temperature"),
-        *(
-            "begin_suppress_tokens",
-            "token_healing",
-            "top_h",
-            "top_k",
-            "top_p",
-            "typical_p",
-            "watermarking_config",
-        ),
-    ),
-    "tokenizer_config.json": (
-        *(
-            "add_bos_token",
-            "add_prefix_space",
-            "added_tokens_decoder",
-            "additional_special_tokens",
-            "auto_map",
-        ),
-        *("backend", "bos_token", "chat_template", "clean_up_tokenization_spaces", "extra_special_tokens"),
-        *(
-            "init_inputs",
-            "legacy",
-            "model_input_names",
-            "model_max_length",
-            "padding_side",
-            "sp_model_kwargs",
-        ),
-        *(
-            "split_special_tokens",
-            "tokenizer_class",
-            "truncation_side",
-            "unk_token",
-            "use_fast",
-            "vocab_file",
-        ),
-    ),
+    "config.json": [
+        "attention_bias",
+        "clip_qkv",
+        "dtype",
+        "head_dim",
+        "hidden_act",
+        "id2label",
+        "layer_types",
+        "mlp_bias",
+        "mlp_only_layers",
+        "num_labels",
+        "pad_token_id",
+        "partial_rotary_factor",
+        "pruned_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "use_cache",
+        "use_sliding_window",
+        "max_window_layers",
+        "norm_topk_prob",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "transformers_weights",
+        "attn_implementation",
+        "is_encoder_decoder",
+        "is_decoder",
+        "problem_type",
+        "pretraining_tp",
+        "quantization_config",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "chunk_size",
+    ],
+    "generation_config.json": [
+        "assistant_confidence_threshold",
+        "bad_words_ids",
+        "cache_implementation",
+        "cache_config",
+        "use_cache",
+        "compile_config",
+        "constraints",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dola_layers",
+        "early_stopping",
+        "encoder_repetition_penalty",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "exponential_decay_length_penalty",
+        "force_words_ids",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "guidance_scale",
+        "length_penalty",
+        "low_memory",
+        "max_length",
+        "max_matching_ngram_size",
+        "max_time",
+        "min_length",
+        "min_new_tokens",
+        "min_p",
+        "no_repeat_ngram_size",
+        "num_assistant_tokens",
+        "num_beams",
+        "num_beam_groups",
+        "num_return_sequences",
+        "output_attentions",
+        "penalty_alpha",
+        "prefill_chunk_size",
+        "prompt_lookup_num_tokens",
+        "remove_invalid_values",
+        "renormalize_logits",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "sequence_bias",
+        "stop_strings",
+        "suppress_tokens",
+        "temperature",
+        "begin_suppress_tokens",
+        "token_healing",
+        "top_h",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "watermarking_config",
+    ],
+    "tokenizer_config.json": [
+        "add_bos_token",
+        "add_prefix_space",
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "auto_map",
+        "backend",
+        "bos_token",
+        "chat_template",
+        "clean_up_tokenization_spaces",
+        "extra_special_tokens",
+        "init_inputs",
+        "legacy",
+        "model_input_names",
+        "model_max_length",
+        "padding_side",
+        "sp_model_kwargs",
+        "split_special_tokens",
+        "tokenizer_class",
+        "truncation_side",
+        "unk_token",
+        "use_fast",
+        "vocab_file",
+    ],
 }
 
 
@@ -175,7 +194,7 @@ def damage_json(name, raw, rng):
     for _ in range(rng.choice((1, 1, 1, 2))):
         fields = list(places(value))
         if name in FIELDS and isinstance(value, dict) and rng.random() < 0.4:
-            value[rng.choice(FIELDS[name])] = rng.choice(VALUES)
+            value[rng.choice(FIELDS[name])] = deepcopy(rng.choice(VALUES))
             continue
         if not fields:
             break
@@ -191,7 +210,7 @@ def damage_json(name, raw, rng):
         elif act < 0.4 and isinstance(inner[last], int):
             inner[last] = inner[last] * rng.choice((2, -1, 3)) + rng.choice((-1, 0, 1))
         else:
-            inner[last] = rng.choice(VALUES)
+            inner[last] = deepcopy(rng.choice(VALUES))
     return json.dumps(value).encode()
 
 
