@@ -25,8 +25,8 @@ class WatchedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._identity = _identity(path)
-        regular = self._identity is not None and stat.S_ISREG(os.stat(path).st_mode)
-        self._fingerprint = fingerprint(path) if regular else None
+        small = self._identity is not None and self._identity[2] <= WHOLE_BYTES
+        self._fingerprint = fingerprint(path) if small and stat.S_ISREG(os.stat(path).st_mode) else None
 
     def check(self) -> None:
         """Compare the file with what it was.
