@@ -81,9 +81,15 @@ def model_limits(folder: str | Path) -> tuple[int | None, int | None]:
     """
     if not (Path(folder) / "config.json").is_file():
         return None, None
+    return embedding_rows(Path(folder)), longest_sequence(folder)
+
+
+def longest_sequence(folder: str | Path) -> int | None:
+    """Tokens of the longest sequence, by the config.json of a model folder; None: not stated.
+
+    Raises:
+        CheckpointError: config.json is missing or no JSON object.
+    """
     config = read_config(Path(folder))
     longest = config.get("max_seq_len", config.get("max_position_embeddings"))
-    return (
-        embedding_rows(Path(folder)),
-        longest if isinstance(longest, int) else None,
-    )
+    return longest if isinstance(longest, int) else None

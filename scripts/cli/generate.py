@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.runtime.model.load import load_model
     from dbrx_quant.runtime.talk.conversation import end_ids, sampling
     from dbrx_quant.runtime.talk.text_stream import TextStream
-    from dbrx_quant.runtime.tokenizer.load import load_tokenizer, model_limits
+    from dbrx_quant.runtime.tokenizer.load import load_tokenizer, longest_sequence
 
     hide_loading_bar(arguments.quiet)
     folder = find_model(arguments.folder, arguments)
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"the prompt is {fault}")
     tokenizer = load_tokenizer(folder)
     ids = _encode(tokenizer, prompt, arguments.chat)
-    context = model_limits(folder)[1]
+    context = longest_sequence(folder)
     room = arguments.max_new_tokens if context is None else context - ids.shape[1]
     most = min(arguments.max_new_tokens, room)
     if most < 1:
