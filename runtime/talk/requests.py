@@ -5,6 +5,7 @@ allowed value is here because clients send it, and says what is done anyway; wha
 is marked as a label. Wants `pydantic`, which comes with FastAPI.
 """
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
@@ -84,7 +85,7 @@ class Steered(Asked):
         return self.max_tokens
 
 
-class Templated(Asked):
+class Templated(Asked, ABC):
     """What the two with messages have in common."""
 
     tools: Tools | None = None
@@ -98,9 +99,9 @@ class Templated(Asked):
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
 
+    @abstractmethod
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as chat templates take them."""
-        raise NotImplementedError
 
     def offered(self) -> list[dict[str, Any]] | None:
         """The tools as chat templates take them; None if the model is to know of none."""
