@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.runtime.files.atomic import naming
+from dbrx_quant.runtime.files.regular import at_once
 
 LARGEST_BYTES = 1 << 30
 DEEPEST = 100  # objects and lists inside of each other
@@ -25,7 +26,7 @@ def load_json(path: str | os.PathLike[str]) -> Any:
         OSError: it cannot be read.
         ValueError: it is no regular file, or as in `parse_json`; the reason alone, without the path.
     """
-    with naming(Path(path)), open(path, "rb", opener=_open) as file:
+    with naming(Path(path)), open(path, "rb", opener=at_once) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
@@ -60,10 +61,6 @@ def parse_json(data: bytes | str) -> Any:
     if _HALF_CHARACTER.search(text):  # refused by the encoder unless it is in a pair
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
-
-
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would wait for its writer
 
 
 def _parts(value: Any) -> Any:

@@ -26,14 +26,18 @@ def open_regular(path: Path) -> BinaryIO:
         CheckpointError: it is no regular file.
         OSError: it cannot be opened.
     """
-    # without O_NONBLOCK, opening a FIFO waits for somebody who writes into it
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = at_once(os.fspath(path), os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         _require_regular(path, os.fstat(descriptor).st_mode)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def at_once(path: str, flags: int) -> int:
+    """An opener for `open` that does not wait at a FIFO for somebody who writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def check_model_folder(folder: Path) -> None:
