@@ -3,7 +3,8 @@
 Two passes over the model. Forward, the dense hidden states before every block are left on disk. Backward,
 from the head to the first block, gradients of the log-likelihood flow through each block (of some rows, where
 there are many) while its linears' inputs and output gradients are summed up; each linear then gets its curve.
-Finished linears and passed blocks are files, so that a second run goes on where the first one stopped.
+Finished linears and the gradients before the last passed block are files, so that a second run goes on where
+the first one stopped.
 """
 
 import math
@@ -18,7 +19,7 @@ from dbrx_quant.calibration.blocks.head import head_gradients
 from dbrx_quant.calibration.blocks.hooks import Watch
 from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
 from dbrx_quant.calibration.blocks.routing import ExpertCoverage, coverage
-from dbrx_quant.calibration.blocks.states import new_states, open_states
+from dbrx_quant.calibration.blocks.states import States, new_states, open_states, scratch
 from dbrx_quant.calibration.blocks.walk import (
     Span,
     Turn,
@@ -44,6 +45,7 @@ from dbrx_quant.quantize.solve.prepare import prepare, sampled_energy, spread_co
 from dbrx_quant.quantize.solve.shrinkage import choose_shrinkage
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 from dbrx_quant.runtime.files.json_file import JsonFile
+from dbrx_quant.runtime.files.sealed import remove
 from dbrx_quant.runtime.progress import Progress
 
 GRADIENT_TOKENS = 2048  # from twice as many on, only a part of the rows goes backward as well
@@ -98,11 +100,23 @@ class MeasureJob:
 
     def states(self, block: int) -> Path:
         """Hidden states of all `rows` before a block."""
-        return self.folder / f"states-{block:03}.npy"
+        return self.folder / f"states-{block:03}.safetensors"
 
     def gradients(self, block: int) -> Path:
         """Gradients with respect to those states."""
-        return self.folder / f"gradients-{block:03}.npy"
+        return self.folder / f"gradients-{block:03}.safetensors"
+
+    @property
+    def next_backward(self) -> int:
+        """How many blocks the backward pass has not been through; one more if nor through the head.
+
+        All of them where the work on a later one is not whole.
+        """
+        blocks = self.model.architecture.blocks
+        block = next((i for i in range(len(blocks) + 1) if self.gradients(i).exists()), len(blocks) + 1)
+        passed = [spec for later in blocks[block:] for spec in later.linears()]
+        whole = all(self.entry(spec.name).exists() for spec in (*passed, self.model.architecture.head))
+        return block if whole else len(blocks) + 1
 
     def entry(self, name: str) -> Path:
         """What was measured of one linear."""
@@ -136,9 +150,15 @@ def measure(job: MeasureJob) -> Measurement:
     (job.folder / "linears").mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         _forward(job)
-        _head(job)
-        for index in reversed(range(len(job.model.architecture.blocks))):
-            _backward(job, index)
+        count, todo = len(job.model.architecture.blocks), job.next_backward
+        if todo > count:
+            _head(job)
+        job.progress.step("head")
+        for index in reversed(range(count)):
+            if index < todo:
+                _backward(job, index)
+                remove(job.gradients(index + 1))  # those before this block are on disk by now
+            job.progress.step(f"backward, block {index}")
     return assemble(job)
 
 
@@ -153,9 +173,9 @@ def _forward(job: MeasureJob) -> None:
 
 
 def _forward_block(job: MeasureJob, index: int) -> None:
-    states, scratch = open_states(job.states(index)), job.folder / "experts-input.npy"
-    with new_states(job.states(index + 1), tuple(states.shape)) as output:
-        routing = run_dense_block(job.model, index, states, output, scratch)
+    states = open_states(job.states(index))
+    with new_states(job.states(index + 1), states.shape) as output:
+        routing = run_dense_block(job.model, index, states, output, job.folder)
         if routing is not None:
             experts = job.model.architecture.blocks[index].experts
             assert experts is not None
@@ -167,16 +187,13 @@ def _forward_block(job: MeasureJob, index: int) -> None:
 def _head(job: MeasureJob) -> None:
     architecture, count = job.model.architecture, len(job.model.architecture.blocks)
     head = architecture.head
-    if job.gradients(count).exists() and job.entry(head.name).exists():
-        job.progress.step("head")
-        return
     states = open_states(job.states(count))
-    flat = states.view(-1, architecture.hidden)
-    weight, backward = job.model.dense(head), states[: job.backward_rows]
-    with new_states(job.gradients(count), tuple(backward.shape)) as gradients:
+    flat = states.flat
+    weight, backward = job.model.dense(head), states.part(slice(job.backward_rows))
+    with new_states(job.gradients(count), backward.shape) as gradients:
         total = head_gradients(
             job.model,
-            backward.view(-1, architecture.hidden),
+            backward.flat,
             gradients.view(-1, architecture.hidden),
             weight,
             job.seed,
@@ -186,9 +203,8 @@ def _head(job: MeasureJob) -> None:
     for part in token_spans(seen):
         moments.add(job.model.final_norm(flat[part]), rows[part])
     for part in token_spans(len(flat) - seen):
-        held_out.add(job.model.final_norm(flat[seen:][part]))
+        held_out.add(job.model.final_norm(flat.part(slice(seen, None))[part]))
     _measure_linears(job, [head], moments, held_out, {head.name: total}, lambda _: weight, _Shared({}, {}))
-    job.progress.step("head")
 
 
 def _measure_linears(
@@ -246,10 +262,6 @@ def _measure_linears(
 def _backward(job: MeasureJob, index: int) -> None:
     """One block of the backward pass: gradients before it, curves of its linears."""
     spec = job.model.architecture.blocks[index]
-    linears = list(spec.linears())
-    if job.gradients(index).exists() and all(job.entry(s.name).exists() for s in linears):
-        job.progress.step(f"backward, block {index}")
-        return
     states, upstream = open_states(job.states(index)), open_states(job.gradients(index + 1))
     live = job.model.block(index)
     shared = _Shared({}, {})
@@ -257,9 +269,9 @@ def _backward(job: MeasureJob, index: int) -> None:
     if spec.experts:
         routed = _backward_experts(job, live, states, upstream, spec.experts, shared)
     watch, length, rows = Watch(live), states.shape[1], token_rows(states).view(states.shape[:2])
-    with new_states(job.gradients(index), tuple(upstream.shape)) as gradients:
+    with new_states(job.gradients(index), upstream.shape) as gradients:
         for part in batches(upstream):
-            x = states[part].clone().requires_grad_()
+            x = states[part].requires_grad_()
             watch.rows = rows[part].flatten()
             with torch.enable_grad():
                 output, routing = live(x)
@@ -271,18 +283,18 @@ def _backward(job: MeasureJob, index: int) -> None:
             torch.autograd.backward(roots, seeds)
             assert x.grad is not None
             gradients[part] = x.grad
-        others, held_out = slice(len(upstream), len(job.tokens)), slice(len(job.tokens), None)
-        for part in batches(states[others]):
+        others = slice(len(upstream), len(job.tokens))
+        inputs_only, held_out = states.part(others), states.part(slice(len(job.tokens), None))
+        for part in batches(inputs_only):
             watch.rows = rows[others][part].flatten()
-            live(states[others][part])
+            live(inputs_only[part])
         watch.rows = None
-        for part in batches(states[held_out]):
-            live(states[held_out][part])
+        for part in batches(held_out):
+            live(held_out[part])
         watch.close()
         check_states(gradients, f"gradients before block {index}")
         for stage, moments, inputs in zip(spec.stages, watch.moments, watch.held_out, strict=True):
             _measure_linears(job, list(stage), moments, inputs, watch.gradients, job.model.dense, shared)
-    job.progress.step(f"backward, block {index}")
 
 
 @dataclass(frozen=True)
@@ -296,16 +308,16 @@ class _RoutedGradients:
 def _backward_experts(
     job: MeasureJob,
     live: LiveBlock,
-    states: Tensor,
-    upstream: Tensor,
+    states: States,
+    upstream: States,
     experts: ExpertsSpec,
     shared: _Shared,
 ) -> _RoutedGradients:
-    hidden = states.shape[-1]
-    x = torch.empty(states.shape[0] * states.shape[1], hidden)
-    routing = route(live, states, torch.empty_like(states), x)
-    flat = upstream.reshape(-1, hidden)
-    result = _RoutedGradients(torch.zeros_like(flat), torch.zeros(len(flat), routing.weight.shape[1]))
+    x = scratch(job.folder, (states.shape[0] * states.shape[1], states.shape[-1]))
+    routing, flat = route(live, states, None, x), upstream.flat
+    result = _RoutedGradients(
+        scratch(job.folder, flat.shape), torch.zeros(len(flat), routing.weight.shape[1])
+    )
     rows, count = token_rows(states), job.tokens.numel()
     for turn in turns(routing, experts):
         _measure_expert(
@@ -350,7 +362,7 @@ def _measure_expert(
     seen: Turn,
     held_out: Turn,
     rows: Tensor,
-    upstream: Tensor,
+    upstream: States,
     result: _RoutedGradients,
     shared: _Shared,
 ) -> None:
@@ -384,7 +396,7 @@ def _measure_expert(
 
 
 def _backward_span(
-    turn: Turn, span: Span, weights: Weights, upstream: Tensor, result: _RoutedGradients, sums: _ExpertSums
+    turn: Turn, span: Span, weights: Weights, upstream: States, result: _RoutedGradients, sums: _ExpertSums
 ) -> None:
     """Take some tokens through an expert and back."""
     gate, up, down = weights
@@ -392,9 +404,10 @@ def _backward_span(
     with torch.enable_grad():
         g, u = x @ gate.T, x @ up.T
         h = turn.activate(g) * u
-    y_gradient = span.weight[:, None] * upstream[index]
+    above = upstream[index]
+    y_gradient = span.weight[:, None] * above
     y = h.detach() @ down.T
-    result.weight[index, span.slot] = (y * upstream[index]).sum(-1)
+    result.weight[index, span.slot] = (y * above).sum(-1)
     g_gradient, u_gradient, x_gradient = torch.autograd.grad(h, (g, u, x), y_gradient @ down)
     result.x[index] += x_gradient
     for spec, gradient in zip(turn.linears, (g_gradient, u_gradient, y_gradient), strict=True):

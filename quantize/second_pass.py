@@ -21,7 +21,7 @@ from torch import Tensor
 from dbrx_quant.calibration.blocks.head import distance
 from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.calibration.blocks.stages import Goals, HeadStage, Stage, block_stages
-from dbrx_quant.calibration.blocks.states import new_states, open_states
+from dbrx_quant.calibration.blocks.states import States, new_states, open_states
 from dbrx_quant.calibration.blocks.walk import check_states, embed_rows, run_dense_block
 from dbrx_quant.quantize.entries import REMEDY
 from dbrx_quant.quantize.measurement import Measurement
@@ -75,25 +75,25 @@ class QuantizeJob:
         """The rows that are followed through the original too: all for the repair, else the held-out ones."""
         return self.all_tokens if self.repair.needs_original else self.held_out
 
-    def calibration(self, states: Tensor) -> Tensor:
+    def calibration(self, states: States) -> States:
         """The part of states that is calibrated on."""
-        return states[: len(self.tokens)]
+        return states.part(slice(len(self.tokens)))
 
     def states(self, block: int) -> Path:
         """Hidden states before a block, as the quantized blocks before it make them."""
-        return self.folder / f"states-{block:03}.npy"
+        return self.folder / f"states-{block:03}.safetensors"
 
     def original(self, block: int) -> Path:
         """The original's hidden states before a block."""
-        return self.folder / f"original-{block:03}.npy"
+        return self.folder / f"original-{block:03}.safetensors"
 
     def middle(self, block: int) -> Path:
         """The original's hidden states after a block's attention."""
-        return self.folder / f"middle-{block:03}.npy"
+        return self.folder / f"middle-{block:03}.safetensors"
 
     def shared(self, block: int) -> Path:
         """The original's hidden states after a block's shared expert, before its routed ones."""
-        return self.folder / f"shared-{block:03}.npy"
+        return self.folder / f"shared-{block:03}.safetensors"
 
     @property
     def distance(self) -> Path:
@@ -139,7 +139,7 @@ class QuantizeJob:
 
     def discard_states(self) -> None:
         """Remove the states of all blocks."""
-        for path in self.folder.glob("*.npy"):
+        for path in self.folder.glob("*-???.safetensors"):
             remove(path)
 
 
@@ -171,7 +171,7 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
             states, original = (open_states(path(len(blocks))) for path in (job.states, job.original))
             head, count = job.linears.weight(job.model.architecture.head), len(job.held_out)
             dense = job.model.dense(job.model.architecture.head)
-            ends, goals = states[-count:], original[-count:]
+            ends, goals = states.part(slice(-count, None)), original.part(slice(-count, None))
             scores = distance(job.model, ends, goals, head, dense, job.held_out).as_dict()
             _DISTANCE.write(job.distance, {k: v for k, v in scores.items() if k != "router_topk"})
         remove(job.original(len(blocks)))
@@ -186,7 +186,7 @@ def _read_distance(path: Path) -> dict[str, Any]:
 def _quantize_block(job: QuantizeJob, index: int) -> None:
     goals = _run_original(job, index) if job.original_tokens is not None else None
     states = open_states(job.states(index))
-    with new_states(job.states(index + 1), tuple(states.shape)) as output:
+    with new_states(job.states(index + 1), states.shape) as output:
         live, count = job.model.block(index), len(job.tokens)
         compared = goals if job.repair.needs_original else None
         for stage in block_stages(live, job.model, states, output, count, compared, job.folder):
@@ -201,10 +201,10 @@ def _run_original(job: QuantizeJob, index: int) -> Goals:
     goals = Goals(job.middle(index), shared, job.original(index + 1))
     paths = [path for path in (goals.after, goals.middle, goals.shared) if path]
     if not all(path.exists() for path in paths):
-        states, scratch = open_states(job.original(index)), job.folder / "experts-input.npy"
+        states = open_states(job.original(index))
         with ExitStack() as opened:
-            after, *between = (opened.enter_context(new_states(path, tuple(states.shape))) for path in paths)
-            run_dense_block(job.model, index, states, after, scratch, *between)
+            after, *between = (opened.enter_context(new_states(path, states.shape)) for path in paths)
+            run_dense_block(job.model, index, states, after, job.folder, *between)
     return goals
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.blocks.states import States
 from dbrx_quant.calibration.statistics.fisher import GradientSum
 from dbrx_quant.runtime.evaluation.scores import Scores, evaluate
 
@@ -20,7 +21,7 @@ def draw_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def head_gradients(
-    model: StreamedModel, states: Tensor, gradients: Tensor, head: Tensor, seed: int
+    model: StreamedModel, states: States, gradients: Tensor, head: Tensor, seed: int
 ) -> GradientSum:
     """Gradients of the log-likelihood of sampled labels with respect to the last block's output.
 
@@ -38,7 +39,7 @@ def head_gradients(
     total = GradientSum.zero(head.shape[0])
     for start in range(0, len(states), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
-        x = states[part].clone().requires_grad_()
+        x = states[part].requires_grad_()
         with torch.enable_grad():
             hidden = model.final_norm(x)
         gradient = (hidden.detach() @ head.T).softmax(-1)
@@ -54,8 +55,8 @@ def head_gradients(
 
 def distance(
     model: StreamedModel,
-    states: Tensor,
-    original: Tensor,
+    states: States,
+    original: States,
     weight: Tensor,
     dense: Tensor,
     rows: Tensor,

@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
-from dbrx_quant.calibration.blocks.states import new_states, open_states
+from dbrx_quant.calibration.blocks.states import States, open_states, scratch
 from dbrx_quant.calibration.blocks.walk import DenseShares, Span, Turn, batches, route, token_rows, turns
 from dbrx_quant.calibration.statistics.moments import Moments, SplitMoments
 from dbrx_quant.calibration.statistics.residual import ResidualMoments
 from dbrx_quant.runtime.families.facts import LinearSpec
-from dbrx_quant.runtime.files.sealed import remove
 
 WeightOf = Callable[[LinearSpec], Tensor]  # the float32 weight [N, K] of a linear
 
@@ -57,7 +56,7 @@ class Goals:
     shared: Path | None
     after: Path
 
-    def behind(self, spec: LinearSpec) -> Tensor:
+    def behind(self, spec: LinearSpec) -> States:
         """The states right behind a linear outside of routed experts that writes into the stream."""
         return open_states(self.middle if spec.role == "o" else self.shared or self.after)
 
@@ -90,7 +89,7 @@ class Stage(ABC):
 class HeadStage(Stage):
     """The head; `states` [R, L, D] are after the last block."""
 
-    def __init__(self, model: StreamedModel, states: Tensor) -> None:
+    def __init__(self, model: StreamedModel, states: States) -> None:
         super().__init__(model, [model.architecture.head])
         self._states = states
 
@@ -112,7 +111,7 @@ class DenseStage(Stage):
     """Linears outside of routed experts; `states` [R, L, D] are before the block."""
 
     def __init__(
-        self, model: StreamedModel, specs: Sequence[LinearSpec], live: LiveBlock, states: Tensor
+        self, model: StreamedModel, specs: Sequence[LinearSpec], live: LiveBlock, states: States
     ) -> None:
         super().__init__(model, specs)
         self._live, self._states = live, states
@@ -146,7 +145,7 @@ class ComparedStage(DenseStage):
     """A linear outside of routed experts that writes into the stream, compared with the original's."""
 
     def __init__(
-        self, model: StreamedModel, specs: Sequence[LinearSpec], live: LiveBlock, states: Tensor, goal: Tensor
+        self, model: StreamedModel, specs: Sequence[LinearSpec], live: LiveBlock, states: States, goal: States
     ) -> None:
         super().__init__(model, specs, live, states)
         self._goal = goal
@@ -240,7 +239,7 @@ class ComparedDownStage(DownStage):
         goal: [T, D] the original's after the block.
     """
 
-    def __init__(self, before: GateUpStage, turn: Turn, stream: Tensor, goal: Tensor) -> None:
+    def __init__(self, before: GateUpStage, turn: Turn, stream: Tensor, goal: States) -> None:
         super().__init__(before, turn, stream)
         self._goal = goal
 
@@ -260,11 +259,11 @@ class ComparedDownStage(DownStage):
 def block_stages(
     live: LiveBlock,
     model: StreamedModel,
-    states: Tensor,
+    states: States,
     output: Tensor,
     calibrated: int,
     goals: Goals | None,
-    scratch: Path,
+    folder: Path,
 ) -> Iterator[Stage]:
     """The stages of a block, its routed experts included; at the end `output` [R, L, D] is filled.
 
@@ -275,33 +274,30 @@ def block_stages(
         output: filled with the states after it.
         calibrated: how many rows are calibrated on.
         goals: the original's states, where the stream is compared with them.
-        scratch: folder for files while it runs.
+        folder: for files while it runs.
     """
-    block = live.spec
+    block, seen = live.spec, states.part(slice(calibrated))
     for specs in block.stages:
         if goals and specs[0].writes_stream:
-            yield ComparedStage(model, specs, live, states[:calibrated], goals.behind(specs[0]))
+            yield ComparedStage(model, specs, live, seen, goals.behind(specs[0]))
         else:
-            yield DenseStage(model, specs, live, states[:calibrated])
+            yield DenseStage(model, specs, live, seen)
     if block.experts is None:
         for part in batches(states):
             output[part] = live(states[part])[0]
         return
     length, hidden = states.shape[1:]
-    x_path = scratch / "experts-input.npy"
-    with new_states(x_path, (states.shape[0] * length, hidden)) as x:
-        routing, rows = route(live, states, output, x), token_rows(states)
-        stream, seen = output.view(-1, hidden), slice(calibrated * length)
-        if goals is None:
-            for turn in turns(routing, block.experts):
-                yield (before := GateUpStage(model, turn.part(seen), rows))
-                yield DownStage(before, turn, stream)
-        else:
-            goal = open_states(goals.after).view(-1, hidden)
-            shares = DenseShares(scratch / "experts-shares.npy", model, block.experts, routing, stream)
-            for turn in turns(routing, block.experts):
-                yield (before := GateUpStage(model, turn.part(seen), rows))
-                shares.take_away(turn)
-                yield ComparedDownStage(before, turn, stream, goal)
-            shares.close()
-    remove(x_path)
+    x = scratch(folder, (states.shape[0] * length, hidden))
+    routing, rows = route(live, states, output, x), token_rows(states)
+    stream, calibration = output.view(-1, hidden), slice(calibrated * length)
+    if goals is None:
+        for turn in turns(routing, block.experts):
+            yield (before := GateUpStage(model, turn.part(calibration), rows))
+            yield DownStage(before, turn, stream)
+    else:
+        goal = open_states(goals.after).flat
+        shares = DenseShares(folder, model, block.experts, routing, stream)
+        for turn in turns(routing, block.experts):
+            yield (before := GateUpStage(model, turn.part(calibration), rows))
+            shares.take_away(turn)
+            yield ComparedDownStage(before, turn, stream, goal)

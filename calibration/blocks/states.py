@@ -1,67 +1,127 @@
-"""Hidden states on disk: written once, renamed into place when complete, memory-mapped by whoever reads them.
+"""Hidden states on disk: 16 bits a value and a power of two a token, written once and mapped by readers.
 
-The page cache keeps small ones in memory; large ones cost disk instead of memory. Each has its checksum
-beside it (`runtime/files/sealed.py`), compared when it is opened.
+A token's values are float16 after division by a power of two that puts the largest between 2^14 and 2^15, so
+that each keeps 11 bits down to 2^-29 of the largest: the outlier channels of a residual stream take nothing
+from the others. A file is a safetensors file with `halves` [..., D] and `exponents` [...] int8; its checksum
+is beside it (`runtime/files/sealed.py`), compared when it is opened.
 """
 
-import math
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dbrx_quant.runtime.files.atomic import naming, temporary_beside
+from dbrx_quant.runtime.files.atomic import naming, save_tensors, temporary_beside
 from dbrx_quant.runtime.files.sealed import check_seal, seal
 
+_LARGEST = 15  # the largest value of a token is below 2 to this
+_MOST = 126  # of an exponent: a float32 holds 2 to this and its inverse exactly
+_VALUES_AT_ONCE = 1 << 24
 
-@contextmanager
-def new_states(path: Path, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """A float32 tensor on disk, filled inside the `with` block; it gets its name only when that succeeds.
+
+@dataclass(frozen=True)
+class States:
+    """States in 16 bits, read and written as float32.
+
+    Attributes:
+        halves: [..., D] float16.
+        exponents: [...] int8; a value is its half times 2 to this.
+    """
+
+    halves: Tensor
+    exponents: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., D]."""
+        return self.halves.shape
+
+    @property
+    def flat(self) -> "States":
+        """The same with all axes but the last one made one."""
+        return States(self.halves.view(-1, self.shape[-1]), self.exponents.view(-1))
+
+    def part(self, rows: slice) -> "States":
+        """Some of them along the first axis, not read yet."""
+        return States(self.halves[rows], self.exponents[rows])
+
+    def __len__(self) -> int:
+        return len(self.halves)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        """Those along the first axis, as float32."""
+        return self.halves[index].float() * _power(self.exponents[index])
+
+    def __setitem__(self, index: slice, states: Tensor) -> None:
+        largest = states.abs().amax(-1)
+        exponents = torch.frexp(largest).exponent - _LARGEST  # 0 where the largest is 0 or not finite
+        exponents = exponents.where(largest.isfinite() & (largest > 0), 0).clamp(-_MOST, _MOST)
+        self.halves[index] = (states * _power(-exponents)).half()
+        self.exponents[index] = exponents.to(torch.int8)
+
+    @staticmethod
+    def scratch(folder: Path, shape: Sequence[int]) -> "States":
+        """Room for states that no other process will read, as in `scratch`."""
+        return States(scratch(folder, shape, torch.float16), torch.zeros(tuple(shape)[:-1], dtype=torch.int8))
+
+
+def _power(exponents: Tensor) -> Tensor:
+    """[..., 1] float32, 2 to the power of each, put together from its bits."""
+    return ((exponents.int() + 127) << 23).view(torch.float32)[..., None]
+
+
+def scratch(folder: Path, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros in a file that has no name, and is gone when they are.
 
     Raises:
         OSError: the disk has no room for it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    try:
-        start = _reserve(temporary, path, shape)
-        mapped = np.memmap(temporary, np.float32, "r+", start, shape)
-        yield torch.from_numpy(mapped)
-        with naming(path, temporary):
-            mapped.flush()
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        seal(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if not size:
+        return torch.zeros(shape, dtype=dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(folder / "scratch")
+    with naming(folder, temporary, size), temporary.open("x+b") as file:
+        temporary.unlink()
+        # Without the room, a write to the mapped file would kill the process instead of raising.
+        os.posix_fallocate(file.fileno(), 0, size)
+        mapped = mmap.mmap(file.fileno(), size)
+    return torch.frombuffer(mapped, dtype=dtype).view(shape)
 
 
-def _reserve(temporary: Path, path: Path, shape: tuple[int, ...]) -> int:
-    """Write the header of an .npy file and reserve space for its data; returns where the data starts.
+@contextmanager
+def new_states(path: Path, shape: Sequence[int]) -> Iterator[Tensor]:
+    """Float32 zeros to be filled inside the `with` block; only when that succeeds are they written to `path`.
 
-    Without the room, a write to the mapped file would kill the process instead of raising.
+    Raises:
+        OSError: the disk has no room for it.
     """
-    size = 4 * math.prod(shape)
-    with naming(path, temporary, size), temporary.open("xb") as stream:
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(stream, header)
-        stream.flush()
-        start = stream.tell()
-        os.posix_fallocate(stream.fileno(), 0, start + size)
-    return start
+    states = scratch(path.parent, shape)
+    yield states
+    coded = States.scratch(path.parent, shape)
+    step = max(1, _VALUES_AT_ONCE // max(1, states[:1].numel()))
+    for start in range(0, len(states), step):
+        coded[start : start + step] = states[start : start + step]
+    save_tensors(path, vars(coded))
+    seal(path)
 
 
-def open_states(path: Path) -> Tensor:
-    """The float32 states in a file, as a private map (writing does not reach the disk).
+def open_states(path: Path) -> States:
+    """The states in a file.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is not as it was written.
     """
     check_seal(path)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    stored = load_file(path)
+    return States(stored["halves"], stored["exponents"])

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from dbrx_quant.calibration.blocks.model import LiveBlock, Routing, StreamedModel
 from dbrx_quant.calibration.blocks.routing import ExpertTokens, tokens_of
-from dbrx_quant.calibration.blocks.states import new_states, open_states
+from dbrx_quant.calibration.blocks.states import States, new_states, scratch
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
-from dbrx_quant.runtime.files.sealed import remove
 
 ROWS_TOKENS = 2048  # tokens that go through a block's attention at a time
 EXPERT_TOKENS = 2048  # tokens that go through an expert, or the head, at a time
@@ -49,7 +48,7 @@ def token_spans(count: int) -> Iterator[slice]:
     yield from spans(count, EXPERT_TOKENS)
 
 
-def batches(states: Tensor) -> Iterator[slice]:
+def batches(states: Tensor | States) -> Iterator[slice]:
     """Slices of rows with about ROWS_TOKENS tokens each."""
     yield from spans(states.shape[0], max(1, ROWS_TOKENS // states.shape[1]))
 
@@ -65,30 +64,32 @@ def check_states(states: Tensor, what: str) -> None:
             )
 
 
-def token_rows(states: Tensor) -> Tensor:
+def token_rows(states: Tensor | States) -> Tensor:
     """The calibration row of each token, [R L]."""
     return torch.arange(states.shape[0]).repeat_interleave(states.shape[1])
 
 
 def _without_experts(
-    live: LiveBlock, states: Tensor, output: Tensor, middle: Tensor | None, part: slice
+    live: LiveBlock, states: Tensor | States, output: Tensor | None, middle: Tensor | None, part: slice
 ) -> None:
     """Run some rows through a block but its routed experts; `middle`, if given, gets them after attention."""
     if middle is None:
-        output[part] = live(states[part])[0]
+        after = live(states[part])[0]
     else:
-        output[part], middle[part] = live.with_middle(states[part])
+        after, middle[part] = live.with_middle(states[part])
+    if output is not None:
+        output[part] = after
 
 
 def route(
-    live: LiveBlock, states: Tensor, output: Tensor, x: Tensor, middle: Tensor | None = None
+    live: LiveBlock, states: Tensor | States, output: Tensor | None, x: Tensor, middle: Tensor | None = None
 ) -> Routing:
     """Run all rows through a block but its routed experts.
 
     Args:
         live: the block.
         states: [R, L, D] before it.
-        output: filled with those after it, but for what routed experts add.
+        output: filled with those after it, but for what routed experts add, if given.
         x: [R L, D], filled with the experts' inputs.
         middle: filled with the states after attention, if given.
     """
@@ -233,9 +234,9 @@ def embed_rows(model: StreamedModel, tokens: Tensor, path: Path) -> None:
 def run_dense_block(
     model: StreamedModel,
     index: int,
-    states: Tensor,
+    states: States,
     output: Tensor,
-    scratch: Path,
+    folder: Path,
     middle: Tensor | None = None,
     shared: Tensor | None = None,
 ) -> Routing | None:
@@ -246,7 +247,7 @@ def run_dense_block(
         index: of the block.
         states: before it.
         output: filled with those after it.
-        scratch: path for the experts' inputs while it runs.
+        folder: for the experts' inputs while it runs.
         middle: filled with those after its attention, if given.
         shared: filled with those before its routed experts, if given.
 
@@ -259,12 +260,11 @@ def run_dense_block(
             _without_experts(live, states, output, middle, part)
         return None
     hidden = states.shape[-1]
-    with new_states(scratch, (states.shape[0] * states.shape[1], hidden)) as x:
-        routing = route(live, states, output, x, middle)
-        if shared is not None:
-            shared.copy_(output)
-        add_dense_experts(output.view(-1, hidden), model, live.spec.experts, routing)
-    remove(scratch)
+    x = scratch(folder, (states.shape[0] * states.shape[1], hidden))
+    routing = route(live, states, output, x, middle)
+    if shared is not None:
+        shared.copy_(output)
+    add_dense_experts(output.view(-1, hidden), model, live.spec.experts, routing)
     return routing
 
 
@@ -280,10 +280,11 @@ class DenseShares:
     """What each expert would add to the stream unquantized: added at first, taken away when its turn comes.
 
     So the stream misses, at an expert's turn, what those before it have spoilt and not what those after it
-    will add. The shares are kept on disk. A resumed run repeats the same sums and ends with the same bits.
+    will add. The shares are kept on disk, in 16 bits: what is taken away is what was added. A resumed run
+    repeats the same sums and ends with the same bits.
 
     Args:
-        path: of the file.
+        folder: for the file.
         model: for the dense weights.
         experts: of a block.
         routing: of all tokens, with the experts' inputs.
@@ -291,26 +292,25 @@ class DenseShares:
     """
 
     def __init__(
-        self, path: Path, model: StreamedModel, experts: ExpertsSpec, routing: Routing, stream: Tensor
+        self, folder: Path, model: StreamedModel, experts: ExpertsSpec, routing: Routing, stream: Tensor
     ) -> None:
-        self._stream, self._path, self._next = stream, path, 0
-        with new_states(self._path, (routing.index.numel(), stream.shape[1])) as shares:
-            begin = 0
-            for turn in turns(routing, experts):
-                if not turn.count:
-                    continue
-                for index, share in turn.shares(turn.dense(model)):
-                    shares[begin : begin + len(index)] = share
-                    stream[index] += share
-                    begin += len(index)
-        self._shares = open_states(self._path)
+        self._stream, self._next = stream, 0
+        self._shares = States.scratch(folder, (routing.index.numel(), stream.shape[1]))
+        for turn in turns(routing, experts):
+            if not turn.count:
+                continue
+            for index, share in turn.shares(turn.dense(model)):
+                part = self._part(index)
+                self._shares[part] = share
+                stream[index] += self._shares[part]
+        self._next = 0
 
     def take_away(self, turn: Turn) -> None:
         """Take the share of an expert out of the states; experts come in order."""
         for span in turn.spans():
-            self._stream[span.index] -= self._shares[self._next : self._next + len(span.index)]
-            self._next += len(span.index)
+            self._stream[span.index] -= self._shares[self._part(span.index)]
 
-    def close(self) -> None:
-        """Remove the file."""
-        remove(self._path)
+    def _part(self, index: Tensor) -> slice:
+        """Where the shares of the next tokens are."""
+        begin, self._next = self._next, self._next + len(index)
+        return slice(begin, self._next)

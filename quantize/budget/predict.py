@@ -54,8 +54,8 @@ class Predictor:
         seed: int = 0,
     ) -> None:
         self._model, self._linears, self._tokens = model, measurement.linears, tokens
-        self._folder, self._seed = folder, seed
-        self._original = folder / "original.npy"
+        self._seed = seed
+        self._original, self._noisy = folder / "original.safetensors", folder / "noisy.safetensors"
 
     def kl(self, strategy: Strategy, repaired: bool) -> tuple[float, float | None]:
         """KL divergence in nats per token, and its standard error over the rows (None: there is one row).
@@ -77,8 +77,8 @@ class Predictor:
         with torch.no_grad():
             if not self._original.exists():
                 self._run(self._original, unchanged)
-            self._run(self._folder / "noisy.npy", noisy)
-            exact, disturbed = (open_states(path) for path in (self._original, self._folder / "noisy.npy"))
+            self._run(self._noisy, noisy)
+            exact, disturbed = open_states(self._original), open_states(self._noisy)
             head = self._model.architecture.head
             weight = self._model.dense(head)
             scores = distance(

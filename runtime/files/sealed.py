@@ -12,7 +12,7 @@ from pathlib import Path
 from dbrx_quant.runtime.files.atomic import naming
 from dbrx_quant.runtime.files.errors import CheckpointError
 
-_SUFFIXES = (".json", ".npy", ".safetensors")
+_SUFFIXES = (".json", ".safetensors")
 
 
 def seal(path: Path) -> None:
@@ -77,7 +77,7 @@ def remove(path: Path) -> None:
 
 
 def remove_damaged(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Remove all JSON, states and tensors in a folder that are not as they were sealed, those below included.
+    """Remove all JSON and tensors in a folder that are not as they were sealed, those below included.
 
     Hidden folders are left alone. Yields each file with what was wrong; its checksum stays, for `seal_again`.
     """

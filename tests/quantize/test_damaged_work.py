@@ -115,13 +115,13 @@ def test_everything_that_is_read_again_is_among_them(works):
     assert found >= {
         *("job.json", "tokens.safetensors", "held-out.safetensors", "measurement.json"),
         *(
-            "measure/states-N.npy",
-            "measure/gradients-N.npy",
+            "measure/states-N.safetensors",
+            "measure/gradients-N.safetensors",
             "measure/coverage-N.json",
             "measure/linears/N.json",
         ),
         *(f"{target}/{name}.json" for name in ("predicted", "strategy", "distance")),
-        *(f"{target}/{name}-N.npy" for name in ("states", "original", "middle")),
+        *(f"{target}/{name}-N.safetensors" for name in ("states", "original", "middle")),
         f"{target}/linears/N.safetensors",
     }
 

@@ -83,7 +83,7 @@ def test_a_start_that_came_to_nothing_does_not_bind_the_next_one(tmp_path, rest)
     (tmp_path / "measure" / "linears").mkdir(parents=True)
     for name in rest:
         put(tmp_path / name, "of the first start")
-    (tmp_path / "measure" / ".states-000.npy.1a2b3c4d.part").write_text("half")
+    (tmp_path / "measure" / ".states-000.safetensors.1a2b3c4d.part").write_text("half")
     assert start(tmp_path, FACTS | {"seed": 1}) is False
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and JOB_NAME not in path.name]
     with pytest.raises(ValueError, match="no earlier work to resume"):
@@ -101,10 +101,10 @@ def test_a_start_that_was_killed_does_not_bind_the_next_one(tmp_path, rest):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-1], lambda b: bytes([b[0] ^ 1]) + b[1:]])
-@pytest.mark.parametrize("name", ["a.json", "deep/b.npy", "c.safetensors"])
+@pytest.mark.parametrize("name", ["a.json", "deep/b.safetensors", "c.safetensors"])
 def test_a_damaged_work_file_is_named_and_removed_alone(tmp_path, name, damage, capsys):
     start(tmp_path)
-    for other in ("a.json", "deep/b.npy", "c.safetensors", "d.json"):
+    for other in ("a.json", "deep/b.safetensors", "c.safetensors", "d.json"):
         put(tmp_path / other, "as written")
     (tmp_path / name).write_bytes(damage(b"as written"))
     assert start(tmp_path) is True
@@ -179,7 +179,7 @@ def test_work_of_another_version_is_refused(tmp_path):
         start(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a.json", "measure", "deep/b.npy"])
+@pytest.mark.parametrize("name", ["a.json", "measure", "deep/b.safetensors"])
 def test_links_and_pipes_in_a_work_folder_are_refused_and_not_followed(tmp_path, name):
     work, victim = tmp_path / "work", tmp_path / "victim"
     start(work)

@@ -48,6 +48,11 @@ def test_slices_cover_every_row_and_token_once():
     assert token_rows(torch.empty(2, 3, 7)).tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def assert_near(states, exact):
+    """Equal but for the 16 bits of every block's states so far."""
+    assert (states - exact).norm() <= 1e-3 * exact.norm()
+
+
 def test_the_states_between_blocks_are_those_of_whole_blocks(family, tmp_path, monkeypatch):
     monkeypatch.setattr(walk, "ROWS_TOKENS", 20)
     monkeypatch.setattr(walk, "EXPERT_TOKENS", 7)
@@ -57,10 +62,10 @@ def test_the_states_between_blocks_are_those_of_whole_blocks(family, tmp_path, m
     with torch.no_grad():
         states = done.model.embed(ids)
         for index in range(len(done.model.architecture.blocks)):
-            torch.testing.assert_close(open_states(done.states(index)), states, rtol=1e-4, atol=1e-5)
+            assert_near(open_states(done.states(index))[:], states)
             states = run_block(done.model, index, states)
-        torch.testing.assert_close(open_states(done.states(2)), states, rtol=1e-4, atol=1e-5)
-    assert not (tmp_path / "work" / "experts-input.npy").exists()
+        assert_near(open_states(done.states(2))[:], states)
+    assert not list((tmp_path / "work").glob("*scratch*"))
 
 
 def test_every_linear_counts_its_tokens(family, tmp_path):
@@ -78,7 +83,7 @@ def test_every_linear_counts_its_tokens(family, tmp_path):
             continue
         live, states = done.model.block(block.index), open_states(done.states(block.index))
         with torch.no_grad():
-            routing = route(live, states, torch.empty_like(states), torch.empty(80, states.shape[-1]))
+            routing = route(live, states, None, torch.empty(80, states.shape[-1]))
         assert sum(row.tokens for row in result.coverage[block.index]) == routing.index.numel()
         for expert, specs in enumerate(block.experts.linears):
             mine = routing.index == expert

@@ -62,8 +62,8 @@ def test_the_states_after_the_last_block_are_those_of_the_quantized_model(finish
                 three = tuple(finished.linears.weight(spec) for spec in specs)
                 y = expert_output(routing.x[mine.index], three, ACT2FN[block.experts.activation])
                 states.view(-1, states.shape[-1])[mine.index] += mine.weight[:, None] * y
-    written = open_states(finished.states(len(model.architecture.blocks)))
-    torch.testing.assert_close(written, states, rtol=1e-3, atol=1e-4)
+    written = open_states(finished.states(len(model.architecture.blocks)))[:]
+    torch.testing.assert_close(written, states, rtol=3e-3, atol=1e-3)
 
 
 def test_every_linear_has_the_groups_of_the_strategy_and_its_bias(finished):
@@ -85,7 +85,7 @@ def test_a_finished_weight_is_what_its_file_decodes_to(finished):
 
 def test_states_before_finished_blocks_are_gone(finished):
     last = len(finished.model.architecture.blocks)
-    assert [path.name for path in finished.folder.glob("*.npy")] == [f"states-{last:03}.npy"]
+    assert [path.name for path in finished.folder.glob("*.safetensors")] == [f"states-{last:03}.safetensors"]
 
 
 def test_the_loss_in_a_file_is_that_of_its_inputs(finished):

@@ -217,7 +217,7 @@ def test_a_half_written_file_of_a_killed_process_is_removed(small, tmp_path):
         with pytest.raises(Interrupted):
             convert(chosen)
     rests = [
-        tmp_path / "out.work" / "measure" / ".states-001.npy.4711.part",
+        tmp_path / "out.work" / "measure" / ".states-001.safetensors.4711.part",
         tmp_path / "out.work" / "measure" / "linears" / ".lm_head.json.0a1b2c3d.part",
     ]
     for rest in rests:

@@ -141,7 +141,7 @@ def test_a_disk_without_room_is_refused_before_the_work_starts(tmp_path, tokens,
     with pytest.raises(ValueError, match="out: the results take"):
         check(2 * result + result // 2 - 1, measured=True)
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "states.npy").write_bytes(bytes(1000))
+    (tmp_path / "work" / "states.safetensors").write_bytes(bytes(1000))
     check(enough - 1000)
     with pytest.raises(ValueError, match="of disk are needed"):
         check(10)

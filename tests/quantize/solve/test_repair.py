@@ -97,7 +97,8 @@ def job(request, tmp_path_factory):
 def dense_states(job):
     """The original's states before each block and after the last, as the measurement wrote them."""
     folder = job.folder.parent / "measure"
-    return [open_states(folder / f"states-{i:03}.npy") for i in range(len(job.model.architecture.blocks) + 1)]
+    count = len(job.model.architecture.blocks)
+    return [open_states(folder / f"states-{i:03}.safetensors")[:] for i in range(count + 1)]
 
 
 def test_the_originals_states_are_those_of_the_measurement(job, monkeypatch):
@@ -106,7 +107,7 @@ def test_the_originals_states_are_those_of_the_measurement(job, monkeypatch):
 
     def watched(job, index):
         run(job, index)
-        seen.append((open_states(job.original(index)), open_states(job.middle(index))))
+        seen.append((open_states(job.original(index))[:], open_states(job.middle(index))[:]))
 
     monkeypatch.setattr(second_pass, "_run_original", watched)
     quantize_model(dataclasses.replace(job, folder=job.folder.with_name("watched")))
@@ -121,7 +122,7 @@ def test_the_originals_states_are_those_of_the_measurement(job, monkeypatch):
             )
             norm.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
             live(before)
-            torch.testing.assert_close(middle, inputs[0], rtol=1e-4, atol=1e-5)
+            assert (middle - inputs[0]).norm() <= 1e-3 * middle.norm()
 
 
 def test_repaired_weights_keep_the_stream_nearer_to_the_originals(job):
@@ -130,7 +131,7 @@ def test_repaired_weights_keep_the_stream_nearer_to_the_originals(job):
     for repair in (NO_REPAIR, Repair()):
         folder = job.folder.with_name(f"with-{repair != NO_REPAIR}")
         quantize_model(dataclasses.replace(job, folder=folder, repair=repair))
-        states = open_states(folder / f"states-{len(job.model.architecture.blocks):03}.npy")
+        states = open_states(folder / f"states-{len(job.model.architecture.blocks):03}.safetensors")[:]
         distances.append(float((states - original).square().sum()))
-        assert not [p.name for p in folder.glob("*.npy") if not p.name.startswith("states")]
+        assert not [p.name for p in folder.glob("*.safetensors") if not p.name.startswith("states")]
     assert distances[1] < 0.9 * distances[0]

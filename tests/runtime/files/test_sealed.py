@@ -39,7 +39,7 @@ def test_a_sealed_kind_of_json_is_written_and_read_with_its_checksum(tmp_path):
 
 
 def test_a_file_is_removed_with_its_checksum(tmp_path):
-    path = tmp_path / "x.npy"
+    path = tmp_path / "x.safetensors"
     path.write_text("x")
     sealed.seal(path)
     sealed.remove(path)
