@@ -7,21 +7,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbrx_quant.calibration.statistics.held_out import HELD_OUT_TOKENS
+from dbrx_quant.quantize.first_pass import backward_stride
 from dbrx_quant.runtime.families.facts import Architecture, LinearSpec
 
 BASE_BYTES = 900_000_000  # Python, torch and transformers
 
 
 def states_bytes(architecture: Architecture, tokens: int) -> int:
-    """The hidden states and gradients before every block that are on disk while it is measured."""
-    return 2 * 4 * tokens * architecture.hidden * (len(architecture.blocks) + 2)
+    """What is on disk while it is measured: states before every block, gradients of two, a block's own."""
+    values = 2 * (len(architecture.blocks) + 1) + 2 * 2 / backward_stride(tokens)
+    return math.ceil((values + 4 + 4 + 2) * tokens * architecture.hidden)
+
+
+def quantizing_bytes(architecture: Architecture, tokens: int) -> int:
+    """States that are on disk while it is quantized: both models' before and after a block and inside it.
+
+    While a block is at work, its stream and its experts' inputs are there in 32 bits, and the shares of its
+    experts; before that, the original's stream is, at three points.
+    """
+    active = max((block.experts.active for block in architecture.blocks if block.experts), default=0)
+    return (2 * 6 + max(4 * 3 + 4, 4 + 4 + 2 * active)) * tokens * architecture.hidden
 
 
 def peak_bytes(architecture: Architecture, tokens: int) -> int:
     """Estimate of the peak memory of a conversion.
 
     One block's attention (or whole dense block) in float32, or one expert, with the moments and the factor of
-    the linear being solved; experts' inputs and their gradients for all tokens.
+    the linear being solved; for all tokens, experts' inputs, and the stream or the inputs' gradients. The
+    last are files without a name: where memory is short, the system writes them out.
     """
     most = 0
     for block in architecture.blocks[:1] + architecture.blocks[-1:]:
@@ -33,9 +46,9 @@ def peak_bytes(architecture: Architecture, tokens: int) -> int:
             expert = 4 * sum(math.prod(s.shape) for s in block.experts.linears[0])
             held = sum(12 * s.shape[0] ** 2 for s in block.experts.linears[0][1:])
             held += 4 * min(tokens, HELD_OUT_TOKENS) * sum(s.shape[0] for s in block.experts.linears[0][1:])
-            streams = 3 * 4 * tokens * architecture.hidden
+            values = tokens * architecture.hidden
             solving = max(_solving(s) for s in block.experts.linears[0])
-            most = max(most, dense + expert + held + streams + solving)
+            most = max(most, dense + expert + max(held + 2 * 4 * values + solving, 4 * 4 * values))
     return BASE_BYTES + max(most, _solving(architecture.head) + 4 * math.prod(architecture.head.shape))
 
 
@@ -73,7 +86,8 @@ def check_disk(
         results: bytes of each.
         measured: whether the measurement is there already.
     """
-    states = 4 * tokens * architecture.hidden * 6 if measured else states_bytes(architecture, tokens)
+    measuring = 0 if measured else states_bytes(architecture, tokens)
+    states = max(measuring, quantizing_bytes(architecture, tokens) if results else 0)
     needed, there = states + max(results, default=0), _bytes_in(work)
     folder = _existing(work)
     free = shutil.disk_usage(folder).free + there

@@ -113,7 +113,7 @@ def test_the_streamed_gradients_are_those_of_autograd_through_the_whole_model(fa
     for name, expected in sums.items():
         assert entries[name].gradient == pytest.approx(float(expected.mean()), rel=3e-3), name
         assert entries[name].gradient > 0 or ".experts." in name
-    assert (open_states(job.gradients(0))[:] - first).norm() <= 2e-3 * first.norm()
+    assert (open_states(job.gradients(0))[:] - first).norm() <= 4e-3 * first.norm()
 
 
 def test_gradients_reach_earlier_blocks_through_the_router(tmp_path, monkeypatch):

@@ -13,7 +13,13 @@ from small_models import random_tokens, save_model, save_random_tokens
 
 from dbrx_quant.quantize.conversion import convert, measure_model
 from dbrx_quant.quantize.estimate import plan as planning
-from dbrx_quant.quantize.estimate.memory import check_disk, check_memory, peak_bytes, states_bytes
+from dbrx_quant.quantize.estimate.memory import (
+    check_disk,
+    check_memory,
+    peak_bytes,
+    quantizing_bytes,
+    states_bytes,
+)
 from dbrx_quant.quantize.estimate.plan import plan
 from dbrx_quant.quantize.estimate.sizes import bpw_for_size, bpw_for_vram, shape_range, total_bytes
 from dbrx_quant.quantize.measurement import read_measurement
@@ -122,7 +128,8 @@ def test_a_limit_of_memory_below_the_need_is_refused_with_both(tmp_path, tokens)
 
 def test_a_disk_without_room_is_refused_before_the_work_starts(tmp_path, tokens, monkeypatch):
     architecture, ids = describe(load_config(TINY)), random_tokens(8, 32)
-    states, result = states_bytes(architecture, ids.numel()), 2_000_000
+    measuring, result = states_bytes(architecture, ids.numel()), 2_000_000
+    states = max(measuring, quantizing_bytes(architecture, ids.numel()))
 
     def check(
         free, work=tmp_path / "work", out=tmp_path / "out", results=(result, result // 2), measured=False
@@ -136,8 +143,8 @@ def test_a_disk_without_room_is_refused_before_the_work_starts(tmp_path, tokens,
     with pytest.raises(ValueError, match=r"work: about \d+\.\d\d GB of disk .* --work-dir"):
         check(states + result - 1)
     with pytest.raises(ValueError, match="work: about"):
-        check(states - 1, out=None, results=())
-    check(states, out=None, results=())
+        check(measuring - 1, out=None, results=())
+    check(measuring, out=None, results=())
     with pytest.raises(ValueError, match="out: the results take"):
         check(2 * result + result // 2 - 1, measured=True)
     (tmp_path / "work").mkdir()
