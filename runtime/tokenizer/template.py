@@ -24,7 +24,7 @@ class TemplateError(ValueError):
 
 
 def render(
-    template: str, messages: Sequence[Any], *, add_generation_prompt: bool = False, **variables: Any
+    template: str, messages: Sequence[Any], /, *, add_generation_prompt: bool = False, **variables: Any
 ) -> str:
     """The text of a conversation under a template, as transformers renders it.
 
@@ -32,7 +32,7 @@ def render(
         template: Jinja source.
         messages: of the conversation; plain JSON values.
         add_generation_prompt: whether to end with what opens an answer.
-        **variables: what else the template sees, such as `bos_token`.
+        **variables: what else the template sees, such as `bos_token`; a folder may name them as it likes.
 
     Raises:
         TemplateError: it fails, takes more than SECONDS or MEGABYTES, or makes more than LONGEST characters.
