@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
+from dbrx_quant.runtime.exl2.finite import first_not_finite
 from dbrx_quant.runtime.families.facts import Architecture, find_source, to_half
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.progress import bar
@@ -24,26 +25,20 @@ def check_values(architecture: Architecture, checkpoint: Checkpoint, quiet: bool
     halves += [f"{spec.name}.bias" for spec in architecture.linears() if spec.bias]
     with bar(len(linears) + len(halves), "check values", quiet) as progress:
         for name in halves:
-            for _, piece in _pieces(checkpoint, name):
+            for piece in _pieces(checkpoint, name):
                 to_half(piece, f"{checkpoint.info(name).file}: {name}")
             progress.step(name)
         for name in sorted(linears):
-            for begin, piece in _pieces(checkpoint, name):
-                if not bool(torch.isfinite(piece).all()):
-                    at = [int(i) for i in (~torch.isfinite(piece)).nonzero()[0]]
-                    where = f"{checkpoint.info(name).file}: {checkpoint.info(name).name}"
-                    value = piece[tuple(at)].item()
-                    at[0] += begin
-                    raise CheckpointError(
-                        f"{where}: element {at} is {value}; the original is damaged, fetch it again"
-                    )
+            if found := first_not_finite(checkpoint, name):
+                where = f"{checkpoint.info(name).file}: {checkpoint.info(name).name}"
+                raise CheckpointError(f"{where}: {found}; the original is damaged, fetch it again")
             checkpoint.release(name)
             progress.step(name)
 
 
-def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
-    """A tensor in runs of rows, each with its first row."""
+def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    """A tensor in runs of rows."""
     shape = checkpoint.info(name).shape
     step = max(1, _PIECE // max(1, torch.Size(shape[1:]).numel()))
     for begin in range(0, shape[0], step):
-        yield begin, checkpoint.load(name, (begin, min(begin + step, shape[0])))
+        yield checkpoint.load(name, (begin, min(begin + step, shape[0])))

@@ -8,7 +8,7 @@ from pathlib import Path
 from dbrx_quant.runtime.files.json_file import JsonFile
 
 CHECKSUMS_NAME = "checksums.json"
-_SHARD = re.compile(r"[^/\\\0]+\.safetensors")
+_SHARD = re.compile(r"[^/\\\0]+\.safetensors")  # a file right in its folder
 _FILE = JsonFile("a list of checksums", version=1, remedy="fetch it again, or convert again")
 
 
@@ -42,12 +42,7 @@ def read_checksums(folder: Path) -> dict[str, Checksum]:
     fields = _FILE.read(folder / CHECKSUMS_NAME)
     checksums = {}
     for name, one in fields.objects("files"):
-        if not is_shard_name(name):
+        if not _SHARD.fullmatch(name):
             raise fields.fault("files", f"a list with {name!r}, which is no shard of this folder")
         checksums[name] = Checksum(one.text("sha256"), one.integer("size"))
     return checksums
-
-
-def is_shard_name(name: str) -> bool:
-    """Whether it is the name of a shard: a file right in its folder."""
-    return bool(_SHARD.fullmatch(name))

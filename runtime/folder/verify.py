@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.runtime.exl2.checkpoint import Checkpoint, TensorInfo, read_header
+from dbrx_quant.runtime.exl2.finite import first_not_finite
 from dbrx_quant.runtime.exl2.format import SUFFIXES, padded_columns, validate_linear
 from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME, read_index, shard_files
 from dbrx_quant.runtime.families import describe, family_of
@@ -22,7 +23,6 @@ from dbrx_quant.runtime.files.links import leaves
 from dbrx_quant.runtime.files.regular import check_model_folder, open_regular
 from dbrx_quant.runtime.folder.agreement import disagreements
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, read_checksums
-from dbrx_quant.runtime.folder.finite import finite_fault
 from dbrx_quant.runtime.folder.sizes import stored_bits
 from dbrx_quant.runtime.folder.trial import run_one_token
 from dbrx_quant.runtime.tokenizer.check import check_tokenizer
@@ -299,8 +299,8 @@ def _float_faults(checkpoint: Checkpoint, kept: FloatSpec) -> list[str]:
         faults.append(f"{where}: dtype {info.dtype}, expected F16")
     if info.shape != kept.shape:
         return [*faults, f"{where}: shape {info.shape}, the model requires {kept.shape}"]
-    if fault := finite_fault(checkpoint, kept.name):
-        faults.append(f"{where}: {fault}")
+    if found := first_not_finite(checkpoint, kept.name):
+        faults.append(f"{where}: {found}, expected finite values")
     return faults
 
 

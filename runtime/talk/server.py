@@ -41,9 +41,10 @@ from dbrx_quant.runtime.talk.requests import (
     Templated,
     read_request,
 )
-from dbrx_quant.runtime.talk.text_process import TemplateError, TextProcess
+from dbrx_quant.runtime.talk.text_process import TextProcess
 from dbrx_quant.runtime.talk.turns import FAILED, StoppedError, Turn, Turns
 from dbrx_quant.runtime.tokenizer.load import load_tokenizer
+from dbrx_quant.runtime.tokenizer.template import TemplateError
 
 QUEUE = 64
 SECONDS = 600.0

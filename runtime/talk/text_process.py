@@ -1,26 +1,14 @@
-"""Chat templates rendered, and texts encoded, in a process of their own that can be stopped.
-
-A chat template is a program that came with the model, and so, in effect, is the pattern by which a tokenizer
-splits text: neither can be interrupted in a thread. Here they run in a child with a limit of time and memory;
-one that exceeds it is killed, and the next request starts another.
-"""
+"""Prompts rendered and encoded in a process of their own: one that takes too long costs only itself."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from threading import Lock, Timer
 from typing import Any
+
+from dbrx_quant.runtime.tokenizer.line_process import LineProcess
+from dbrx_quant.runtime.tokenizer.template import TemplateError
 
 SECONDS = 10
 MEGABYTES = 1024
-
-_START_SECONDS = 120
-
-
-class TemplateError(ValueError):
-    """A template, or a tokenizer, fails on what it is given, or wants too much time or memory."""
 
 
 class TextProcess:
@@ -35,11 +23,9 @@ class TextProcess:
     """
 
     def __init__(self, tokenizer: Any, *, seconds: int = SECONDS, megabytes: int = MEGABYTES) -> None:
-        self._tokenizer, self._seconds, self._megabytes = tokenizer, seconds, megabytes
-        self._lock = Lock()
-        self._closed = False
-        self._child = self._start()
-        self._ready = False
+        self._tokenizer, self._seconds = tokenizer, seconds
+        self._process = LineProcess(tokenizer._tokenizer.to_str, megabytes)
+        self._process.start()
 
     def __enter__(self) -> "TextProcess":
         return self
@@ -49,8 +35,7 @@ class TextProcess:
 
     def close(self) -> None:
         """End it, also amid a request."""
-        self._closed = True
-        _end(self._child)
+        self._process.close()
 
     def encode(self, text: str, most: int) -> tuple[list[int] | None, int]:
         """The ids of a text, as the tokenizer gives, or None if there are more than `most`; and their number.
@@ -107,56 +92,10 @@ class TextProcess:
         }
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        line = json.dumps(request | {"seconds": self._seconds + 5})
-        with self._lock:
-            if self._child.poll() is not None and not self._closed:
-                self._child, self._ready = self._start(), False
-            if not self._ready:
-                self._exchange(self._tokenizer._tokenizer.to_str(), _START_SECONDS)
-                self._ready = True
-            answer = self._exchange(line, self._seconds)
+        line = json.dumps(request | {"seconds": self._seconds})
+        answer = self._process.exchange(line, self._seconds)
+        if answer is None:
+            raise TemplateError(f"took longer than {self._seconds} s, or ended the process that it ran in")
         if "error" in answer:
             raise TemplateError(answer["error"])
         return answer
-
-    def _exchange(self, line: str, seconds: int) -> dict[str, Any]:
-        """Send a line and read the answer."""
-        child = self._child
-        assert child.stdin is not None
-        assert child.stdout is not None
-        timer = Timer(seconds, child.kill)
-        timer.start()
-        try:
-            child.stdin.write(line + "\n")
-            child.stdin.flush()
-            told = child.stdout.readline()
-        except OSError:
-            told = ""
-        finally:
-            timer.cancel()
-        if not told.endswith("\n"):
-            _end(child)
-            raise TemplateError(f"took longer than {seconds} s, or ended the process that it ran in")
-        answer: dict[str, Any] = json.loads(told)
-        return answer
-
-    def _start(self) -> subprocess.Popen[str]:
-        """A new child; its modules are found where ours were, but never in the working directory."""
-        program = str(Path(__file__).with_name("text_process_main.py"))
-        paths = [path for path in sys.path if path]
-        code = f"import runpy, sys; sys.path[:] = {paths!r}; runpy.run_path({program!r}, run_name='__main__')"
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-c", code, str(self._megabytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us; the child ends when its stdin does
-            text=True,
-            encoding="utf-8",
-        )
-        return child
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    child.kill()
-    child.wait()

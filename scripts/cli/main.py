@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 arguments = make_parser().parse_args(given)
                 _let_waiting_threads_sleep()
+                _keep_the_order_of_sums()
                 with _terminable():
                     return int(arguments.verb.run(arguments))
             finally:
@@ -133,6 +134,15 @@ def _let_waiting_threads_sleep() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _keep_the_order_of_sums() -> None:
+    """Let MKL, torch's library of matrix products on Intel's processors, give the same bits in every run.
+
+    Unless it is asked for that, before its first product, it takes cache sizes as it finds them, and threads
+    add up in the order in which they finish. It costs no speed (docs/experiments.md).
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO")
 
 
 class _Version(argparse.Action):

@@ -6,8 +6,9 @@ import signal
 import pytest
 from byte_tokenizer import write_tokenizer
 
-from dbrx_quant.runtime.talk.text_process import TemplateError, TextProcess
+from dbrx_quant.runtime.talk.text_process import TextProcess
 from dbrx_quant.runtime.tokenizer.load import load_tokenizer
+from dbrx_quant.runtime.tokenizer.template import TemplateError
 
 HELLO = [{"role": "user", "content": "Hé\u2028🙂"}, {"role": "assistant", "content": "line\nline"}]
 
@@ -65,13 +66,13 @@ def test_tools_and_variables_reach_the_template(texts, tokenizer, monkeypatch):
 def test_what_a_template_does_wrong_is_told_and_the_process_lives(
     texts, tokenizer, monkeypatch, template, told
 ):
-    child = texts._child.pid
+    child = texts._process._child.pid
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(TemplateError, match=told):
         texts.render(HELLO)
     monkeypatch.undo()
     assert texts.encode("x", 9)[1] == 2
-    assert texts._child.pid == child
+    assert texts._process._child.pid == child
 
 
 def test_one_that_never_ends_is_killed_and_the_next_is_served(texts, tokenizer, monkeypatch):
@@ -82,8 +83,8 @@ def test_one_that_never_ends_is_killed_and_the_next_is_served(texts, tokenizer, 
         texts.render(HELLO)
     monkeypatch.undo()
     assert texts.encode("x", 9)[1] == 2
-    os.kill(texts._child.pid, signal.SIGKILL)  # as the kernel does where memory is short
-    texts._child.wait()
+    os.kill(texts._process._child.pid, signal.SIGKILL)  # as the kernel does where memory is short
+    texts._process._child.wait()
     assert texts.encode("x", 9)[1] == 2
 
 

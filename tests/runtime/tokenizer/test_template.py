@@ -53,6 +53,18 @@ def test_a_conversation_has_the_ids_that_transformers_gives_it(tmp_path):
     assert chat_ids(tokenizer, CHAT) == theirs
 
 
+def test_special_tokens_may_be_named_as_anything_of_ours(tmp_path):
+    def ids(name):
+        config = {"chat_template": "{{ template }}", "extra_special_tokens": {name: "a"}}
+        make_tokenizer(tmp_path / name, config=TOKENIZER_CONFIG | config)
+        return chat_ids(load_tokenizer(tmp_path / name), CHAT)
+
+    assert len(ids("template")) == 1
+    for name in ("messages", "conversations", "chat_template"):
+        with pytest.raises(CheckpointError, match=f"multiple values.*{name}"):
+            ids(name)
+
+
 @pytest.mark.parametrize("in_file", [True, False])
 def test_readers_of_a_folder_end_too_and_name_the_file(tmp_path, in_file):
     make_tokenizer(tmp_path, config=TOKENIZER_CONFIG | {"chat_template": CHATML if in_file else BOMB})

@@ -109,6 +109,15 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, spins,
     assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
+@pytest.mark.parametrize("given", [None, "AVX2"])
+def test_products_add_up_in_one_order_unless_the_user_says_otherwise(given, monkeypatch):
+    monkeypatch.setenv("MKL_CBWR", given or "")
+    if given is None:
+        monkeypatch.delenv("MKL_CBWR")
+    assert main(["completion", "bash"]) == 0
+    assert os.environ["MKL_CBWR"] == (given or "AUTO")
+
+
 def test_figures_for_people_have_units():
     assert bytes_text(131_900_000_000) == "131.9 GB"
     assert bytes_text(7_815_000) == "7.82 MB"
