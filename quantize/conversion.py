@@ -54,7 +54,7 @@ from dbrx_quant.runtime.files.watched import WatchedFile
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME
 from dbrx_quant.runtime.folder.shards import write_shards
 from dbrx_quant.runtime.folder.verify import verify
-from dbrx_quant.runtime.kernels.float_matmul import fast_products
+from dbrx_quant.runtime.kernels.float_matmul import fast_products, rounded_dtype
 from dbrx_quant.runtime.progress import bar
 from dbrx_quant.runtime.tokenizer.check import check_tokenizer
 from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
@@ -186,6 +186,7 @@ def _facts(options: ConvertOptions) -> dict[str, Any]:
         "model": source_facts(options.model),
         **asked,
         "threads (OMP_NUM_THREADS)": torch.get_num_threads(),  # the order of sums follows it
+        "products (DBRXQ_PRODUCTS)": str(rounded_dtype()).removeprefix("torch."),
         "held_out": asked["held_out"] or f"1/{HELD_OUT_EVERY}",
         "repair": None if options.repair == NO_REPAIR else asdict(options.repair),
     }

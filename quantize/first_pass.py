@@ -46,6 +46,7 @@ from dbrx_quant.quantize.solve.shrinkage import choose_shrinkage
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.sealed import remove
+from dbrx_quant.runtime.kernels.float_matmul import narrowed, product, rounded_products
 from dbrx_quant.runtime.progress import Progress
 
 GRADIENT_TOKENS = 2048  # from twice as many on, only a part of the rows goes backward as well
@@ -280,7 +281,8 @@ def _backward(job: MeasureJob, index: int) -> None:
                 flat = slice(part.start * length, part.stop * length)
                 roots += [routing.x, routing.weight]
                 seeds += [routed.x[flat], routed.weight[flat].to(routing.weight.dtype)]
-            torch.autograd.backward(roots, seeds)
+            with rounded_products():
+                torch.autograd.backward(roots, seeds)
             assert x.grad is not None
             gradients[part] = x.grad
         others = slice(len(upstream), len(job.tokens))
@@ -377,11 +379,12 @@ def _measure_expert(
         result: gradients with respect to what the expert got are added to it.
         shared: what linears of this block have in common.
     """
-    gate, up, _ = weights = seen.dense(job.model)
+    weights = seen.dense(job.model)
+    gate, up, down = (narrowed(weight) for weight in weights)
     sums = _ExpertSums.zero(seen, rows)
     backward = int((seen.tokens.index < len(upstream)).sum())
     for span in seen.spans(end=backward):
-        _backward_span(seen, span, weights, upstream, result, sums)
+        _backward_span(seen, span, (gate, up, down), upstream, result, sums)
     for span in seen.spans(begin=backward):
         sums.add(span, seen.inner(span.x, gate, up))
     for x in seen.others():
@@ -402,13 +405,13 @@ def _backward_span(
     gate, up, down = weights
     x, index = span.x.requires_grad_(), span.index
     with torch.enable_grad():
-        g, u = x @ gate.T, x @ up.T
+        g, u = product(x, gate), product(x, up)
         h = turn.activate(g) * u
     above = upstream[index]
     y_gradient = span.weight[:, None] * above
-    y = h.detach() @ down.T
+    y = product(h.detach(), down)
     result.weight[index, span.slot] = (y * above).sum(-1)
-    g_gradient, u_gradient, x_gradient = torch.autograd.grad(h, (g, u, x), y_gradient @ down)
+    g_gradient, u_gradient, x_gradient = torch.autograd.grad(h, (g, u, x), product(y_gradient, down.T))
     result.x[index] += x_gradient
     for spec, gradient in zip(turn.linears, (g_gradient, u_gradient, y_gradient), strict=True):
         sums.gradients[spec.name].add(gradient)

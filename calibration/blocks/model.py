@@ -25,6 +25,7 @@ from dbrx_quant.runtime.families.facts import (
 from dbrx_quant.runtime.families.source import open_source
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.watched import WatchedFile
+from dbrx_quant.runtime.kernels.float_matmul import rounded_products
 from dbrx_quant.runtime.tokenizer.fix import READ_FILES
 
 
@@ -114,7 +115,8 @@ class LiveBlock:
         Returns:
             The output without the routed experts' shares, and what these experts would have got, if any.
         """
-        output = self.module(states, **self._kwargs(states.shape[0], states.shape[1]))
+        with rounded_products():
+            output = self.module(states, **self._kwargs(states.shape[0], states.shape[1]))
         output = output[0] if isinstance(output, tuple) else output
         return output, self.routing
 

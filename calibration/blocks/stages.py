@@ -24,6 +24,7 @@ from dbrx_quant.calibration.blocks.walk import DenseShares, Span, Turn, batches,
 from dbrx_quant.calibration.statistics.moments import Moments, SplitMoments
 from dbrx_quant.calibration.statistics.residual import ResidualMoments
 from dbrx_quant.runtime.families.facts import LinearSpec
+from dbrx_quant.runtime.kernels.float_matmul import narrowed, product
 
 WeightOf = Callable[[LinearSpec], Tensor]  # the float32 weight [N, K] of a linear
 
@@ -185,7 +186,7 @@ class GateUpStage(Stage):
 
     def finish(self, weight_of: WeightOf) -> None:
         """Keep the weights for the down projection."""
-        self.gate, self.up = weight_of(self.turn.gate), weight_of(self.turn.up)
+        self.gate, self.up = narrowed(weight_of(self.turn.gate)), narrowed(weight_of(self.turn.up))
 
     def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, None]:
         inputs, span = SplitMoments.zero(self.turn.gate.shape[0], prior=True), self.turn.whole()
@@ -209,7 +210,7 @@ class DownStage(Stage):
 
     def finish(self, weight_of: WeightOf) -> None:
         """Add the expert's share to the stream."""
-        weights = self._before.gate, self._before.up, weight_of(self._turn.down)
+        weights = self._before.gate, self._before.up, narrowed(weight_of(self._turn.down))
         self._turn.add_to(self._stream, weights)
 
     def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, ResidualMoments | None]:
@@ -244,12 +245,12 @@ class ComparedDownStage(DownStage):
         self._goal = goal
 
     def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, ResidualMoments]:
-        (weight,), shape = dense, self._turn.down.shape
+        (weight,), shape = [narrowed(one) for one in dense], self._turn.down.shape
         inputs = SplitMoments.zero(shape[0], prior=True)
         residual = ResidualMoments(inputs, *shape)
 
         def miss(span: Span, h: Tensor, rows: Tensor) -> None:
-            share = span.weight[:, None] * (h @ weight.T)
+            share = span.weight[:, None] * product(h, weight)
             residual.add(h, self._goal[span.index] - self._stream[span.index] - share, rows, span.weight)
 
         self._see(inputs, miss)

@@ -24,11 +24,12 @@ from dbrx_quant.calibration.blocks.model import LiveBlock, Routing, StreamedMode
 from dbrx_quant.calibration.blocks.routing import ExpertTokens, tokens_of
 from dbrx_quant.calibration.blocks.states import States, new_states, scratch
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
+from dbrx_quant.runtime.kernels.float_matmul import narrowed, product
 
 ROWS_TOKENS = 2048  # tokens that go through a block's attention at a time
 EXPERT_TOKENS = 2048  # tokens that go through an expert, or the head, at a time
 
-Weights = tuple[Tensor, Tensor, Tensor]  # gate, up and down of an expert, float32 [N, K]
+Weights = tuple[Tensor, Tensor, Tensor]  # gate, up and down of an expert, [N, K]
 Through = Callable[[Tensor, LinearSpec], Tensor]  # what happens to a linear's output [T, N] on its way
 
 
@@ -162,8 +163,13 @@ class Turn:
         return len(self.tokens.index)
 
     def dense(self, model: StreamedModel) -> Weights:
-        """Its weights as the source has them."""
+        """Its weights as the source has them, float32."""
         return model.dense(self.gate), model.dense(self.up), model.dense(self.down)
+
+    def narrowed(self, model: StreamedModel) -> Weights:
+        """Its weights as the source has them, for products that need not be exact."""
+        gate, up, down = (narrowed(model.dense(spec)) for spec in self.linears)
+        return gate, up, down
 
     def spans(self, begin: int = 0, end: int | None = None) -> Iterator[Span]:
         """Its tokens from number `begin` to `end`, at most EXPERT_TOKENS at a time."""
@@ -181,7 +187,7 @@ class Turn:
 
     def inner(self, x: Tensor, gate: Tensor, up: Tensor, through: Through = unchanged) -> Tensor:
         """act(gate x) * up x, the input of the down projection, for tokens [T, D] and weights [N, K]."""
-        return self.activate(through(x @ gate.T, self.gate)) * through(x @ up.T, self.up)
+        return self.activate(through(product(x, gate), self.gate)) * through(product(x, up), self.up)
 
     def shares(
         self, weights: Weights, through: Through = unchanged, at_once: bool = False
@@ -195,7 +201,7 @@ class Turn:
         """
         gate, up, down = weights
         for span in (self.whole(),) if at_once else self.spans():
-            output = through(self.inner(span.x, gate, up, through) @ down.T, self.down)
+            output = through(product(self.inner(span.x, gate, up, through), down), self.down)
             yield span.index, span.weight[:, None] * output
 
     def add_to(
@@ -221,7 +227,7 @@ def add_dense_experts(stream: Tensor, model: StreamedModel, experts: ExpertsSpec
     """Add what the unquantized experts of a block add to the stream, states [T, D]."""
     for turn in turns(routing, experts):
         if turn.count:
-            turn.add_to(stream, turn.dense(model))
+            turn.add_to(stream, turn.narrowed(model))
 
 
 def embed_rows(model: StreamedModel, tokens: Tensor, path: Path) -> None:
@@ -299,7 +305,7 @@ class DenseShares:
         for turn in turns(routing, experts):
             if not turn.count:
                 continue
-            for index, share in turn.shares(turn.dense(model)):
+            for index, share in turn.shares(turn.narrowed(model)):
                 part = self._part(index)
                 self._shares[part] = share
                 stream[index] += self._shares[part]

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dbrx_quant.runtime.kernels.float_matmul import rounded_products
+
 SELECTION_EVERY = 8  # one calibration row in so many is a selection row
 MIN_SELECTION_TOKENS = 64  # with fewer of them, or fewer to fit on, nothing can be chosen
+_COLUMNS = 1024  # whose products with each other and those behind them are made at once
 
 
 def is_selection(token_rows: Tensor) -> Tensor:
@@ -21,26 +24,34 @@ def is_selection(token_rows: Tensor) -> Tensor:
     return token_rows % SELECTION_EVERY == SELECTION_EVERY - 1
 
 
-@dataclass
 class Moments:
     """Weighted sums over tokens: of x x^T, of the weights, of their squares.
 
-    Attributes:
-        matrix: [K, K] float32, sum of w x x^T.
+    Args:
+        matrix: [K, K] float32, sum of w x x^T; taken over.
         weight: sum of w.
         squares: sum of w^2.
         tokens: number of tokens.
     """
 
-    matrix: Tensor
-    weight: float = 0.0
-    squares: float = 0.0
-    tokens: int = 0
+    def __init__(self, matrix: Tensor, weight: float = 0.0, squares: float = 0.0, tokens: int = 0) -> None:
+        self._sum, self._mirrored = matrix, True
+        self.weight, self.squares, self.tokens = weight, squares, tokens
 
     @staticmethod
     def zero(k: int) -> "Moments":
         """No tokens seen yet."""
         return Moments(torch.zeros(k, k))
+
+    @property
+    def matrix(self) -> Tensor:
+        """[K, K] float32, sum of w x x^T."""
+        if not self._mirrored:  # only what is right of the diagonal, in blocks, has been summed up
+            for start in range(0, len(self._sum), _COLUMNS):
+                end = start + _COLUMNS
+                self._sum[end:, start:end] = self._sum[start:end, end:].T
+            self._mirrored = True
+        return self._sum
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens x [T, K] with weights [T] (1 each if None)."""
@@ -48,19 +59,23 @@ class Moments:
             return
         x = x.float()
         if weights is None:
-            self.matrix.addmm_(x.T, x)
             self.weight += x.shape[0]
             self.squares += x.shape[0]
         else:
-            self.matrix.addmm_((x * weights[:, None]).T, x)
+            x = x * weights.sqrt()[:, None]  # on both sides, so that rounding leaves it a square
             self.weight += float(weights.sum(dtype=torch.float64))
             self.squares += float(weights.double().square().sum())
+        with rounded_products():
+            for start in range(0, x.shape[1], _COLUMNS):
+                end = start + _COLUMNS
+                self._sum[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
+        self._mirrored = x.shape[1] <= _COLUMNS
         self.tokens += x.shape[0]
 
     def check(self, name: str) -> None:
         """Raise ValueError naming the linear if a moment is not finite."""
-        if not bool(torch.isfinite(self.matrix.diagonal()).all()):
-            channel = int((~torch.isfinite(self.matrix.diagonal())).nonzero()[0])
+        if not bool(torch.isfinite(self._sum.diagonal()).all()):
+            channel = int((~torch.isfinite(self._sum.diagonal())).nonzero()[0])
             raise ValueError(
                 f"{name}: its calibration inputs contain NaN or infinity (input channel {channel}); "
                 "the source model overflows on this text in float32, or its weights are damaged"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.statistics.moments import SplitMoments, is_selection
+from dbrx_quant.runtime.kernels.float_matmul import rounded_products
 
 
 class ResidualMoments:
@@ -34,4 +35,5 @@ class ResidualMoments:
         scaled = missing if routing is None else missing * routing[:, None]
         selection = is_selection(token_rows)
         for total, mask in ((self.fit, ~selection), (self.selection, selection)):
-            total.addmm_(scaled[mask].T, x[mask])
+            with rounded_products():
+                total.addmm_(scaled[mask].T, x[mask])

@@ -7,6 +7,7 @@ from small_models import save_model
 from dbrx_quant.calibration.blocks.model import Routing, StreamedModel
 from dbrx_quant.calibration.blocks.routing import PRIOR_TOKENS, coverage, tokens_of
 from dbrx_quant.calibration.blocks.walk import Turn
+from dbrx_quant.calibration.statistics import moments
 from dbrx_quant.calibration.statistics.moments import (
     SELECTION_EVERY,
     Moments,
@@ -42,6 +43,30 @@ def test_moments_added_in_parts_are_the_weighted_sums_in_float64(weighted):
     assert moments.squares == pytest.approx(float(w.square().sum()))
     assert moments.tokens == 500
     assert moments.effective == pytest.approx(float(w.sum() ** 2 / w.square().sum()))
+
+
+@pytest.mark.parametrize("k", [7, 8, 9, 24, 29])
+def test_moments_of_many_channels_are_made_of_one_triangle(k, monkeypatch):
+    monkeypatch.setattr(moments, "_COLUMNS", 8)
+    x, weights = torch.randn(2, 50, k), torch.rand(2, 50)
+    found = Moments.zero(k)
+    for part in range(2):
+        found.add(x[part], weights[part])
+        expected = torch.einsum("st,stk,stl->kl", weights[: part + 1], x[: part + 1], x[: part + 1])
+        torch.testing.assert_close(found.matrix, expected)
+        torch.testing.assert_close(found.matrix, found.matrix.T)
+
+
+def test_moments_of_rounded_inputs_are_those_of_other_inputs_near_them(monkeypatch):
+    monkeypatch.setenv("DBRXQ_PRODUCTS", "bfloat16")
+    x, weights = torch.randn(300, 40), torch.rand(300)
+    found = Moments.zero(40)
+    found.add(x, weights)
+    exact = (weights[:, None] * x).T @ x
+    assert (found.matrix - exact).norm() <= 2e-3 * exact.norm()
+    rounded = (x * weights.sqrt()[:, None]).bfloat16().float()
+    if (found.matrix - exact).norm() > 1e-5 * exact.norm():  # else this CPU does not round
+        torch.testing.assert_close(found.matrix, rounded.T @ rounded, rtol=1e-4, atol=1e-4)
 
 
 def test_the_hessian_of_equal_weights_is_the_mean_of_x_xt():

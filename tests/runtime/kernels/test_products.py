@@ -1,5 +1,6 @@
 """Products that are faster must still be float32, and the setting must not outlive its block."""
 
+import pytest
 import torch
 
 from dbrx_quant.runtime.kernels import float_matmul
@@ -26,3 +27,32 @@ def test_a_cpu_that_rounds_keeps_the_default(monkeypatch):
     with float_matmul.fast_products() as exact:
         assert not exact
         assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_products_are_of_activations_rounded_as_asked(asked, monkeypatch):
+    monkeypatch.setenv("DBRXQ_PRODUCTS", asked)
+    x, weight = torch.randn(30, 64), torch.randn(48, 64).bfloat16().float()
+    dtype = float_matmul.rounded_dtype()
+    assert str(dtype) == f"torch.{asked}"
+    found = float_matmul.product(x, float_matmul.narrowed(weight))
+    exact = x.to(dtype).float() @ weight.T
+    torch.testing.assert_close(found, exact, rtol=2**-7 if asked == "bfloat16" else 1e-5, atol=1e-4)
+    with float_matmul.rounded_products():
+        mixed = x @ weight.T
+    assert (mixed - x @ weight.T).norm() <= 2**-8 * mixed.norm()
+
+
+def test_another_precision_of_products_is_refused(monkeypatch):
+    monkeypatch.setenv("DBRXQ_PRODUCTS", "half")
+    with pytest.raises(ValueError, match="DBRXQ_PRODUCTS is 'half'; expected float32 or bfloat16"):
+        float_matmul.rounded_dtype()
+
+
+def test_rounding_ends_with_its_block(monkeypatch):
+    monkeypatch.setenv("DBRXQ_PRODUCTS", "bfloat16")
+    x = torch.randn(64, 64)
+    before = x @ x
+    with pytest.raises(KeyError), float_matmul.rounded_products():
+        raise KeyError
+    assert torch.equal(x @ x, before)
