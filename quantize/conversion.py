@@ -113,7 +113,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
     ):
         if resumed and not options.quiet:
             print(f"resuming the work in {options.work}", file=sys.stderr)
-        rows = _rows(options)
+        rows = _rows(options, model)
         check_memory(model.architecture, rows.count, options.max_memory)
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
         measured = given is not None or (options.work / MEASUREMENT_NAME).exists()
@@ -131,7 +131,7 @@ def measure_model(options: ConvertOptions, output: Path) -> Path:
     check_place(output)
     check_apart(options.work, (output, options.model))
     with open_job(options.work, _facts(options), options.resume):
-        rows = _rows(options)
+        rows = _rows(options, model)
         check_memory(model.architecture, rows.count, options.max_memory)
         check_disk(model.architecture, rows.count, options.work, None)
         measurement = _measurement(options, model, rows)
@@ -148,11 +148,11 @@ def open_model(folder: Path) -> StreamedModel:
     return model
 
 
-def _rows(options: ConvertOptions) -> Rows:
+def _rows(options: ConvertOptions, model: StreamedModel) -> Rows:
     """The rows that are asked for, of files that stay as they are while they are read."""
     given = [options.calibration, options.held_out, options.measurement]
     watched = [WatchedFile(Path(path)) for path in given if path is not None and Path(path).is_file()]
-    rows = load_rows(options)
+    rows = load_rows(options, model.architecture)
     for file in watched:
         file.check()
     return rows

@@ -62,7 +62,8 @@ class ConvertOptions:
     )
     length: int | None = option(
         "whole",
-        "tokens per row (default: 2048, or the model's limit)",
+        "tokens per row (default: 2048, half of it from 8 billion weights on, a quarter from 32 billion on; "
+        "or the model's limit)",
         changes="everything",
         group="calibration",
         least=1,

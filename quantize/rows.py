@@ -1,5 +1,7 @@
 """The token rows of a conversion: those to calibrate on, and those that tell what the result costs."""
 
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +9,8 @@ from torch import Tensor
 
 from dbrx_quant.calibration.text.sources import kind_of
 from dbrx_quant.calibration.text.tokens import (
+    LENGTH,
+    ROWS,
     TokenRows,
     load_tokens,
     reopen_tokens,
@@ -15,9 +19,13 @@ from dbrx_quant.calibration.text.tokens import (
 )
 from dbrx_quant.quantize.declared import plain_name
 from dbrx_quant.quantize.options import ConvertOptions
+from dbrx_quant.runtime.families.facts import Architecture
 from dbrx_quant.runtime.files.sealed import check_seal, seal_again
+from dbrx_quant.runtime.tokenizer.load import model_limits
 
 HELD_OUT_ROWS = 16  # of text
+# below so many weights, so many tokens a row
+LENGTHS = ((8e9, LENGTH), (32e9, LENGTH // 2), (math.inf, LENGTH // 4))
 _TOKENS, _HELD_OUT = "tokens.safetensors", "held-out.safetensors"
 ROW_FILES = (_TOKENS, _HELD_OUT)  # in the work folder, made within minutes
 
@@ -44,9 +52,30 @@ class Rows:
         return self.calibration.numel() + (0 if self.held_out is None else self.held_out.numel())
 
 
-def load_rows(options: ConvertOptions) -> Rows:
+def default_shape(architecture: Architecture) -> tuple[int, int]:
+    """Rows and tokens a row of a calibration on text where nobody says how many, by the model's size alone.
+
+    262,144 tokens for a model that is done in an hour; for a large one, whose time and states on disk grow
+    with tokens times weights, 65,536, with which measuring stays below quantizing.
+    """
+    weights = sum(math.prod(spec.shape) for spec in architecture.linears())
+    return ROWS, next(length for most, length in LENGTHS if weights < most)
+
+
+def load_rows(options: ConvertOptions, architecture: Architecture) -> Rows:
     """The rows that a conversion asks for; kept in its work folder, so that a resumed one has the same."""
-    tokens = _tokens(options, _TOKENS, options.calibration, options.rows, options.length)
+    rows, length = options.rows, options.length
+    if kind_of(Path(options.calibration)) != ".safetensors":
+        default = default_shape(architecture)
+        longest = model_limits(options.model)[1] or default[1]
+        rows, length = rows or default[0], length or min(default[1], longest)
+        if length < min(LENGTH, longest) and options.length is None and not options.quiet:
+            print(
+                f"calibrating on {rows} rows of {length} tokens, as suits a large model; --rows and --length "
+                "choose others",
+                file=sys.stderr,
+            )
+    tokens = _tokens(options, _TOKENS, options.calibration, rows, length)
     if options.held_out is None:
         calibration, held_out = split_held_out(tokens.input_ids)
         return Rows(tokens, calibration, held_out if len(held_out) else None, None)

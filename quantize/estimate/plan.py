@@ -9,9 +9,9 @@ from dbrx_quant.quantize.estimate.memory import peak_bytes, states_bytes
 from dbrx_quant.quantize.estimate.sizes import decoder_weights, shape_range, source_architecture, total_bytes
 from dbrx_quant.quantize.estimate.time import machine_speed, measuring_operations, quantizing_operations
 from dbrx_quant.quantize.options import ConvertOptions
+from dbrx_quant.quantize.rows import default_shape
 from dbrx_quant.quantize.solve.repair import NO_REPAIR
-
-DEFAULT_TOKENS = (128, 2048)
+from dbrx_quant.runtime.families.facts import Architecture
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def plan(options: ConvertOptions) -> Plan:
     """
     architecture = source_architecture(options.model)
     low, high = shape_range(architecture)
-    rows, length = _token_shape(options)
+    rows, length = _token_shape(options, architecture)
     tokens = rows * length
     speed, repair = machine_speed(), options.repair != NO_REPAIR
     targets = tuple(
@@ -81,10 +81,11 @@ def plan(options: ConvertOptions) -> Plan:
     )
 
 
-def _token_shape(options: ConvertOptions) -> tuple[int, int]:
+def _token_shape(options: ConvertOptions, architecture: Architecture) -> tuple[int, int]:
     if kind_of(Path(options.calibration)) == ".safetensors":
         from dbrx_quant.calibration.text.tokens import load_saved
 
         shape = load_saved(Path(options.calibration), options.rows, options.length).input_ids.shape
         return shape[0], shape[1]
-    return options.rows or DEFAULT_TOKENS[0], options.length or DEFAULT_TOKENS[1]
+    rows, length = default_shape(architecture)
+    return options.rows or rows, options.length or length

@@ -91,7 +91,7 @@ def test_a_change_while_measuring_alone_is_an_error(options, monkeypatch, tmp_pa
 
 
 def test_tokens_that_change_while_they_are_read_are_an_error(options, monkeypatch):
-    changing(monkeypatch, "load_rows", lambda _: os.truncate(options.calibration, 10), options.model)
+    changing(monkeypatch, "load_rows", lambda *_: os.truncate(options.calibration, 10), options.model)
     with pytest.raises(ChangedError, match=r"tokens\.safetensors: has 10 bytes"):
         convert(options)
 
