@@ -1,10 +1,10 @@
 """Repacked linears for the CPU kernels, made at first use; they live as long as the stored tensors.
 
 A repacked linear has a small head and a body (repacked.h), which takes what the stored tensors take. It
-stands for the very tensors it was made of: when one of them is freed it goes too, and when one was modified in
-place it is made again. Where the linear was given a body (`bodies.py`), only the head is made. Else the body
-is a copy in memory, and a stored tensor that is mapped from a file needs no memory of its own any more: its
-pages are marked as cold, so that the system takes them back first.
+stands for the very tensors it was made of: when one of them is freed it goes too, and when one was modified
+in place it is made again. Where the linear was given a body (`bodies.py`), only the head is made. Else the
+body is a copy in memory, and a stored tensor that is mapped from a file needs no memory of its own any more:
+its pages are marked as cold, so that the system takes them back first.
 """
 
 import ctypes
