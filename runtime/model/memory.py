@@ -136,10 +136,11 @@ class Memory:
         """What stays and how fast a token is, at these bytes a second."""
         plan = self.plan
         busy = "the busiest experts" if self.measured else "without a measurement.json any experts"
-        seconds = plan.from_disk / disk + plan.from_memory / memory
+        rate = 1 / (plan.from_disk / disk + plan.from_memory / memory)
+        pace = f"{rate:.2g}" if rate < 10 else f"{rate:.0f}"
         return (
             f"{_gb(plan.kept)} of {_gb(plan.total)} stay in memory ({busy}); a token reads about "
-            f"{_gb(plan.from_disk)} from disk on average: about {1 / seconds:.2g} tokens a second at "
+            f"{_gb(plan.from_disk)} from disk on average: about {pace} tokens a second at "
             f"{_gb(disk)}/s, more where the system has room to keep what was read"
         )
 
