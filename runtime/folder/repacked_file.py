@@ -100,10 +100,10 @@ class RepackedFile:
     def body(self, place: Place, memory: Any, address: int, mapped: bool) -> Body | None:
         """The body of a linear at an address within `memory`; None where it has none."""
         expected = self.checksums[place.spec.name]
+        if expected is None:
+            return None
         name = f"{self.path}: {place.spec.name}"
-        return (
-            expected if expected is None else Body(address, place.body_bytes, expected, mapped, memory, name)
-        )
+        return Body(address, place.body_bytes, expected, mapped, memory, name)
 
 
 def plan_repacked(contents: Contents) -> tuple[Place, ...]:

@@ -75,6 +75,7 @@ def memory_limit(limit: int | None) -> Iterator[None]:
 
 def _control_group() -> tuple[Path, str]:
     """The control group of this process that counts memory, and the file of a group's limit."""
+    path = ""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
