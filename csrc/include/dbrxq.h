@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 // Version of this interface; the Python side refuses a library that reports another one.
-#define DBRXQ_ABI_VERSION 6
+#define DBRXQ_ABI_VERSION 7
 DBRXQ_API int dbrxq_abi_version(void);
 
 // Threads that the kernels may use, all callers together; by default all hardware threads.
@@ -36,7 +36,8 @@ enum {
   DBRXQ_BAD_ISA = 6,          // no such instruction set, or this CPU lacks it
   DBRXQ_NO_MEMORY = 7,
   DBRXQ_NOT_FINITE = 8,    // dbrxq_repack: some scale is not finite, or large enough for infinite weights
-  DBRXQ_BAD_REPACKED = 9,  // a block that dbrxq_repack did not make
+  DBRXQ_BAD_REPACKED = 9,  // a head that this library did not make
+  DBRXQ_DAMAGED = 10,      // the body of a repacked linear is not what its checksum says
 };
 DBRXQ_API const char* dbrxq_status_text(int status);
 
@@ -93,15 +94,30 @@ DBRXQ_API int dbrxq_experts_forward(const float* x, const int64_t* top_k_index, 
 
 // ---------------------------------------------------------------------------------------------------------------
 // Repacked linears and experts (repack.cpp, integer.cpp, integer_experts.cpp): the same linears in a layout made for
-// speed (cpu/repacked/repacked.h), multiplied by activations rounded to integers. A repacked linear is one block of memory without
-// pointers, aligned to 64 bytes.
+// speed (cpu/repacked/repacked.h), multiplied by activations rounded to integers. A repacked linear is a head, which stands for
+// it in all calls, and a body, to which the head has a pointer; both are aligned to 64 bytes.
 // activation_bits is 16, or 8: then activations are single bytes where they meet codes of up to 4 bits, and two bytes
 // elsewhere. Sums within 128 rows are exact, results depend neither on the threads nor (but for the last bit of a
 // float product) on the instruction set. Weights are code times exact scale, without the format's rounding to half.
 
-// Bytes of the block of a linear; and the block. DBRXQ_NOT_FINITE leaves a block that is none.
-DBRXQ_API int dbrxq_repacked_bytes(const dbrxq_linear* linear, int64_t* bytes);
-DBRXQ_API int dbrxq_repack(const dbrxq_linear* linear, void* packed);
+// Version of the layout of bodies, which files keep. It is the same for all instruction sets.
+#define DBRXQ_LAYOUT_VERSION 1
+
+// Bytes of head and body of a linear; and both. DBRXQ_NOT_FINITE leaves a head that is none.
+DBRXQ_API int dbrxq_repacked_bytes(const dbrxq_linear* linear, int64_t* head, int64_t* body);
+DBRXQ_API int dbrxq_repack(const dbrxq_linear* linear, void* head, void* body);
+
+// The head of a linear whose body was made earlier and kept in a file; q_weight and q_scale are not read. The first call
+// that needs the body compares it with the checksum, and every call gives DBRXQ_DAMAGED where it differs. What the body
+// holds never decides what is read. `mapped`: its pages come from a file, and are asked for ahead of their use.
+DBRXQ_API int dbrxq_repacked_head(const dbrxq_linear* linear, const void* body, uint64_t checksum, int mapped,
+                                  void* head);
+
+// The checksum of a repacked linear: of all that its results depend on.
+DBRXQ_API int dbrxq_repacked_checksum(const void* packed, uint64_t* checksum);
+
+// DBRXQ_OK or DBRXQ_DAMAGED: as the first use of the body.
+DBRXQ_API int dbrxq_repacked_check(const void* packed);
 
 // y [T, sum of out_features] = x [T, K] times `count` linears of the same K, side by side.
 DBRXQ_API int dbrxq_repacked_linear(const void* const* packed, int64_t count, int activation_bits, const float* x,

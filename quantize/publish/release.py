@@ -23,6 +23,7 @@ from dbrx_quant.runtime.families.config import load_config, read_config
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.json_file import read_object
 from dbrx_quant.runtime.files.links import refuse_links_out
+from dbrx_quant.runtime.folder.repacked_file import REPACKED_NAME
 from dbrx_quant.runtime.folder.verify import PRODUCER
 
 KEPT_OUT = "calibration text kept out of the calibration"  # the text of what the conversion itself measured
@@ -214,10 +215,11 @@ def gather(
 def branch_files(folder: Path) -> list[str]:
     """The files of a folder that go to its branch; the card is written anew.
 
-    Hidden files, subfolders and what a killed writer left behind stay.
+    Hidden files, subfolders and what a killed writer left behind stay, and so do repacked linears, which
+    everybody makes of the shards.
     """
     names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    return sorted(name for name in names if name != CARD_NAME)
+    return sorted(name for name in names if name not in (CARD_NAME, REPACKED_NAME))
 
 
 def files_that_mention(folder: Path, text: str) -> list[str]:

@@ -38,6 +38,7 @@ from dbrx_quant.runtime.families.facts import (
 from dbrx_quant.runtime.files.atomic import DTYPE_NAMES, naming, remove_leftovers, write_json, write_parts
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, Checksum, write_checksums
+from dbrx_quant.runtime.folder.repacked_file import REPACKED_NAME
 
 MAX_SHARD_BYTES = 8_000_000_000
 
@@ -126,7 +127,7 @@ def write_shards(
     check_room(out, paths, sizes)
 
     index = out / INDEX_NAME
-    for stale in (index, out / CHECKSUMS_NAME):  # they speak of other shards than those to come
+    for stale in (index, out / CHECKSUMS_NAME, out / REPACKED_NAME):  # of other shards than those to come
         stale.unlink(missing_ok=True)
     checksums: dict[str, Checksum] = {}
     for path, head, shard, size in zip(paths, headers, shards, sizes, strict=True):

@@ -47,17 +47,20 @@ def run_one_token(folder: Path) -> str | None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep transformers' bars and warnings back: what matters is said by whoever called."""
-    from logging import CRITICAL
+    """Keep bars and warnings back: what matters is said by whoever called."""
+    from logging import CRITICAL, getLogger
 
     from transformers.utils import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    ours = getLogger("dbrx_quant")
+    level, bar, our_level = logging.get_verbosity(), logging.is_progress_bar_enabled(), ours.level
     logging.set_verbosity(CRITICAL)
+    ours.setLevel(CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        ours.setLevel(our_level)
         if bar:
             logging.enable_progress_bar()

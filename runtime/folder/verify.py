@@ -23,8 +23,11 @@ from dbrx_quant.runtime.files.links import leaves
 from dbrx_quant.runtime.files.regular import check_model_folder, open_regular
 from dbrx_quant.runtime.folder.agreement import disagreements
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, read_checksums
+from dbrx_quant.runtime.folder.contents import read_contents
+from dbrx_quant.runtime.folder.repacked_file import REPACKED_NAME, repacked_faults
 from dbrx_quant.runtime.folder.sizes import stored_bits
 from dbrx_quant.runtime.folder.trial import run_one_token
+from dbrx_quant.runtime.library._native import why_unavailable
 from dbrx_quant.runtime.tokenizer.check import check_tokenizer
 
 PRODUCER = "dbrx-quant"
@@ -43,7 +46,8 @@ class Report:
         warnings: what some readers stumble on, a line each.
         facts: what it consists of: `family`, `producer`, `shards`, `tensors`, `linears`, `bpw`, `head_bpw`,
             `total_bytes`, `checksums` (whether they were compared), `unchecked` (linears and 16-bit tensors
-            in shards that could not be read), as far as known.
+            in shards that could not be read), `repacked` (whether a file of repacked linears is theirs), as
+            far as known.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -63,11 +67,13 @@ def verify(
 
     Args:
         folder: the folder.
-        checksums: whether to read all shards and compare their SHA-256 where `checksums.json` is there.
-        progress: called with (bytes read, total bytes) while checksums are computed.
+        checksums: whether to read all shards and compare their SHA-256 where `checksums.json` is there, and
+            to compare repacked linears with what the shards make.
+        progress: called with (bytes read, total bytes) while whole files are compared.
     """
     folder = Path(folder)
     report = Report()
+    reading = _Reading(folder, progress)
     if not folder.is_dir():
         report.faults.append(f"{folder}: no such folder")
         return report
@@ -95,8 +101,9 @@ def verify(
             if ours:
                 report.faults += disagreements(folder, config, checkpoint, architecture)
             _try_to_run(folder, report)
+            _check_repacked(checkpoint, architecture, reading if checksums else None, report)
     if (folder / CHECKSUMS_NAME).exists():
-        _check_checksums(folder, checksums, progress, report)
+        _check_checksums(folder, checksums, reading, report)
     elif ours:
         report.warnings.append(
             f"{CHECKSUMS_NAME}: missing, as after save_pretrained; damage to the shards may go unnoticed"
@@ -104,6 +111,21 @@ def verify(
     for lines in (report.faults, report.warnings):
         lines[:] = [" ".join(line.split()) for line in lines]  # libraries wrap their messages
     return report
+
+
+class _Reading:
+    """Counts the bytes of a folder's large files that have been read whole."""
+
+    def __init__(self, folder: Path, progress: Callable[[int, int], None] | None) -> None:
+        files = [*shard_files(folder), folder / REPACKED_NAME] if folder.is_dir() else []
+        self._total = sum(file.stat().st_size for file in files if file.is_file())
+        self._done, self._progress = 0, progress
+
+    def count(self, size: int) -> None:
+        """Some more."""
+        self._done += size
+        if self._progress:
+            self._progress(self._done, max(self._done, self._total))
 
 
 def _read_architecture(folder: Path, report: Report) -> tuple[dict[str, Any], Architecture | None]:
@@ -335,9 +357,23 @@ def _try_to_run(folder: Path, report: Report) -> None:
         report.faults += [fault] if fault else []
 
 
-def _check_checksums(
-    folder: Path, compare: bool, progress: Callable[[int, int], None] | None, report: Report
+def _check_repacked(
+    checkpoint: Checkpoint, architecture: Architecture, reading: _Reading | None, report: Report
 ) -> None:
+    """Compare the file of repacked linears, if there is one, with what the shards make."""
+    if not (checkpoint.folder / REPACKED_NAME).exists():
+        return
+    if (reason := why_unavailable()) is not None:
+        report.warnings.append(f"{REPACKED_NAME}: not checked, because there is no native library: {reason}")
+        return
+    contents = read_contents(architecture, checkpoint)
+    faults, warnings = repacked_faults(contents, reading.count if reading else None)
+    report.faults += faults
+    report.warnings += warnings
+    report.facts["repacked"] = not faults and not warnings
+
+
+def _check_checksums(folder: Path, compare: bool, reading: "_Reading", report: Report) -> None:
     try:
         listed = read_checksums(folder)
     except (CheckpointError, OSError) as error:
@@ -346,8 +382,6 @@ def _check_checksums(
     for file in shard_files(folder):
         if file.name not in listed:
             report.faults.append(f"{CHECKSUMS_NAME}: omits {file.name}")
-    total = sum(checksum.size for checksum in listed.values())
-    done = 0
     for name, checksum in sorted(listed.items()):
         file = folder / name
         if not file.is_file():
@@ -368,9 +402,7 @@ def _check_checksums(
         with open_regular(file) as stream:
             while piece := stream.read(_CHUNK_BYTES):
                 hasher.update(piece)
-                done += len(piece)
-                if progress:
-                    progress(done, total)
+                reading.count(len(piece))
         if hasher.hexdigest() != checksum.sha256:
             report.faults.append(f"{name}: its SHA-256 differs from {CHECKSUMS_NAME}; fetch it again")
     report.facts["checksums"] = compare

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dbrx_quant.runtime.kernels import checks, reference
 from dbrx_quant.runtime.kernels.activations import BITS, activations
-from dbrx_quant.runtime.kernels.repacked import repacked_experts, repacked_linear
+from dbrx_quant.runtime.kernels.repacked import raise_damaged, repacked_experts, repacked_linear
 from dbrx_quant.runtime.kernels.stored import Stored, StoredList
 from dbrx_quant.runtime.kernels.structs import describe_experts, describe_linear
 from dbrx_quant.runtime.library import _abi, _native
@@ -74,12 +74,13 @@ def linear(x: Tensor, stored: Stored, bias: Tensor | None, out_features: int) ->
         status = _native.library().dbrxq_repacked_linear(
             fast.pointers, 1, BITS[mode], inputs.data_ptr(), tokens, y.data_ptr()
         )
+        fast.check(status, "linear")
     else:
         struct = describe_linear(stored, bias, out_features)
         status = _native.library().dbrxq_linear_forward(
             ctypes.byref(struct), inputs.data_ptr(), tokens, y.data_ptr()
         )
-    _native.check(status, "linear")
+        _native.check(status, "linear")
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
@@ -94,7 +95,7 @@ def linears(x: Tensor, each: Sequence[tuple[Stored, Tensor | None, int]]) -> Ten
     fast = []
     if mode != "float" and _native_ready():
         fast = [repacked_linear(*one) for one in each]
-    blocks = [one.blocks[0].data_ptr() for one in fast if one is not None]
+    blocks = [one.blocks[0] for one in fast if one is not None]
     if len(blocks) < len(each):
         return torch.cat([linear(x, *one) for one in each], dim=-1)
     for stored, _, _ in each:
@@ -102,13 +103,15 @@ def linears(x: Tensor, each: Sequence[tuple[Stored, Tensor | None, int]]) -> Ten
     inputs = _floats(x)
     y = torch.empty(*x.shape[:-1], sum([width for _, _, width in each]), dtype=torch.float32)
     status = _native.library().dbrxq_repacked_linear(
-        (ctypes.c_void_p * len(blocks))(*blocks),
+        (ctypes.c_void_p * len(blocks))(*[block.address for block in blocks]),
         len(blocks),
         BITS[mode],
         inputs.data_ptr(),
         y.numel() // y.shape[-1],
         y.data_ptr(),
     )
+    if status == _abi.DAMAGED:
+        raise_damaged(blocks)
     _native.check(status, "linears")
     return y.to(x.dtype)
 
@@ -146,7 +149,7 @@ def experts(
             _abi.ACTIVATIONS[activation],
             y.data_ptr(),
         )
-        _native.check(status, "experts")
+        fast.check(status, "experts")
         return y.to(x.dtype)
     tables = describe_experts(x, gate, up, down)
     status = _native.library().dbrxq_experts_forward(

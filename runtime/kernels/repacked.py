@@ -1,9 +1,10 @@
-"""Repacked copies of linears for the CPU kernels, made at first use; they live as long as the stored tensors.
+"""Repacked linears for the CPU kernels, made at first use; they live as long as the stored tensors.
 
-A copy takes what the stored tensors take (repacked.h). It stands for the very tensors it was made of:
-when one of them is freed the copy goes too, and when one was modified in place it is made again. A stored
-tensor that is mapped from a file needs no memory of its own any more once its copy is made: its pages are
-marked as cold, so that the system takes them back first.
+A repacked linear has a small head and a body (repacked.h), which takes what the stored tensors take. It
+stands for the very tensors it was made of: when one of them is freed it goes too, and when one was modified
+in place it is made again. Where the linear was given a body (`bodies.py`), only the head is made. Else the
+body is a copy in memory, and a stored tensor that is mapped from a file needs no memory of its own any more:
+its pages are marked as cold, so that the system takes them back first.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.runtime.kernels import checks
+from dbrx_quant.runtime.kernels.bodies import Body, body_of
 from dbrx_quant.runtime.kernels.memo import remember, version_sum
 from dbrx_quant.runtime.kernels.stored import Stored, StoredList
 from dbrx_quant.runtime.kernels.structs import describe_experts, describe_linear
@@ -22,34 +24,101 @@ from dbrx_quant.runtime.library import _abi, _native
 
 
 @dataclass(frozen=True)
+class Block:
+    """One repacked linear.
+
+    Attributes:
+        head: uint8; its address stands for the linear.
+        body: uint8, or one that the linear was given.
+    """
+
+    head: Tensor
+    body: Tensor | Body
+
+    @property
+    def address(self) -> int:
+        """What the kernels take."""
+        return self.head.data_ptr()
+
+
+@dataclass(frozen=True)
 class Repacked:
     """Linears ready for one call.
 
     Attributes:
-        blocks: uint8, one a linear.
+        blocks: one a linear.
         pointers: C array of the blocks' addresses.
         versions: sum of the version counters of the tensors that the blocks were made of.
     """
 
-    blocks: tuple[Tensor, ...]
+    blocks: tuple[Block, ...]
     pointers: Any
     versions: int
+
+    def check(self, status: int, what: str) -> None:
+        """As `_native.check`; of a damaged body, the error names it."""
+        if status == _abi.DAMAGED:
+            raise_damaged(self.blocks)
+        _native.check(status, what)
 
 
 _cache: dict[tuple[int, ...], Repacked | None] = {}
 
 
-def _repack(struct: _abi.Linear) -> Tensor | None:
-    """The block of one linear; None where scales are not finite, or so large that weights might overflow."""
+def sizes(struct: _abi.Linear) -> tuple[int, int]:
+    """Bytes of head and body of a linear."""
+    head, body = ctypes.c_int64(), ctypes.c_int64()
+    status = _native.library().dbrxq_repacked_bytes(
+        ctypes.byref(struct), ctypes.byref(head), ctypes.byref(body)
+    )
+    _native.check(status, "repack")
+    return head.value, body.value
+
+
+def repack(struct: _abi.Linear, given: Body | None = None) -> Block | None:
+    """One repacked linear; None where scales are not finite, or so large that weights might overflow.
+
+    Args:
+        struct: describes it.
+        given: a body that was made of it earlier.
+
+    Raises:
+        CheckpointError: the body has another size.
+    """
     library = _native.library()
-    size = ctypes.c_int64()
-    _native.check(library.dbrxq_repacked_bytes(ctypes.byref(struct), ctypes.byref(size)), "repack")
-    block = torch.empty(size.value, dtype=torch.uint8)
-    status = library.dbrxq_repack(ctypes.byref(struct), block.data_ptr())
+    head_bytes, body_bytes = sizes(struct)
+    head = torch.empty(head_bytes, dtype=torch.uint8)
+    body: Tensor | Body
+    if given is None:
+        body = torch.empty(body_bytes, dtype=torch.uint8)
+        status = library.dbrxq_repack(ctypes.byref(struct), head.data_ptr(), body.data_ptr())
+    else:
+        if given.size != body_bytes:
+            raise given.damaged()
+        body = given
+        status = library.dbrxq_repacked_head(
+            ctypes.byref(struct), body.address, body.checksum, body.mapped, head.data_ptr()
+        )
     if status == _abi.NOT_FINITE:
         return None
     _native.check(status, "repack")
-    return block
+    return Block(head, body)
+
+
+def checksum(block: Block) -> int:
+    """Of all that the results of a repacked linear depend on."""
+    found = ctypes.c_uint64()
+    _native.check(_native.library().dbrxq_repacked_checksum(block.address, ctypes.byref(found)), "checksum")
+    return found.value
+
+
+def raise_damaged(blocks: Sequence[Block]) -> None:
+    """Raise CheckpointError naming the first block whose body differs from its checksum, if there is one."""
+    for block in blocks:
+        if not isinstance(block.body, Body):
+            continue
+        if _native.library().dbrxq_repacked_check(block.address) == _abi.DAMAGED:
+            raise block.body.damaged()
 
 
 def repacked_linear(stored: Stored, bias: Tensor | None, out_features: int) -> Repacked | None:
@@ -92,13 +161,16 @@ def _repacked(
     if found is None and key in _cache:
         return None
     blocks = []
-    for struct in describe(*arguments):
-        block = _repack(struct)
+    structs = describe(*arguments)
+    each = len(tensors) // len(structs)
+    for index, struct in enumerate(structs):
+        own = tensors[each * index : each * (index + 1)]
+        block = repack(struct, body_of(own, struct.out_features))
         if block is None:
             break
         blocks.append(block)
     else:
-        pointers = (ctypes.c_void_p * len(blocks))(*(block.data_ptr() for block in blocks))
+        pointers = (ctypes.c_void_p * len(blocks))(*(block.address for block in blocks))
         remember(_cache, key, tensors, made := Repacked(tuple(blocks), pointers, versions))
         return made
     remember(_cache, key, tensors, None)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 6
+ABI_VERSION = 7
+LAYOUT_VERSION = 1  # of the bodies of repacked linears
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-BAD_ISA, NO_MEMORY, NOT_FINITE = 6, 7, 8  # statuses that mean more than a wrong argument
+BAD_ISA, NO_MEMORY, NOT_FINITE, DAMAGED = 6, 7, 8, 10  # statuses that mean more than a wrong argument
 CUDA_ERRORS = 1000  # plus a cudaError_t: a status of the CUDA library
 
 Signatures = Mapping[str, tuple[Any, list[Any]]]  # function -> (result, arguments)
@@ -94,8 +95,11 @@ CPU_FUNCTIONS: Signatures = {
         c_int,
         [c_void_p] * 3 + [c_int64] * 4 + [POINTER(Linear)] * 3 + [c_int, c_void_p],
     ),
-    "dbrxq_repacked_bytes": (c_int, [POINTER(Linear), POINTER(c_int64)]),
-    "dbrxq_repack": (c_int, [POINTER(Linear), c_void_p]),
+    "dbrxq_repacked_bytes": (c_int, [POINTER(Linear), POINTER(c_int64), POINTER(c_int64)]),
+    "dbrxq_repack": (c_int, [POINTER(Linear), c_void_p, c_void_p]),
+    "dbrxq_repacked_head": (c_int, [POINTER(Linear), c_void_p, c_uint64, c_int, c_void_p]),
+    "dbrxq_repacked_checksum": (c_int, [c_void_p, POINTER(c_uint64)]),
+    "dbrxq_repacked_check": (c_int, [c_void_p]),
     "dbrxq_repacked_linear": (c_int, [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p]),
     "dbrxq_read_memory": (c_int, [c_void_p, c_int64, POINTER(c_uint64)]),
     "dbrxq_repacked_experts": (

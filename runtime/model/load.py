@@ -1,5 +1,6 @@
 """The front door: from a folder or repository of EXL2 tensors to a transformers model ready to generate."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.contents import DERIVED, read_contents
 from dbrx_quant.runtime.folder.find import find_folder
 from dbrx_quant.runtime.folder.finite import check_finite
+from dbrx_quant.runtime.model.memory import Notify, prepare_memory
 from dbrx_quant.runtime.model.quantizer import METHOD, use_contents
 from dbrx_quant.runtime.tokenizer.ids import special_ids
 
+_logger = logging.getLogger(__name__)
 _MOST_SEQUENCES = 256  # side by side, each of which takes memory
 
 
@@ -25,6 +28,8 @@ def load_model(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     device_map: Any = None,
+    memory: int | None = None,
+    notify: Notify | None = None,
     **options: Any,
 ) -> Any:
     """An EXL2 model, ready for `generate`; its weights stay packed and, on the CPU, in the mapped file.
@@ -40,12 +45,19 @@ def load_model(
             half precision is slow and bfloat16 would round the stored float16 norms; float16 elsewhere.
         revision: branch, tag or commit of a repository; EXL2 repositories have a branch for each size.
         device_map: spreads the model over several devices, as in transformers; then `device` doesn't count.
+        memory: bytes of weights that stay in memory, on the CPU: those that every token reads, then the
+            experts that are chosen most; the others are read from the disk when they are used. Where not all
+            of the model has room, `repacked.bin` is made in the folder, unless it is there. The cache and the
+            program itself come on top. Default: all of them.
+        notify: called with each line on what is done for `memory`. Default: they go to the log.
         **options: passed on to `from_pretrained`, such as `attn_implementation`.
 
     Raises:
         CheckpointError: the folder is no EXL2 checkpoint, does not fit its configuration in every tensor, or
             holds NaN or infinity (0.1 s a gigabyte of 16-bit tensors to see). A model is never returned with
             weights that were not read.
+        ValueError: `memory` is too little for what has to stay, or the model is not on the CPU.
+        OSError: `repacked.bin` has to be made, and cannot be.
     """
     import transformers
 
@@ -61,15 +73,21 @@ def load_model(
         on_cpu = torch.device(device).type == "cpu"
     else:
         on_cpu = not torch.accelerator.is_available()
+    dtype = dtype or (torch.float32 if on_cpu else torch.float16)
+    plan = None
+    if memory is not None:
+        if not on_cpu:
+            raise ValueError("memory: weights stay in memory or on disk on the CPU only; leave it out")
+        plan = prepare_memory(contents, memory, dtype.itemsize, notify or _logger.warning)
     checkpoint = contents.checkpoint
     names = [name for name in checkpoint.names() if not name.endswith(DERIVED)]
     try:
-        with use_contents(contents):
+        with use_contents(contents, plan):
             model = getattr(transformers, config.architectures[0]).from_pretrained(
                 None,
                 config=config,
                 state_dict={name: checkpoint.load(name) for name in names},
-                dtype=dtype or (torch.float32 if on_cpu else torch.float16),
+                dtype=dtype,
                 device_map=device_map,
                 **options,
             )

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from dbrx_quant.runtime.families import family_of
 from dbrx_quant.runtime.families.parts import ADOPTED, LayerParts, UnknownPartError
 from dbrx_quant.runtime.kernels.activations import BITS, activations
-from dbrx_quant.runtime.kernels.repacked import repacked_experts, repacked_linear
+from dbrx_quant.runtime.kernels.repacked import Repacked, raise_damaged, repacked_experts, repacked_linear
 from dbrx_quant.runtime.library import _abi, _native
 from dbrx_quant.runtime.model.snapshot import Snapshot, attributes
 
@@ -167,6 +167,7 @@ class _Built:
     ) -> None:
         self.snapshot, self.mode, self.dtype, self.layers = snapshot, mode, last.dtype, len(parts)
         self._keep: list[Any] = [last, parts]
+        self._repacked: list[Repacked] = []
         structs = (_abi.DecoderLayer * len(parts))(*(self._layer(part) for part in parts))
         first = parts[0]
         heads, key_heads = (first.qkv[i].out_features // first.head_dim for i in (0, 1))
@@ -189,14 +190,20 @@ class _Built:
             activation_bits=BITS[mode],
         )
 
+    def check(self, status: int) -> None:
+        """Raise for a status of a step."""
+        if status == _abi.DAMAGED:
+            raise_damaged([block for each in self._repacked for block in each.blocks])
+        _native.check(status, "decode")
+
     def _layer(self, part: LayerParts) -> _abi.DecoderLayer:
         singles = []
         for linear in (*part.qkv, part.output, *(part.mlp or ())):
             fast = repacked_linear(linear.stored(), linear.bias, linear.out_features)
             if fast is None:
                 raise _NotNativeError
-            self._keep.append(fast)
-            singles.append(fast.blocks[0].data_ptr())
+            self._repacked.append(fast)
+            singles.append(fast.blocks[0].address)
         struct = _abi.DecoderLayer(
             attention_norm=part.norms[0].data_ptr(),
             mlp_norm=part.norms[1].data_ptr(),
@@ -213,7 +220,7 @@ class _Built:
             fast = repacked_experts(torch.empty(0, experts.hidden_size), gate, up, down)
             if fast is None:
                 raise _NotNativeError
-            self._keep.append(fast)
+            self._repacked.append(fast)
             struct.router, struct.expert_count, struct.active = (
                 part.router.data_ptr(),
                 experts.num_experts,
@@ -370,7 +377,7 @@ class NativeForward:
             x.data_ptr(),
             y.data_ptr(),
         )
-        _native.check(status, "decode")
+        built.check(status)
         for layer in layers:
             layer.advance(tokens)
         return y.to(embedded.dtype)

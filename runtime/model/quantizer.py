@@ -32,16 +32,22 @@ from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.contents import Contents, read_contents
 from dbrx_quant.runtime.folder.finite import check_finite
 from dbrx_quant.runtime.folder.index import unnamed_shard
+from dbrx_quant.runtime.model.memory import Memory
 
 METHOD = "exl2"
 
-_in_use: ContextVar[Contents | None] = ContextVar("in_use", default=None)
+_in_use: ContextVar[tuple[Contents, Memory | None] | None] = ContextVar("in_use", default=None)
 
 
 @contextmanager
-def use_contents(contents: Contents) -> Iterator[None]:
-    """Have `from_pretrained(None, state_dict=...)` load these contents, already checked, inside the block."""
-    token = _in_use.set(contents)
+def use_contents(contents: Contents, memory: Memory | None) -> Iterator[None]:
+    """Have `from_pretrained(None, state_dict=...)` load these contents, already checked, inside the block.
+
+    Args:
+        contents: what is loaded.
+        memory: how much of it stays in memory; None: no limit is known.
+    """
+    token = _in_use.set((contents, memory))
     try:
         yield
     finally:
@@ -74,6 +80,8 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Exl2Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._keys: Any = None
+        self._contents: Contents | None = None
+        self._memory: Memory | None = None
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Models can be saved: under the names and types that they were stored with."""
@@ -112,8 +120,9 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{type(model).__name__} is not what config.json names, {architectures}; "
                 "load EXL2 models with AutoModelForCausalLM or load_model"
             )
-        contents = _in_use.get() or _open_contents(model, checkpoint_files)
+        contents, self._memory = _in_use.get() or (_open_contents(model, checkpoint_files), None)
         saving = swap_modules(model, contents)
+        self._contents = contents
         loading = dict(saving)
         for file in checkpoint_files or ():  # which may use the names of the original model
             known = {name: contents.architecture.normalise(name) for name in read_header(Path(file))}
@@ -130,6 +139,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from dbrx_quant.runtime.model.linear import QuantLinear
         from dbrx_quant.runtime.model.native_step import install_native_step
+        from dbrx_quant.runtime.model.repacked_linears import use_repacked
 
         missed = sorted(set(self._keys.saving.values()) - self._keys.renamed)
         if missed:
@@ -140,6 +150,9 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.tile()
+        assert self._contents is not None
+        use_repacked(model, self._contents, self._keys.saving, self._memory)
+        self._contents = self._memory = None  # what is loaded holds on to what it needs
         model.requires_grad_(False)  # else torch.compile traces a backward pass, which there isn't
         install_native_step(model)
         return model

@@ -30,6 +30,7 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.utils.logging import get_logger
 
 from dbrx_quant.runtime.model.load import load_model
+from dbrx_quant.runtime.model.memory import Notify
 from dbrx_quant.runtime.talk.calls import tolerant
 from dbrx_quant.runtime.talk.door import Door, Places, error_response
 from dbrx_quant.runtime.talk.requests import (
@@ -77,6 +78,9 @@ def build_app(
     api_key: str | None = None,
     hosts: Collection[str] = (),
     limits: Limits = Limits(),
+    *,
+    memory: int | None = None,
+    notify: Notify | None = None,
 ) -> Door:
     """The web application, its model loaded.
 
@@ -87,6 +91,8 @@ def build_app(
         api_key: what clients must send as their bearer token, if anything.
         hosts: further names that the server is called by.
         limits: of each request.
+        memory: as `load_model` takes it.
+        notify: likewise.
 
     Raises:
         CheckpointError: as `load_model`.
@@ -97,7 +103,7 @@ def build_app(
     tokenizer.parse_response = tolerant(tokenizer.parse_response, tokenizer.decode)
     texts = TextProcess(tokenizer)
     try:
-        model = load_model(folder, device=device)
+        model = load_model(folder, device=device, memory=memory, notify=notify)
         texts.encode("", 0)  # it is ready when the server is
     except BaseException:
         texts.close()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dbrx_quant.scripts.terminal.arguments import (
+    add_memory_argument,
     add_model_argument,
     add_quiet_argument,
     find_model,
@@ -15,7 +16,7 @@ from dbrx_quant.scripts.terminal.arguments import (
 )
 from dbrx_quant.scripts.terminal.chat_screen import PlainScreen, TerminalScreen
 from dbrx_quant.scripts.terminal.chat_session import Screen, Session
-from dbrx_quant.scripts.terminal.output import hide_loading_bar, model_title, print_json, stdout_console
+from dbrx_quant.scripts.terminal.output import hide_loading_bar, model_title, print_json, say, stdout_console
 from dbrx_quant.scripts.terminal.verb import Verb
 
 _PROMPT = "\001\033[1;36m\002> \001\033[0m\002"  # \001 … \002: no columns, for readline
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=natural, default=0, help="of sampling (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--plain", action="store_true", help="show answers as plain text, not as Markdown")
+    add_memory_argument(parser)
     add_quiet_argument(parser)
 
 
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{folder}: no chat template; 'dbrx-quant generate' continues a text")
     typed = sys.stdin.isatty() and sys.stdout.isatty() and not arguments.json
     hide_loading_bar(arguments.quiet or typed)
-    model = load_model(folder, device=arguments.device)
+    model = load_model(folder, device=arguments.device, memory=arguments.memory, notify=say)
     torch.manual_seed(arguments.seed)
     conversation = Conversation(
         model,

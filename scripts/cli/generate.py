@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.scripts.terminal.arguments import (
+    add_memory_argument,
     add_model_argument,
     add_quiet_argument,
     find_model,
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=natural, default=0, help="of sampling (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="treat the prompt as a user's turn in a chat")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    add_memory_argument(parser)
     add_quiet_argument(parser)
 
 
@@ -58,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"the prompt has {ids.shape[1]} tokens, the model takes {context} with the answer; shorten it"
         )
-    model = load_model(folder, device=arguments.device)
+    model = load_model(folder, device=arguments.device, memory=arguments.memory, notify=say)
     torch.manual_seed(arguments.seed)
     stream = TextStream(tokenizer, (lambda piece: None) if arguments.json else _write)
     interrupted = False

@@ -27,16 +27,15 @@ from dbrx_quant.scripts.cli import (
     convert,
     doctor,
     generate,
-    index,
     measure,
     report,
     serve,
-    tokenizer,
     upload,
     verify,
 )
 from dbrx_quant.scripts.cli import eval as evaluate
 from dbrx_quant.scripts.cli import inspect as inspection
+from dbrx_quant.scripts.folders import index, repack, tokenizer
 from dbrx_quant.scripts.terminal.arguments import add_output_arguments
 from dbrx_quant.scripts.terminal.door import fault_line, guarded_streams
 from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe, say
@@ -48,6 +47,7 @@ VERBS: tuple[Verb, ...] = (
     inspection.VERB,
     verify.VERB,
     index.VERB,
+    repack.VERB,
     tokenizer.VERB,
     evaluate.VERB,
     report.VERB,

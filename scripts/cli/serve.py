@@ -13,6 +13,7 @@ from typing import Any
 
 from dbrx_quant.runtime.redact import hide
 from dbrx_quant.scripts.terminal.arguments import (
+    add_memory_argument,
     add_model_argument,
     add_quiet_argument,
     find_model,
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=600,
         help="for one answer; it is cut off there (default: %(default)s)",
     )
+    add_memory_argument(parser)
     add_quiet_argument(parser)
 
 
@@ -106,7 +108,9 @@ def run(arguments: argparse.Namespace) -> int:
         if key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
             say("warning: everyone who can reach this machine can use the model; --api-key-file sets a key")
         limits = Limits(arguments.queue, arguments.timeout, arguments.context)
-        app = build_app(folder, name, arguments.device, key, [arguments.host, *arguments.allow_host], limits)
+        hosts = [arguments.host, *arguments.allow_host]
+        memory = arguments.memory
+        app = build_app(folder, name, arguments.device, key, hosts, limits, memory=memory, notify=say)
         host, number = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{number}/v1"

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.runtime.kernels.activations import BITS
+from dbrx_quant.runtime.kernels.repacked import Block, repack
 from dbrx_quant.runtime.kernels.stored import Stored
 from dbrx_quant.runtime.kernels.structs import describe_linear
 from dbrx_quant.runtime.library import _abi, _native
@@ -58,9 +59,15 @@ class Linear:
         shape: K, N.
     """
 
-    block: Tensor
+    block: Block
     stored_bytes: int
     shape: tuple[int, int]
+
+    @property
+    def body(self) -> Tensor:
+        """The bytes that a product reads."""
+        assert isinstance(self.block.body, Tensor)
+        return self.block.body
 
 
 def random_linear(shape: tuple[int, int], groups: list[tuple[int, int]]) -> Linear:
@@ -79,10 +86,8 @@ def random_linear(shape: tuple[int, int], groups: list[tuple[int, int]]) -> Line
         torch.randperm(k).int(),
     )
     struct = describe_linear(stored, None, n)
-    library, size = _native.library(), ctypes.c_int64()
-    _native.check(library.dbrxq_repacked_bytes(ctypes.byref(struct), ctypes.byref(size)), "repack")
-    block = torch.empty(size.value, dtype=torch.uint8)
-    _native.check(library.dbrxq_repack(ctypes.byref(struct), block.data_ptr()), "repack")
+    block = repack(struct)
+    assert block is not None
     return Linear(block, sum(tensor.nbytes for tensor in stored), shape)
 
 
@@ -101,9 +106,9 @@ def mixed_groups(k: int, rows: int = 64) -> list[tuple[int, int]]:
     ]
 
 
-def pointers(blocks: list[Tensor]) -> Any:
+def pointers(blocks: list[Block]) -> Any:
     """The C array of the blocks' addresses."""
-    return (ctypes.c_void_p * len(blocks))(*(block.data_ptr() for block in blocks))
+    return (ctypes.c_void_p * len(blocks))(*(block.address for block in blocks))
 
 
 def best(runs: Iterator[Callable[[], None]], seconds: float, least: int = 5) -> float:
@@ -124,7 +129,7 @@ class Rotation:
 
     def __init__(self, shape: tuple[int, int], bits: int, rows: int) -> None:
         first = random_linear(shape, uniform_groups(shape[0], bits, rows))
-        count = -(-ROTATION_BYTES // first.block.numel())
+        count = -(-ROTATION_BYTES // first.body.numel())
         again = [random_linear(shape, uniform_groups(shape[0], bits, rows)) for _ in range(count - 1)]
         self.linears = [first, *again]
         self.bytes = first.stored_bytes
@@ -150,7 +155,7 @@ class Rotation:
         library, total = _native.library(), ctypes.c_uint64()
         for linear in cycle(self.linears):
 
-            def run(block: Tensor = linear.block) -> None:
+            def run(block: Tensor = linear.body) -> None:
                 size = block.numel()
                 _native.check(library.dbrxq_read_memory(block.data_ptr(), size, ctypes.byref(total)), "read")
 
@@ -164,7 +169,7 @@ def measure_gemv(rotation: Rotation, mode: str, seconds: float) -> dict[str, flo
         read = min(read, best(rotation.reads(), seconds / 6))
         took = min(took, best(rotation.multiplications(1, mode), seconds / 6))
     k, n = rotation.shape
-    bandwidth = rotation.linears[0].block.numel() / read / 1e9
+    bandwidth = rotation.linears[0].body.numel() / read / 1e9
     return {
         "ms": took * 1e3,
         "gb_per_s": rotation.bytes / took / 1e9,
@@ -232,12 +237,12 @@ def experts_block(threads: tuple[int, ...], mode: str, seconds: float) -> list[d
         def reads() -> Iterator[Callable[[], None]]:
             for linear in cycle(linears):
 
-                def read(block: Tensor = linear.block) -> None:
+                def read(block: Tensor = linear.body) -> None:
                     library.dbrxq_read_memory(block.data_ptr(), block.numel(), ctypes.byref(total))
 
                 yield read
 
-        sizes = {linear.block.numel() for linear in linears}
+        sizes = {linear.body.numel() for linear in linears}
         bandwidth = max(sizes) / best(reads(), seconds) / 1e9
         for tokens in (1, 64):
             x, y = torch.randn(tokens, HIDDEN), torch.empty(tokens, HIDDEN)

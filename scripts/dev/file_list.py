@@ -48,7 +48,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "conversion",
         "publish",
     ),
-    "scripts": ("terminal", "report", "cli", "dev"),
+    "scripts": ("terminal", "report", "folders", "cli", "dev", "full_size"),
 }
 
 

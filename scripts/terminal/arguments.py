@@ -154,6 +154,17 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def add_memory_argument(parser: argparse._ActionsContainer) -> None:
+    """`--memory`, of the verbs that run a model."""
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        type=size,
+        help="weights that stay in memory, such as 20GB: what every token needs, then the busiest experts; "
+        "the others come from disk (CPU only; default: all stay)",
+    )
+
+
 def add_quiet_argument(parser: argparse._ActionsContainer) -> None:
     """`--quiet`, of the verbs that can take minutes."""
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")

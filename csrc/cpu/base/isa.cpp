@@ -97,6 +97,7 @@ const char* dbrxq_status_text(int status) {
     case DBRXQ_NO_MEMORY: return "out of memory";
     case DBRXQ_NOT_FINITE: return "a scale is infinite, NaN or so large that weights may be infinite";
     case DBRXQ_BAD_REPACKED: return "not a repacked linear";
+    case DBRXQ_DAMAGED: return "a repacked linear in a file is damaged";
     default: return "unknown status";
   }
 }

@@ -139,11 +139,16 @@ int forward(const void* const* packed, int64_t count, int activation_bits, const
     const int status = view_packed(packed[i], part.view);
     if (status != DBRXQ_OK) return status;
     if (part.view.header->k != parts[0].view.header->k) return DBRXQ_BAD_SHAPE;
+    read_ahead(part.view);
     part.column = columns;
     columns += part.view.header->out_features;
     part.quantized = i;
     for (int64_t j = i - 1; j >= 0; --j)
       if (parts[static_cast<size_t>(j)].view.header->order == part.view.header->order) part.quantized = j;
+  }
+  for (const Part& part : parts) {
+    const int status = check_body(part.view);
+    if (status != DBRXQ_OK) return status;
   }
   thread_local Buffer<int32_t> memory;
   for (int64_t t = 0; t < tokens; t += kTokenBlock)

@@ -8,8 +8,11 @@
 //   y [t] = sum over a of p[t, a] * d[slot(t, a)], in order of a
 //
 // Tasks split columns, never sums, so the result does not depend on the number of threads.
+//
+// Batches whose linears lie in a mapped file are computed some at a time, while the next ones are read from the disk.
 #include <algorithm>
 #include <cstring>
+#include <span>
 #include <vector>
 
 #include "buffer.h"
@@ -23,13 +26,23 @@
 namespace dbrxq {
 namespace {
 
+constexpr int64_t kAheadBytes = int64_t{256} << 20;  // of mapped linears that are computed while as many are read
+
 // An expert that has tokens: its linears, its slots, its quantized inputs and hidden states.
 struct Batch {
   PackedView gate, up, down;
   bool same_order;  // gate and up permute and cut their inputs alike, so one quantized copy serves both
   int64_t first, count;
   Quantized for_gate, for_up, hidden;
+
+  int64_t mapped_bytes() const {
+    int64_t bytes = 0;
+    for (const PackedView* view : {&gate, &up, &down}) bytes += view->header->mapped ? view->header->body_bytes : 0;
+    return bytes;
+  }
 };
+
+using Batches = std::span<const Batch>;
 
 struct Task {
   const Batch* batch;
@@ -74,7 +87,7 @@ int open_batch(const Call& call, int64_t expert, Batch& batch) {
 }
 
 // Tasks of one linear of every batch, or of two alike, over its first `columns` columns.
-std::vector<Task> list_tasks(const std::vector<Batch>& batches, PackedView Batch::* linear, int64_t columns) {
+std::vector<Task> list_tasks(Batches batches, PackedView Batch::* linear, int64_t columns) {
   std::vector<Task> tasks;
   const int64_t total = (columns + bands::kColumns - 1) / bands::kColumns;
   int64_t all = static_cast<int64_t>(batches.size()) * total;
@@ -131,41 +144,36 @@ void down(const Call& call, const Task& task, float* outputs) {
   }
 }
 
-int run_pass(const Call& call) {
-  thread_local Scratch scratch;
-  const Routing routing = route(call.index, call.tokens, call.active, call.experts);
-  std::vector<Batch> batches;
-  int64_t words = 0, ffn = 0;
-  for (int64_t e = 0; e < call.experts; ++e) {
-    const int64_t first = routing.begin[static_cast<size_t>(e)];
-    const int64_t count = routing.begin[static_cast<size_t>(e + 1)] - first;
-    if (count == 0) continue;
-    Batch batch;
-    const int status = open_batch(call, e, batch);
-    if (status != DBRXQ_OK) return status;
-    if (ffn && ffn != batch.down.header->k) return DBRXQ_BAD_SHAPE;
-    ffn = batch.down.header->k;
-    batch.first = first;
-    batch.count = count;
-    batch.for_gate = batch.for_up = batch.hidden = Quantized(count);
-    words += batch.for_gate.words(*batch.gate.header) + batch.hidden.words(*batch.down.header) +
-             (batch.same_order ? 0 : batch.for_up.words(*batch.up.header));
-    batches.push_back(batch);
+// As many batches from the front as are computed together: all of them where nothing is mapped.
+size_t together(Batches batches) {
+  int64_t bytes = 0;
+  for (size_t i = 0; i < batches.size(); ++i) {
+    bytes += batches[i].mapped_bytes();
+    if (i && bytes > kAheadBytes) return i;
   }
-  int32_t* at = scratch.quantized.reserve(words);
+  return batches.size();
+}
+
+void read_all_ahead(Batches batches) {
+  for (const Batch& batch : batches)
+    for (const PackedView* view : {&batch.gate, &batch.up, &batch.down}) read_ahead(*view);
+}
+
+int check_bodies(Batches batches) {
+  for (const Batch& batch : batches)
+    for (const PackedView* view : {&batch.gate, &batch.up, &batch.down}) {
+      const int status = check_body(*view);
+      if (status != DBRXQ_OK) return status;
+    }
+  return DBRXQ_OK;
+}
+
+// The outputs of the slots of some batches.
+void run_batches(const Call& call, const Routing& routing, Batches batches, float* hidden, float* outputs) {
   std::vector<Tile> tiles;
-  for (Batch& batch : batches) {
-    const auto take = [&](Quantized& q, const PackedView& view) {
-      q.memory = at;
-      at += q.words(*view.header);
-    };
-    take(batch.for_gate, batch.gate);
-    if (!batch.same_order) take(batch.for_up, batch.up);
-    take(batch.hidden, batch.down);
+  for (const Batch& batch : batches)
     for (int64_t i = 0; i < batch.hidden.tiles(); ++i) tiles.push_back({&batch, i});
-  }
-  float* hidden = scratch.hidden.reserve(routing.slots() * ffn);
-  float* outputs = scratch.outputs.reserve(routing.slots() * call.hidden);
+  const int64_t ffn = batches[0].down.header->k;
 
   for_tiles(tiles, [&](const Tile& tile) {
     const Batch& batch = *tile.batch;
@@ -190,6 +198,54 @@ int run_pass(const Call& call) {
   const auto second = list_tasks(batches, &Batch::down, call.hidden);
   parallel_tasks(static_cast<int64_t>(second.size()),
                  [&](int64_t i) { down(call, second[static_cast<size_t>(i)], outputs); });
+}
+
+int run_pass(const Call& call) {
+  thread_local Scratch scratch;
+  const Routing routing = route(call.index, call.tokens, call.active, call.experts);
+  std::vector<Batch> batches;
+  int64_t words = 0, ffn = 0;
+  for (int64_t e = 0; e < call.experts; ++e) {
+    const int64_t first = routing.begin[static_cast<size_t>(e)];
+    const int64_t count = routing.begin[static_cast<size_t>(e + 1)] - first;
+    if (count == 0) continue;
+    Batch batch;
+    const int status = open_batch(call, e, batch);
+    if (status != DBRXQ_OK) return status;
+    if (ffn && ffn != batch.down.header->k) return DBRXQ_BAD_SHAPE;
+    ffn = batch.down.header->k;
+    batch.first = first;
+    batch.count = count;
+    batch.for_gate = batch.for_up = batch.hidden = Quantized(count);
+    words += batch.for_gate.words(*batch.gate.header) + batch.hidden.words(*batch.down.header) +
+             (batch.same_order ? 0 : batch.for_up.words(*batch.up.header));
+    batches.push_back(batch);
+  }
+  int32_t* at = scratch.quantized.reserve(words);
+  for (Batch& batch : batches) {
+    const auto take = [&](Quantized& q, const PackedView& view) {
+      q.memory = at;
+      at += q.words(*view.header);
+    };
+    take(batch.for_gate, batch.gate);
+    if (!batch.same_order) take(batch.for_up, batch.up);
+    take(batch.hidden, batch.down);
+  }
+  float* hidden = scratch.hidden.reserve(routing.slots() * ffn);
+  float* outputs = scratch.outputs.reserve(routing.slots() * call.hidden);
+
+  Batches left = batches;
+  size_t count = together(left);
+  read_all_ahead(left.first(count));
+  while (!left.empty()) {
+    const Batches now = left.first(count);
+    left = left.subspan(count);
+    count = together(left);
+    read_all_ahead(left.first(count));
+    const int status = check_bodies(now);
+    if (status != DBRXQ_OK) return status;
+    run_batches(call, routing, now, hidden, outputs);
+  }
   const auto combine = [&](int64_t t) {
     combine_token(routing, call.weights, t, call.active, call.hidden, outputs, call.y + t * call.hidden);
   };

@@ -39,7 +39,7 @@ std::vector<Segment> cut_segments(const std::vector<GroupSpan>& groups) {
   return segments;
 }
 
-// Sizes and offsets of the block.
+// Sizes and offsets.
 PackedHeader lay_out(const LinearView& view, const std::vector<Segment>& segments) {
   PackedHeader header = {};
   const Segment& last = segments.back();
@@ -57,9 +57,9 @@ PackedHeader lay_out(const LinearView& view, const std::vector<Segment>& segment
   header.tables_at = header.permutation_at + aligned(header.units * layout::kUnitRows * 4);
   const int64_t after = header.tables_at + aligned(header.groups * 16 * 4);
   header.bias_at = view.bias ? after : 0;
-  header.steps_at = after + (view.bias ? aligned(view.n * 4) : 0);
-  header.codes_at = header.steps_at + aligned(bands * header.groups * 16);
-  header.bytes = header.codes_at + bands * header.band_bytes;
+  header.head_bytes = after + (view.bias ? aligned(view.n * 4) : 0);
+  header.codes_at = aligned(bands * header.groups * 16);
+  header.body_bytes = header.codes_at + bands * header.band_bytes;
   return header;
 }
 
@@ -168,19 +168,13 @@ void advise_cold(const LinearView& view) {
 #endif
 }
 
-int repack(const dbrxq_linear& linear, char* packed) {
-  LinearView view;
-  std::vector<Segment> segments;
-  PackedHeader header;
-  const int status = plan(linear, view, segments, header);
-  if (status != DBRXQ_OK) return status;
-
-  advise_huge_pages(packed, header.bytes);
-  auto* tables = reinterpret_cast<float*>(packed + header.tables_at);
+// Everything but the body. Of the memory that parts leave free, nothing is written.
+int make_head(const LinearView& view, const std::vector<Segment>& segments, PackedHeader& header, char* head) {
+  auto* tables = reinterpret_cast<float*>(head + header.tables_at);
   for (const GroupSpan& group : view.groups)
     if (!fill_table(view, group, tables + group.index * 16)) return DBRXQ_NOT_FINITE;
 
-  auto* permutation = reinterpret_cast<int32_t*>(packed + header.permutation_at);
+  auto* permutation = reinterpret_cast<int32_t*>(head + header.permutation_at);
   for (int64_t j = 0; j < view.k; ++j) {
     int32_t row;
     std::memcpy(&row, view.invperm + 4 * j, sizeof row);
@@ -188,20 +182,48 @@ int repack(const dbrxq_linear& linear, char* packed) {
   }
   for (int64_t row = view.k; row < header.units * layout::kUnitRows; ++row) permutation[row] = permutation[view.k - 1];
   const auto segment_bytes = static_cast<int64_t>(segments.size() * sizeof(Segment));
-  std::memcpy(packed + header.segments_at, segments.data(), static_cast<size_t>(segment_bytes));
+  std::memcpy(head + header.segments_at, segments.data(), static_cast<size_t>(segment_bytes));
   header.order = hash(hash(0xcbf29ce484222325u, segments.data(), segment_bytes), permutation,
                       header.units * layout::kUnitRows * 4);
   if (view.bias) {
-    auto* bias = reinterpret_cast<float*>(packed + header.bias_at);
+    auto* bias = reinterpret_cast<float*>(head + header.bias_at);
     for (int64_t c = 0; c < view.n; ++c) bias[c] = half_to_float(load_half(view.bias, c));
   }
+  std::memcpy(head, &header, sizeof header);
+  return DBRXQ_OK;
+}
+
+int repack(const dbrxq_linear& linear, char* head, char* body) {
+  LinearView view;
+  std::vector<Segment> segments;
+  PackedHeader header;
+  int status = plan(linear, view, segments, header);
+  if (status != DBRXQ_OK) return status;
+  header.body = body;
+  status = make_head(view, segments, header, head);
+  if (status != DBRXQ_OK) return status;
+  advise_huge_pages(body, header.body_bytes);
+  const int64_t steps = view.n / bands::kColumns * header.groups * 16;
+  std::memset(body + steps, 0, static_cast<size_t>(header.codes_at - steps));
   parallel_for(view.n / bands::kColumns, [&](int64_t band) {
-    pack_band(view, band, packed + header.codes_at + band * header.band_bytes,
-              reinterpret_cast<uint8_t*>(packed + header.steps_at) + band * header.groups * 16);
+    pack_band(view, band, body + header.codes_at + band * header.band_bytes,
+              reinterpret_cast<uint8_t*>(body) + band * header.groups * 16);
   });
-  std::memcpy(packed, &header, sizeof header);
   advise_cold(view);
   return DBRXQ_OK;
+}
+
+int head_of(const dbrxq_linear& linear, const char* body, uint64_t checksum, bool mapped, char* head) {
+  LinearView view;
+  std::vector<Segment> segments;
+  PackedHeader header;
+  const int status = plan(linear, view, segments, header);
+  if (status != DBRXQ_OK) return status;
+  header.body = body;
+  header.checksum = checksum;
+  header.state = kUnchecked;
+  header.mapped = mapped;
+  return make_head(view, segments, header, head);
 }
 
 }  // namespace
@@ -215,24 +237,32 @@ int view_packed(const void* packed, PackedView& view) {
   view.permutation = reinterpret_cast<const int32_t*>(start + header->permutation_at);
   view.tables = reinterpret_cast<const float*>(start + header->tables_at);
   view.bias = header->bias_at ? reinterpret_cast<const float*>(start + header->bias_at) : nullptr;
-  view.steps = reinterpret_cast<const uint8_t*>(start + header->steps_at);
-  view.codes = start + header->codes_at;
+  view.steps = reinterpret_cast<const uint8_t*>(header->body);
+  view.codes = header->body + header->codes_at;
   return DBRXQ_OK;
 }
 
 }  // namespace dbrxq
 
-int dbrxq_repacked_bytes(const dbrxq_linear* linear, int64_t* bytes) {
+int dbrxq_repacked_bytes(const dbrxq_linear* linear, int64_t* head, int64_t* body) {
   return dbrxq::guarded([&] {
     dbrxq::LinearView view;
     std::vector<dbrxq::Segment> segments;
     dbrxq::PackedHeader header;
     const int status = dbrxq::plan(*linear, view, segments, header);
-    if (status == DBRXQ_OK) *bytes = header.bytes;
+    if (status != DBRXQ_OK) return status;
+    *head = header.head_bytes;
+    *body = header.body_bytes;
     return status;
   });
 }
 
-int dbrxq_repack(const dbrxq_linear* linear, void* packed) {
-  return dbrxq::guarded([&] { return dbrxq::repack(*linear, static_cast<char*>(packed)); });
+int dbrxq_repack(const dbrxq_linear* linear, void* head, void* body) {
+  return dbrxq::guarded([&] { return dbrxq::repack(*linear, static_cast<char*>(head), static_cast<char*>(body)); });
+}
+
+int dbrxq_repacked_head(const dbrxq_linear* linear, const void* body, uint64_t checksum, int mapped, void* head) {
+  return dbrxq::guarded([&] {
+    return dbrxq::head_of(*linear, static_cast<const char*>(body), checksum, mapped != 0, static_cast<char*>(head));
+  });
 }

@@ -1,6 +1,7 @@
-// A repacked linear: one block of memory without pointers, which a tensor can hold, copy and drop.
+// A repacked linear: a head, which knows every size, and a body, the bytes that a product streams through.
 //
-//   | header | segments | permutation | tables | bias | steps | codes |        every part at a multiple of 64 bytes
+//   head   | header | segments | permutation | tables | bias |     every part at a multiple of 64 bytes
+//   body   | steps | codes |                                       likewise
 //
 //   segments     a group's rows cut into runs of at most 4 units (128 rows): what shares one activation scale
 //   permutation  int32 [32 units]      input channel of each packed row
@@ -11,6 +12,9 @@
 //
 // Rows that fill up the last unit repeat the channel of the last row, so that they don't change an activation scale;
 // their codes are the zero point, so that they add nothing.
+//
+// The head is always made of the stored tensors. The body may be in a mapped file: where and how far it is read follows
+// from the head alone, and no value of its bytes leads out of it. All instruction sets share one layout.
 #pragma once
 #include <cstdint>
 
@@ -19,16 +23,28 @@
 
 namespace dbrxq {
 
-constexpr uint64_t kPackedMagic = 0x3130717872626471u;
+constexpr uint64_t kPackedMagic = 0x3230717872626471u;
+
+// What is known of a body's bytes.
+enum BodyState : int32_t {
+  kTrusted,    // made here, or compared with its checksum
+  kUnchecked,  // to be compared at its first use
+  kDamaged,
+};
 
 struct PackedHeader {
   uint64_t magic;
-  int64_t bytes;  // of the whole block
+  int64_t head_bytes, body_bytes;
   int64_t k, n, out_features, units, segments, groups;
   int64_t band_bytes;  // of the codes of one band
   uint64_t order;      // hash of permutation and segments: equal orders share quantized activations
-  // Bytes from the start of the block; bias_at is 0 without a bias.
-  int64_t segments_at, permutation_at, tables_at, bias_at, steps_at, codes_at;
+  // Bytes from the start of the head; bias_at is 0 without a bias.
+  int64_t segments_at, permutation_at, tables_at, bias_at;
+  int64_t codes_at;  // bytes from the start of the body
+  const char* body;
+  uint64_t checksum;      // of a body that is not trusted
+  mutable int32_t state;  // a BodyState, atomic
+  int32_t mapped;         // whether the body is in a mapped file, which is read ahead of its use
 };
 
 struct Segment {
@@ -51,8 +67,17 @@ struct PackedView {
   const char* band_codes(int64_t band) const { return codes + band * header->band_bytes; }
 };
 
-// Checks that `packed` is a block that dbrxq_repack made, and fills `view`; returns a status.
+// Checks that `packed` is a head that this library made, and fills `view`; returns a status.
 int view_packed(const void* packed, PackedView& view);
+
+// Asks for the pages of a large body in a mapped file, all at once and without waiting for them.
+void read_ahead(const PackedView& view);
+
+// DBRXQ_DAMAGED unless the body is trusted or, now that it is used for the first time, as its checksum says.
+int check_body(const PackedView& view);
+
+// Of the contents of a head and its body, wherever they lie.
+uint64_t checksum(const PackedView& view);
 
 // Activations of M tokens, quantized. Each value is v * scale with one scale a segment and token, and v either
 //   one byte,    v = high,             |v| <= 127,    scale = max|x| / 127 over the segment, or

@@ -1,0 +1,1 @@
+"""Verbs that write into a quantized folder: its index, its tokenizer files, its repacked linears."""
