@@ -48,7 +48,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "conversion",
         "publish",
     ),
-    "scripts": ("terminal", "report", "cli", "dev"),
+    "scripts": ("terminal", "report", "cli", "dev", "full_size"),
 }
 
 
