@@ -8,13 +8,16 @@ a few experts, whose times then count for all: those whose number of tokens is n
 Trials that experts of a role share count once. The floor of a step is what it has to compute at the speed
 of the fastest large float32 product that was seen here before and after, and what it has to move at the
 speed of a copy. The head is left out, and so is the reading of all weights that looks for NaN.
+
+Beside the seconds on the clock are those of the processor, a thread's share of them, which other programs on
+the machine hardly change. The command sets GOMP_SPINCOUNT=1000; do so here, or waiting threads count as well.
 """
 
 import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,13 +75,15 @@ def speed(seconds: float) -> Speed:
     a, b, source = torch.randn(rows, k), torch.randn(k, n), torch.ones(COPIED)
     product, target = torch.empty(rows, n), torch.empty(COPIED)
 
-    def fastest(run: Any) -> float:
+    def fastest(run: Callable[[], Any]) -> float:
+        """A thread's share of the processor time, which other programs on the machine hardly change."""
         run()  # touches the memory for the first time
         best, end = float("inf"), time.perf_counter() + seconds
-        while (started := time.perf_counter()) < end or best == float("inf"):
+        while time.perf_counter() < end or best == float("inf"):
+            started = time.process_time()
             run()
-            best = min(best, time.perf_counter() - started)
-        return best
+            best = min(best, time.process_time() - started)
+        return best / torch.get_num_threads()
 
     return Speed(
         2 * rows * k * n / fastest(lambda: torch.mm(a, b, out=product)),
@@ -174,13 +179,15 @@ def nearest(linear: LinearMeasurement, bpw: float) -> str:
 
 
 def figures(clock: Clock, machine: Speed) -> dict[str, Any]:
-    """The table of each phase, the longest step first and the rest last."""
-    report = {}
+    """The table of each phase, the longest step first and the rest last; processor time is a thread's."""
+    report, threads = {}, torch.get_num_threads()
     for phase, totals in clock.phases.items():
         whole = sum(total.seconds for total in totals.values())
+        processor = sum(total.processor for total in totals.values())
         order = sorted(totals, key=lambda name: (name == REST, -totals[name].seconds))
         report[phase] = {
             "seconds": whole,
+            "processor_seconds": processor / threads,
             "spent_seconds": clock.spent[phase],
             "steps": [
                 {
@@ -188,6 +195,8 @@ def figures(clock: Clock, machine: Speed) -> dict[str, Any]:
                     "calls": round(totals[name].calls),
                     "seconds": totals[name].seconds,
                     "share": totals[name].seconds / whole,
+                    "processor_seconds": totals[name].processor / threads,
+                    "processor_share": totals[name].processor / processor,
                     "floor_seconds": machine.floor(totals[name]),
                 }
                 for name in order
@@ -199,16 +208,10 @@ def figures(clock: Clock, machine: Speed) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
     """The report as tables."""
     for phase, found in report["phases"].items():
-        rows = []
-        for step in found["steps"]:
-            floor, seconds = step["floor_seconds"], step["seconds"]
-            of_floor = f"{100 * floor / seconds:.0f} %" if floor and seconds else ""
-            cells = [f"{step['calls']}", f"{seconds:.2f}", f"{100 * step['share']:.1f} %"]
-            rows.append([step["step"], *cells, f"{floor:.2f}" if floor else "", of_floor])
         print_table(
             f"{phase}: {seconds_text(found['seconds'])} a block, {seconds_text(found['spent_seconds'])} here",
-            ["step", "calls", "seconds", "share", "floor", "reached"],
-            rows,
+            ["step", "calls", "seconds", "share", "reached", "processor", "share", "reached", "floor"],
+            [_row(step) for step in found["steps"]],
         )
     block = sum(found["seconds"] for found in report["phases"].values())
     print(
@@ -217,6 +220,17 @@ def show(report: dict[str, Any]) -> None:
         f"peak memory {bytes_text(report['peak_bytes'])}; {report['blocks']} such blocks: "
         f"{seconds_text(report['blocks'] * block)}"
     )
+
+
+def _row(step: dict[str, Any]) -> list[str]:
+    floor, cells = step["floor_seconds"], [step["step"], f"{step['calls']}"]
+    for seconds, share in (
+        (step["seconds"], step["share"]),
+        (step["processor_seconds"], step["processor_share"]),
+    ):
+        reached = f"{100 * floor / seconds:.0f} %" if floor and seconds else ""
+        cells += [f"{seconds:.2f}", f"{100 * share:.1f} %", reached]
+    return [*cells, f"{floor:.2f}" if floor else ""]
 
 
 @quiet_on_closed_pipe

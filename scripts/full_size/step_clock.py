@@ -51,12 +51,14 @@ class Total:
     Attributes:
         calls: number of calls.
         seconds: their time.
+        processor: seconds of all threads, which other programs on the machine hardly change.
         operations: what they had to compute.
         moved: bytes that they had to read and write.
     """
 
     calls: float = 0.0
     seconds: float = 0.0
+    processor: float = 0.0
     operations: float = 0.0
     moved: float = 0.0
 
@@ -82,20 +84,20 @@ class Clock:
         self.spent: dict[str, float] = {}
         self._frames: list[_Frame] = []
         self._weight = 1.0
-        self._mark = 0.0
+        self._mark = 0.0, 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count what runs in the `with` block; outside of such blocks nothing is."""
         totals: dict[str, Total] = self.phases.setdefault(name, {})
-        begun = self._mark = time.perf_counter()
+        begun, _ = self._mark = _now()
         self._frames = [_Frame(None, "", totals.setdefault(REST, Total()), 1.0)]
         try:
             yield
         finally:
             self._charge()
             self._frames = []
-            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begun
+            self.spent[name] = self.spent.get(name, 0.0) + _now()[0] - begun
 
     def stand_for(self, weight: float) -> None:
         """From now on everything counts so many times."""
@@ -129,7 +131,7 @@ class Clock:
         if frame.step.moved:
             frame.total.moved += self._weight * frame.step.moved(arguments())
         self._weight = frame.weight
-        self._mark = time.perf_counter()  # counting is nobody's time
+        self._mark = _now()  # counting is nobody's time
 
     def product(self, operations: float) -> None:
         """Products of matrices were computed."""
@@ -139,10 +141,15 @@ class Clock:
                 frame.total.operations += self._weight * operations
 
     def _charge(self) -> None:
-        now = time.perf_counter()
+        before, self._mark = self._mark, _now()
         if self._frames:
-            self._frames[-1].total.seconds += self._weight * (now - self._mark)
-        self._mark = now
+            total = self._frames[-1].total
+            total.seconds += self._weight * (self._mark[0] - before[0])
+            total.processor += self._weight * (self._mark[1] - before[1])
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 @contextmanager

@@ -18,6 +18,9 @@ class Time:
     def perf_counter(self):
         return self.now
 
+    def process_time(self):
+        return 2 * self.now
+
     def passes(self, seconds):
         self.now += seconds
 
@@ -89,6 +92,7 @@ def test_a_step_has_its_own_time_and_the_rest_what_is_left(program, time):
     assert seconds(clock) == {REST: 100, "outer": 3, "inner": 50}
     assert calls(clock) == {REST: 0, "outer": 1, "inner": 1}
     assert clock.spent == {"phase": 153}
+    assert clock.phases["phase"]["inner"].processor == 100
 
 
 def test_what_runs_outside_of_phases_is_not_counted(program, time):
