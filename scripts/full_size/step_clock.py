@@ -191,7 +191,8 @@ def replaced(place: str, change: Callable[[Any], Any]) -> Iterator[None]:
     places: list[tuple[Any, str]] = [(owner, name)]
     for where in [] if owners else known:
         places += [(where, key) for key, value in vars(where).items() if value is function]
-    changed = change(function)
+    static = isinstance(function, staticmethod)
+    changed = staticmethod(change(function.__func__)) if static else change(function)
     for where, key in places:
         setattr(where, key, changed)
     try:

@@ -66,6 +66,11 @@ def program(monkeypatch, time):
             time.passes(4)
             return x + 1
 
+        @staticmethod
+        def static(x):
+            time.passes(6)
+            return x + 2
+
     for value in (inner, outer, items, manager, failing, Owner):
         setattr(module, value.__name__, value)
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -165,6 +170,9 @@ def test_counts_see_the_arguments_and_the_result(program, time):
         assert owner.method(5) == 6
         clock.stand_for(2)
         assert owner.method(x=7) == 8
+    with timed(clock, [step("static", "Owner.static")]), clock.phase("other"):
+        assert owner.static(1) == program.Owner.static(1) == 3
+    assert seconds(clock, "other") == {REST: 0, "static": 24}  # each still stands for two
     total = clock.phases["phase"]["method"]
     assert (total.operations, total.moved) == (5 + 14, 6 + 16)
     assert owner.method(1) == 2
