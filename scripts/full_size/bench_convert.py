@@ -27,7 +27,7 @@ import torch
 
 from dbrx_quant.calibration.blocks.model import Routing, StreamedModel
 from dbrx_quant.calibration.blocks.routing import coverage
-from dbrx_quant.calibration.blocks.states import new_states, open_states
+from dbrx_quant.calibration.blocks.states import States, new_states, open_states
 from dbrx_quant.calibration.blocks.walk import Turn, embed_rows, route
 from dbrx_quant.calibration.text.tokens import load_tokens, split_held_out
 from dbrx_quant.quantize import first_pass, second_pass
@@ -91,13 +91,13 @@ def speed(seconds: float) -> Speed:
     )
 
 
-def average_experts(model: StreamedModel, states: torch.Tensor, count: int) -> list[int]:
+def average_experts(model: StreamedModel, states: States, count: int) -> list[int]:
     """The experts of the first block with the most usual numbers of tokens."""
     experts = model.architecture.blocks[0].experts
     if experts is None:
         raise ValueError(f"{model.folder}: its first block has no experts")
     x = torch.empty(states.shape[0] * states.shape[1], states.shape[2])
-    seen = coverage(route(model.block(0), states, torch.empty_like(states), x), experts.count)
+    seen = coverage(route(model.block(0), states, None, x), experts.count)
     mean = sum(one.tokens for one in seen) / experts.count
     return sorted(sorted(range(experts.count), key=lambda e: abs(seen[e].tokens - mean))[:count])
 
