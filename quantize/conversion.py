@@ -123,7 +123,8 @@ def convert(options: ConvertOptions) -> list[Converted]:
         check_memory(model.architecture, rows.count, options.max_memory)
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
         measured = given is not None or (options.work / MEASUREMENT_NAME).exists()
-        check_disk(model.architecture, rows.count, options.work, options.out, sizes, measured)
+        limit = options.max_shard_bytes
+        check_disk(model.architecture, rows.count, options.work, options.out, sizes, limit, measured)
         measurement = given or _measurement(options, model, rows)
         strategies = _strategies(options, model, rows, measurement)
         return [_one_target(options, model, rows, measurement, s) for s in strategies]
