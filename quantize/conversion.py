@@ -35,7 +35,7 @@ from dbrx_quant.quantize.measurement import (
 )
 from dbrx_quant.quantize.options import ConvertOptions, target_name
 from dbrx_quant.quantize.output.config import Summary, generation_config, patched_config, write_configs
-from dbrx_quant.quantize.output.finished import is_finished, note_finished
+from dbrx_quant.quantize.output.finished import is_finished, note_finished, was_finished
 from dbrx_quant.quantize.output.place import claimed
 from dbrx_quant.quantize.output.record import RECORD_NAME, write_record
 from dbrx_quant.quantize.output.side_files import copy_side_files
@@ -44,6 +44,7 @@ from dbrx_quant.quantize.second_pass import QuantizeJob, quantize_model
 from dbrx_quant.quantize.solve.repair import NO_REPAIR
 from dbrx_quant.quantize.work_folder import check_apart, open_job
 from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
+from dbrx_quant.runtime.exl2.group_text import parse_groups
 from dbrx_quant.runtime.families.config import read_config
 from dbrx_quant.runtime.families.values import check_values
 from dbrx_quant.runtime.files.atomic import check_place, write_json
@@ -52,7 +53,8 @@ from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.sealed import check_seal, seal
 from dbrx_quant.runtime.files.watched import WatchedFile
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME
-from dbrx_quant.runtime.folder.shards import write_shards
+from dbrx_quant.runtime.folder.filling import FillingShards, check_begun, is_begun
+from dbrx_quant.runtime.folder.shards import check_foreign
 from dbrx_quant.runtime.folder.verify import verify
 from dbrx_quant.runtime.kernels.float_matmul import fast_products, rounded_dtype
 from dbrx_quant.runtime.progress import bar
@@ -60,6 +62,8 @@ from dbrx_quant.runtime.tokenizer.check import check_tokenizer
 from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
 from dbrx_quant.runtime.tokenizer.ids import read_object, special_ids
 
+# of an earlier result, and gone when the first shard of another comes
+_REPLACED = ("config.json", STRATEGY_NAME, RECORD_NAME, EVALUATION_NAME)
 _PREDICTED = JsonFile("a prediction", version=1, remedy="start over with --resume never", sealed=True)
 
 
@@ -113,11 +117,14 @@ def convert(options: ConvertOptions) -> list[Converted]:
     ):
         if resumed and not options.quiet:
             print(f"resuming the work in {options.work}", file=sys.stderr)
+        for target in options.targets:
+            _check_place(options, target)
         rows = _rows(options, model)
         check_memory(model.architecture, rows.count, options.max_memory)
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
         measured = given is not None or (options.work / MEASUREMENT_NAME).exists()
-        check_disk(model.architecture, rows.count, options.work, options.out, sizes, measured)
+        limit = options.max_shard_bytes
+        check_disk(model.architecture, rows.count, options.work, options.out, sizes, limit, measured)
         measurement = given or _measurement(options, model, rows)
         strategies = _strategies(options, model, rows, measurement)
         return [_one_target(options, model, rows, measurement, s) for s in strategies]
@@ -250,6 +257,19 @@ def _target_work(options: ConvertOptions, target: float) -> Path:
     return options.work / f"{target_name(target)}-h{options.head_bits}"
 
 
+def _check_place(options: ConvertOptions, target: float) -> None:
+    """Find out before the work whether shards were begun otherwise, and say what will be replaced."""
+    work, out = _target_work(options, target), options.output(target)
+    if was_finished(work):
+        return
+    check_begun(work, options.max_shard_bytes)
+    if check_foreign(out) and (out / "config.json").exists() and not is_begun(work):
+        print(
+            f"notice: {out}: holds an earlier result, which goes when the first shard of this one comes",
+            file=sys.stderr,
+        )
+
+
 def _one_target(
     options: ConvertOptions,
     model: StreamedModel,
@@ -271,6 +291,15 @@ def _one_target(
         groups = {name: option.groups for name, option in strategy.choices.items()}
         title = f"quantize {strategy.target_bpw}"
         model.check_unchanged()
+        shards = FillingShards(
+            work,
+            out,
+            model.architecture,
+            model.checkpoint,
+            {name: parse_groups(text) for name, text in groups.items()},
+            options.max_shard_bytes,
+            _REPLACED,
+        )
         with bar(len(groups), title, options.quiet) as progress:
             job = QuantizeJob(
                 model,
@@ -283,29 +312,29 @@ def _one_target(
                 options.repair,
                 rows.held_out,
                 options.refit,
+                shards,
             )
             measured = quantize_model(job)
-        job.linears.check(model.architecture.linears())
-        side_files = _write_output(options, model, rows, strategy, measured, work, out)
+        side_files = _write_output(options, model, rows, strategy, measured, shards, out)
         write_measurement(out / MEASUREMENT_NAME, measurement)
         report = verify(out)
         if not report.ok:
             raise CheckpointError(f"{out}: the result fails verification: {'; '.join(report.faults[:3])}")
         note_finished(work, out, side_files)
         job.discard_states()  # first, since states say that the linears before them are there
-        shutil.rmtree(work / "linears")
+        shards.forget()
     elif not options.quiet:
         print(f"{out}: already finished; kept as it is, with the shards it has", file=sys.stderr)
     _, outcome = read_strategy(out / STRATEGY_NAME)
     measured_kl = outcome.measured["kl"] if outcome is not None and outcome.measured else None
-    shards = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return Converted(
         out,
         strategy.target_bpw,
         strategy.bpw,
         strategy.kl,
         measured_kl,
-        shards,
+        size,
         time.monotonic() - started,
         peak_memory(),
     )
@@ -330,22 +359,12 @@ def _write_output(
     rows: Rows,
     strategy: Strategy,
     measured: dict[str, Any] | None,
-    work: Path,
+    shards: FillingShards,
     out: Path,
 ) -> tuple[str, ...]:
     """Write a result; returns the names of the side files that were copied along."""
     model.check_unchanged()
-    notes: list[str] = [*model.notes, *rows.tokens.description.get("notices", [])]
-    for name in (STRATEGY_NAME, RECORD_NAME, EVALUATION_NAME):  # of an earlier result, now replaced
-        (out / name).unlink(missing_ok=True)
-    write_shards(
-        out,
-        model.architecture,
-        model.checkpoint,
-        work / "linears",
-        options.max_shard_bytes,
-        notify=notes.append,
-    )
+    notes: list[str] = [*model.notes, *rows.tokens.description.get("notices", []), *shards.finish()]
     try:
         notes += write_tokenizer(options.model, out, model.architecture.vocabulary)
         notes += write_configs(
@@ -362,7 +381,7 @@ def _write_output(
         side_files = copy_side_files(options.model, out)
         skipped = side_files.skipped
         notes += [f"left behind: {name} ({why})" for name, why in skipped.items() if why != "a hidden file"]
-        write_record(out, options, strategy.target_bpw, work / "linears")
+        write_record(out, options, strategy.target_bpw, shards.facts)
         model.check_unchanged()
     except CheckpointError:
         (out / CHECKSUMS_NAME).unlink()  # so that nobody takes the result for a finished one

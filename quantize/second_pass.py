@@ -31,6 +31,7 @@ from dbrx_quant.quantize.solve.repair import DEFAULT_REPAIR, Repair
 from dbrx_quant.runtime.families.facts import LinearSpec, load_bias
 from dbrx_quant.runtime.files.json_file import VERSION_KEY, JsonFile
 from dbrx_quant.runtime.files.sealed import remove
+from dbrx_quant.runtime.folder.filling import FillingShards
 from dbrx_quant.runtime.folder.linear_files import LinearFiles
 from dbrx_quant.runtime.progress import Progress
 
@@ -52,6 +53,7 @@ class QuantizeJob:
         repair: how linears that write into the residual stream make good what it has lost.
         held_out: [H, L] int64 token ids that measure the distance to the original; None: it is not measured.
         refit: whether the maxima of each linear's groups are fitted once more when its codes are fixed.
+        shards: of the result, which finished linears move into; None: they stay files in the folder.
     """
 
     model: StreamedModel
@@ -64,6 +66,7 @@ class QuantizeJob:
     repair: Repair = DEFAULT_REPAIR
     held_out: Tensor | None = None
     refit: bool = False
+    shards: FillingShards | None = None
 
     @property
     def all_tokens(self) -> Tensor:
@@ -103,7 +106,7 @@ class QuantizeJob:
     @property
     def linears(self) -> LinearFiles:
         """The finished linears."""
-        return LinearFiles(self.folder / "linears")
+        return LinearFiles(self.folder / "linears") if self.shards is None else self.shards
 
     @property
     def solver(self) -> Solver:
@@ -144,7 +147,7 @@ class QuantizeJob:
 
 
 def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
-    """Solve every linear of the model that has no file yet.
+    """Solve every linear of the model that is not finished yet.
 
     Returns:
         The distance to the original on the held-out rows (`evaluation.scores`), None without any.
@@ -209,10 +212,12 @@ def _run_original(job: QuantizeJob, index: int) -> Goals:
 
 
 def _quantize_stage(job: QuantizeJob, stage: Stage) -> None:
-    """Quantize the linears of a stage that have no file yet, and continue with what the files decode to."""
+    """Quantize the linears of a stage that are not finished yet, and continue with what all decode to."""
     if todo := job.linears.unfinished(stage.specs):
         _solve(job, stage, todo)
     stage.finish(job.linears.weight)
+    if job.shards is not None:
+        job.shards.fill()
     for spec in stage.specs:
         job.progress.step(spec.name)
 

@@ -68,12 +68,44 @@ def check_memory(architecture: Architecture, tokens: int, limit: int | None) -> 
         )
 
 
+def waiting_bytes(architecture: Architecture, result: int, max_shard_bytes: int) -> int:
+    """Finished linears that wait on disk for their shard to be full, and are still there while it is written.
+
+    Args:
+        architecture: of the model.
+        result: bytes of all shards.
+        max_shard_bytes: limit of one.
+    """
+    stages = [stage for block in architecture.blocks for stage in block.stages]
+    stages += [expert for block in architecture.blocks if block.experts for expert in block.experts.linears]
+    largest = max(sum(math.prod(spec.shape) for spec in stage) for stage in [*stages, [architecture.head]])
+    return min(result, max_shard_bytes + largest)  # a weight takes a byte at most, about
+
+
+def work_bytes(
+    architecture: Architecture, tokens: int, results: Sequence[int], max_shard_bytes: int, measured: bool
+) -> int:
+    """The work folder at its largest: states while it measures, or states and waiting linears later.
+
+    Args:
+        architecture: of the model.
+        tokens: of the calibration.
+        results: bytes of each.
+        max_shard_bytes: limit of a shard.
+        measured: whether the measurement is there already.
+    """
+    waiting = max((waiting_bytes(architecture, result, max_shard_bytes) for result in results), default=0)
+    measuring = 0 if measured else states_bytes(architecture, tokens)
+    return max(measuring, quantizing_bytes(architecture, tokens) + waiting if results else 0)
+
+
 def check_disk(
     architecture: Architecture,
     tokens: int,
     work: Path,
     out: Path | None,
     results: Sequence[int] = (),
+    max_shard_bytes: int = 0,
     measured: bool = False,
 ) -> None:
     """Raise ValueError if the disk has no room for a conversion, before hours have gone into it.
@@ -84,11 +116,10 @@ def check_disk(
         work: the work folder; what it holds from earlier on counts as room.
         out: where results go; None: there are none.
         results: bytes of each.
+        max_shard_bytes: limit of a shard of the results.
         measured: whether the measurement is there already.
     """
-    measuring = 0 if measured else states_bytes(architecture, tokens)
-    states = max(measuring, quantizing_bytes(architecture, tokens) if results else 0)
-    needed, there = states + max(results, default=0), _bytes_in(work)
+    needed, there = work_bytes(architecture, tokens, results, max_shard_bytes, measured), _bytes_in(work)
     folder = _existing(work)
     free = shutil.disk_usage(folder).free + there
     if needed > free:
@@ -101,13 +132,14 @@ def check_disk(
         return
     place, total = _existing(out), sum(results)
     if os.stat(place).st_dev == os.stat(folder).st_dev:
-        free -= max(results, default=0)  # states are gone by then, but not the linears
+        free -= work_bytes(architecture, tokens, results, max_shard_bytes, measured=True)
     else:
         free = shutil.disk_usage(place).free
-    if total > free + _bytes_in(out):
+    free += _bytes_in(out)
+    if total > free:
         raise ValueError(
-            f"{out}: the results take {total / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
-            "ask for fewer or smaller ones, or write to another disk"
+            f"{out}: the results take {total / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free beside the "
+            "work folder; ask for fewer or smaller ones, or write to another disk"
         )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_quant.calibration.text.sources import kind_of
-from dbrx_quant.quantize.estimate.memory import peak_bytes, states_bytes
+from dbrx_quant.quantize.estimate.memory import peak_bytes, work_bytes
 from dbrx_quant.quantize.estimate.sizes import decoder_weights, shape_range, source_architecture, total_bytes
 from dbrx_quant.quantize.estimate.time import machine_speed, measuring_operations, quantizing_operations
 from dbrx_quant.quantize.options import ConvertOptions
@@ -75,7 +75,9 @@ def plan(options: ConvertOptions) -> Plan:
         high,
         targets,
         peak_bytes(architecture, tokens),
-        states_bytes(architecture, tokens) + max((t.total_bytes for t in targets), default=0),
+        work_bytes(
+            architecture, tokens, [t.total_bytes for t in targets], options.max_shard_bytes, measured=False
+        ),
         measuring_operations(architecture, tokens, options.effort) / speed,
         quantizing_operations(architecture, tokens, options.effort, repair, options.refit) / speed,
     )

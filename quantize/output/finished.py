@@ -46,6 +46,11 @@ def note_finished(work: Path, out: Path, side_files: Iterable[str]) -> None:
     _FILE.write(work / _NAME, {"files": files, "shards": shards})
 
 
+def was_finished(work: Path) -> bool:
+    """Whether a result has been finished, be it there or not."""
+    return (work / _NAME).exists()
+
+
 def is_finished(work: Path, out: Path) -> bool:
     """Whether a result is there as it was finished; small files that are not are written anew.
 

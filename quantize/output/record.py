@@ -11,10 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.runtime.files.json_file import JsonFile
+from dbrx_quant.runtime.folder.filling import Facts
 
 RECORD_NAME = "conversion.json"
 _FILE = JsonFile("a record of a conversion", version=1, remedy="delete it")
@@ -39,22 +38,20 @@ class Record:
     relative_errors: Mapping[str, float]
 
 
-def write_record(out: Path, options: ConvertOptions, target: float, linears: Path) -> None:
+def write_record(out: Path, options: ConvertOptions, target: float, linears: Mapping[str, Facts]) -> None:
     """Write `conversion.json`.
 
     Args:
         out: the finished checkpoint's folder.
         options: what it was made with.
         target: bits per weight that it was made for.
-        linears: the folder of the quantized linears, whose metadata has loss and energy.
+        linears: loss and energy of each quantized linear.
     """
-    errors = {}
-    for file in sorted(linears.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        energy = float(metadata.get("energy", 0))  # zero: no token has reached it
-        if energy > 0:
-            errors[file.name.removesuffix(".safetensors")] = float(f"{float(metadata['loss']) / energy:.4g}")
+    errors = {
+        name: float(f"{facts.loss / facts.energy:.4g}")
+        for name, facts in linears.items()
+        if facts.energy > 0  # else no token has reached it
+    }
     versions = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
     _FILE.write(
         out / RECORD_NAME,

@@ -1,17 +1,19 @@
 """Files that are read again later: a checksum beside each, compared whenever the file is read.
 
-The checksum of `x` is in `.x.sha256`. It is written after the file and not flushed to the disk: where it is
-lost, the file counts as damaged and is made anew. SHA-256 takes 0.7 s of processor time a GB.
+The checksum of `x` is in `.x.sha256`. It is written after the file and flushed to the disk on demand only:
+where it is lost, the file counts as damaged and is made anew. SHA-256 takes 0.7 s of processor time a GB.
 """
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from dbrx_quant.runtime.files.atomic import naming
 from dbrx_quant.runtime.files.errors import CheckpointError
 
+_CHECKSUM = re.compile("[0-9a-f]{64}")
 _SUFFIXES = (".json", ".safetensors")
 
 
@@ -19,6 +21,17 @@ def seal(path: Path) -> None:
     """Put the checksum of a file that is complete beside it."""
     with naming(path):
         _checksum_of(path).write_text(sha256(path), encoding="ascii")
+
+
+def flush_seal(path: Path) -> None:
+    """Flush the checksum of a file to the disk, for a file that takes long to make anew."""
+    for one in (_checksum_of(path), path.parent):
+        with naming(one):
+            descriptor = os.open(one, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def seal_again(path: Path) -> None:
@@ -102,7 +115,9 @@ def _checksum_of(path: Path) -> Path:
 
 
 def _expected(path: Path) -> str | None:
+    """The checksum of a file; None where there is none, or a part of one, as a killed process leaves it."""
     try:
-        return _checksum_of(path).read_text(encoding="ascii", errors="replace")
+        text = _checksum_of(path).read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
         return None
+    return text if _CHECKSUM.fullmatch(text) else None

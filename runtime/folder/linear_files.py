@@ -63,9 +63,16 @@ class LinearFiles:
         for spec in specs:
             check_seal(self.path(spec.name))
 
-    def weight(self, spec: LinearSpec) -> Tensor:
-        """The dequantized float32 weight [N, K] of a linear, from its file."""
+    def stored(self, spec: LinearSpec) -> dict[str, Tensor]:
+        """The tensors of a linear as stored, by suffix.
+
+        Raises:
+            CheckpointError: its file is not as it was written.
+        """
         self.check([spec])
         prefix = f"{spec.name}."
-        stored = {n.removeprefix(prefix): tensor for n, tensor in load_file(self.path(spec.name)).items()}
-        return dequantize(stored, spec.shape[1]).float().contiguous()
+        return {name.removeprefix(prefix): t for name, t in load_file(self.path(spec.name)).items()}
+
+    def weight(self, spec: LinearSpec) -> Tensor:
+        """The dequantized float32 weight [N, K] of a linear."""
+        return dequantize(self.stored(spec), spec.shape[1]).float().contiguous()

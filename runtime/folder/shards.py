@@ -1,21 +1,13 @@
 """Finished linears and 16-bit tensors → the shards, index and checksums of a quantized checkpoint.
 
-Everything is planned from headers first, so that sizes, names and offsets are known before a byte is written;
-then each shard is one stream of copied bytes. Equal inputs give equal bytes. A shard looks like this:
-
-    | header length, 8 bytes | header, JSON, padded with spaces | all q_weight | all q_invperm | all q_scale |
-    | all floats | all bias | all q_groups | all q_scale_max |    ^ a multiple of 64 bytes from the start
-
-Sorted this way every packed word lies aligned when the file is mapped into memory: the tensors of the first
-kinds are multiples of 16 bytes long, only the tail holds odd sizes, and the format allows no gaps.
+Each shard is one stream of copied bytes, as `shard_plan.py` has it: equal inputs give equal bytes. Index and
+checksums come last, so their presence says that the set is complete.
 """
 
 import errno
 import hashlib
-import json
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,51 +17,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dbrx_quant.runtime.exl2.checkpoint import Checkpoint, TensorInfo, read_header
-from dbrx_quant.runtime.exl2.format import padded_columns, validate_linear
+from dbrx_quant.runtime.exl2.format import GroupMap, padded_columns, validate_linear
 from dbrx_quant.runtime.exl2.weight_files import INDEX_NAME
-from dbrx_quant.runtime.families.facts import (
-    ATTENTION_ROLES,
-    Architecture,
-    BlockSpec,
-    FloatSpec,
-    LinearSpec,
-    to_half,
-)
+from dbrx_quant.runtime.families.facts import Architecture, FloatSpec, LinearSpec, to_half
 from dbrx_quant.runtime.files.atomic import DTYPE_NAMES, naming, remove_leftovers, write_json, write_parts
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, Checksum, write_checksums
 from dbrx_quant.runtime.folder.repacked_file import REPACKED_NAME
+from dbrx_quant.runtime.folder.shard_plan import MAX_SHARD_BYTES, Shard, is_shard, plan_shards
 
-MAX_SHARD_BYTES = 8_000_000_000
-
-_KINDS = ("q_weight", "q_invperm", "q_scale", "weight", "bias", "q_groups", "q_scale_max")
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-_ALIGNMENT = 64
-_ENTRY_BYTES = 128  # at most, of a tensor's header entry, its name aside
 _CHUNK_BYTES = 16 << 20
 _SMALLEST_NORMAL = 2.0**-14
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """An output tensor: its name, and the bytes or the 16-bit tensor it comes from."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    source: TensorInfo | FloatSpec
-
-    @property
-    def kind(self) -> int:
-        """Place of the tensor's kind in a shard."""
-        return _KINDS.index(self.name.rsplit(".", 1)[1])
-
-    @property
-    def cost(self) -> int:
-        """The most bytes of a shard that it takes, its header entry included."""
-        return self.nbytes + len(self.name.encode()) + _ENTRY_BYTES
 
 
 @dataclass(frozen=True)
@@ -86,23 +45,19 @@ def write_shards(
     checkpoint: Checkpoint,
     linears_folder: Path,
     max_shard_bytes: int | float = MAX_SHARD_BYTES,
-    notify: Callable[[str], None] | None = None,
 ) -> list[Path]:
-    """Write the weight files of a quantized checkpoint and return the shards in order.
+    """Write the weight files of a quantized checkpoint at once and return the shards in order.
 
     Written are `model.safetensors`, or `model-0000i-of-0000n.safetensors` and their index; last of all
-    `checksums.json` with size and SHA-256 of each shard, so its presence says that the set is complete.
-    A run that was killed leaves no half shard, and the next one starts over. Shards of an earlier run that
-    are not part of this one are removed.
+    `checksums.json` with size and SHA-256 of each shard. A run that was killed leaves no half shard, and the
+    next one starts over. Shards of an earlier run are removed first.
 
     Args:
         out: the folder, made if needed.
         architecture: what the model consists of.
         checkpoint: the original, for the tensors kept in 16 bits (converted to float16).
         linears_folder: one `<name>.safetensors` for every quantized linear.
-        max_shard_bytes: limit of a shard's file size; only a larger single tensor exceeds it, in a file of
-            its own. A linear's tensors stay together where they fit.
-        notify: called with each note that readers of the report should see, a sentence each.
+        max_shard_bytes: limit of a shard's file size, as in `plan_shards`.
 
     Raises:
         CheckpointError: a linear is missing or breaks the format, a 16-bit tensor does not fit float16 or has
@@ -110,49 +65,22 @@ def write_shards(
         ValueError: `out` is the original's folder.
         OSError: not enough room on the disk; nothing was written.
     """
-    out = Path(out)
-    if out.resolve() in (checkpoint.folder.resolve(), Path(linears_folder).resolve()):
+    out, linears_folder = Path(out), Path(linears_folder)
+    if out.resolve() in (checkpoint.folder.resolve(), linears_folder.resolve()):
         raise ValueError(f"{out}: the output folder must differ from the input folders")
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
-    present = check_foreign(out)
+    check_foreign(out)
 
-    modules = plan_modules(architecture, checkpoint, Path(linears_folder))
-    shards = split(modules, int(max_shard_bytes))
-    # Done ahead of writing, so that a value beyond float16 is not found after fifty gigabytes.
-    rounding = {spec.name: count_rounding(spec, checkpoint) for spec in architecture.all_floats()}
-    paths = [out / name for name in shard_names(len(shards))]
-    headers = [_header(shard) for shard in shards]
-    sizes = [len(head) + sum(t.nbytes for t in shard) for head, shard in zip(headers, shards, strict=True)]
-    check_room(out, paths, sizes)
+    groups = {spec.name: read_linear(spec, linears_folder)[0] for spec in architecture.linears()}
+    shards = plan_shards(architecture, groups, max_shard_bytes)
+    rounding = check_floats(architecture, checkpoint)
+    check_room(out, shards)
 
-    index = out / INDEX_NAME
-    for stale in (index, out / CHECKSUMS_NAME, out / REPACKED_NAME):  # of other shards than those to come
-        stale.unlink(missing_ok=True)
-    checksums: dict[str, Checksum] = {}
-    for path, head, shard, size in zip(paths, headers, shards, sizes, strict=True):
-        digest = hashlib.sha256()
-        parts = chain((head,), _contents(shard, checkpoint))
-        write_parts(path, _digested(parts, digest.update), size)
-        checksums[path.name] = Checksum(digest.hexdigest(), size)
-    for file in present:
-        if file not in paths:
-            file.unlink()
-
-    if len(paths) > 1:
-        weight_map = {t.name: path.name for path, shard in zip(paths, shards, strict=True) for t in shard}
-        total = sum(tensor.nbytes for shard in shards for tensor in shard)
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    flushed = {name: count.zero for name, count in sorted(rounding.items()) if count.zero}
-    write_checksums(out, checksums, flushed)
-    if notify:
-        for name, count in sorted(rounding.items()):
-            if count.zero or count.subnormal:
-                notify(
-                    f"{name}: too small for float16: {count.zero} values became zero, "
-                    f"{count.subnormal} lost precision"
-                )
-    return paths
+    withdraw(out)
+    checksums = {shard.name: write_shard(out, shard, checkpoint, linears_folder) for shard in shards}
+    write_lists(out, shards, checksums, rounding)
+    return [out / shard.name for shard in shards]
 
 
 def check_foreign(out: Path) -> list[Path]:
@@ -163,58 +91,91 @@ def check_foreign(out: Path) -> list[Path]:
     """
     present = sorted(out.glob("*.safetensors"))
     for file in present:
-        if not _SHARD.fullmatch(file.name):
+        if not is_shard(file.name):
             raise CheckpointError(
                 f"{file}: not written by this converter, and readers would merge it; move it away"
             )
     return present
 
 
-def module_order(architecture: Architecture) -> Iterator[LinearSpec | FloatSpec]:
-    """Every part of the model in the order that exllamav2 writes them."""
-    embedding, *final = architecture.floats
-    yield embedding
-    for block in architecture.blocks:
-        yield from _block_order(block)
-    yield from final
-    yield architecture.head
+def check_room(out: Path, shards: Iterable[Shard], kept: Container[str] = ()) -> None:
+    """Raise OSError unless the disk has room for shards, once those in place that are not kept are gone."""
+    needed = sum(shard.size for shard in shards)
+    free = shutil.disk_usage(out).free
+    room = free + sum(file.stat().st_size for file in check_foreign(out) if file.name not in kept)
+    if needed > room:
+        raise OSError(
+            errno.ENOSPC,
+            f"the shards to come need {needed} bytes of disk, {room} are free; free some space and run again",
+            str(out),
+        )
 
 
-def _block_order(block: BlockSpec) -> Iterator[LinearSpec | FloatSpec]:
-    linears = [spec for stage in block.stages for spec in stage]
-    first = [spec for spec in block.floats if ".input_layernorm." in spec.name]
-    head_norms = [spec for spec in block.floats if ".self_attn." in spec.name]
-    yield from first
-    yield from (spec for spec in linears if spec.role in ATTENTION_ROLES)
-    yield from head_norms
-    yield from (spec for spec in block.floats if spec not in first + head_norms)
-    yield from (spec for spec in linears if spec.role not in ATTENTION_ROLES)
-    for expert in block.experts.linears if block.experts else ():
-        yield from expert
+def withdraw(out: Path, kept: Container[str] = (), others: Iterable[str] = ()) -> None:
+    """Remove an earlier result before the first shard of another comes, what tells of its shards first.
+
+    Args:
+        out: the folder.
+        kept: names of shards that stay.
+        others: names of further files that go with it.
+    """
+    present = check_foreign(out)
+    for name in (CHECKSUMS_NAME, INDEX_NAME, REPACKED_NAME, *others):
+        (out / name).unlink(missing_ok=True)
+    for file in present:
+        if file.name not in kept:
+            file.unlink()
 
 
-def plan_modules(
-    architecture: Architecture, checkpoint: Checkpoint, linears_folder: Path
-) -> list[list[PlannedTensor]]:
-    """The output's tensors, module by module, from headers and small tensors alone.
+def write_shard(out: Path, shard: Shard, checkpoint: Checkpoint, linears_folder: Path) -> Checksum:
+    """Write one shard, atomically.
+
+    Args:
+        out: its folder.
+        shard: what it holds.
+        checkpoint: the original, for the tensors kept in 16 bits.
+        linears_folder: has the files of its linears.
 
     Raises:
-        CheckpointError: as in `write_shards`.
+        CheckpointError: a linear is missing, breaks the format or is not as planned.
     """
-    modules = []
-    for spec in module_order(architecture):
-        if isinstance(spec, LinearSpec):
-            modules.append(_plan_linear(spec, linears_folder / f"{spec.name}.safetensors"))
-            continue
-        info = checkpoint.info(spec.name)
-        if info.shape != spec.shape:
-            raise CheckpointError(f"{info.file}: {spec.name}: shape {info.shape}, expected {spec.shape}")
-        nbytes = 2 * torch.Size(spec.shape).numel()
-        modules.append([PlannedTensor(spec.name, "F16", spec.shape, nbytes, spec)])
-    return modules
+    sources: dict[str, TensorInfo] = {}
+    for spec in shard.linears:
+        sources |= read_linear(spec, linears_folder)[1]
+    for tensor in shard.tensors:
+        info = sources.get(tensor.name)
+        if isinstance(tensor.owner, LinearSpec) and info is None:
+            raise CheckpointError(f"{linears_folder}: {tensor.name}: missing, but planned")
+        if info is not None and (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+            raise CheckpointError(
+                f"{info.file}: {tensor.name}: {info.dtype} {info.shape}, planned as {tensor.dtype} "
+                f"{tensor.shape}; its groups are not those of the strategy"
+            )
+    digest = hashlib.sha256()
+    parts = chain((shard.header,), _contents(shard, checkpoint, sources))
+    write_parts(out / shard.name, _digested(parts, digest.update), shard.size)
+    return Checksum(digest.hexdigest(), shard.size)
 
 
-def _plan_linear(spec: LinearSpec, file: Path) -> list[PlannedTensor]:
+def write_lists(
+    out: Path, shards: Sequence[Shard], checksums: Mapping[str, Checksum], rounding: Mapping[str, Rounding]
+) -> None:
+    """Write what tells of a complete set of shards: the index where there are several, then the checksums."""
+    if len(shards) > 1:
+        weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+        write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    flushed = {name: count.zero for name, count in sorted(rounding.items()) if count.zero}
+    write_checksums(out, checksums, flushed)
+
+
+def read_linear(spec: LinearSpec, folder: Path) -> tuple[GroupMap, dict[str, TensorInfo]]:
+    """The group map of a finished linear and the tensors of its file, from its header and small tensors.
+
+    Raises:
+        CheckpointError: it is missing, breaks the format, or has another shape than the model requires.
+    """
+    file = folder / f"{spec.name}.safetensors"
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; {spec.name} has not been quantized")
     infos = read_header(file)
@@ -230,7 +191,7 @@ def _plan_linear(spec: LinearSpec, file: Path) -> list[PlannedTensor]:
             tensors[suffix] = (
                 torch.empty(info.shape, dtype=dtype, device="meta") if big else opened.get_tensor(name)
             )
-    validate_linear(tensors, spec.name, str(file))
+    groups = validate_linear(tensors, spec.name, str(file))
     found = (tensors["q_invperm"].shape[0], tensors["q_weight"].shape[1])
     expected = (spec.shape[0], padded_columns(spec.shape[1]))
     if found != expected:
@@ -240,73 +201,7 @@ def _plan_linear(spec: LinearSpec, file: Path) -> list[PlannedTensor]:
             f"{file}: {spec.name}.bias: {'missing' if spec.bias else 'present'}, "
             f"the model's linear has {'one' if spec.bias else 'none'}"
         )
-    planned = [PlannedTensor(name, info.dtype, info.shape, info.nbytes, info) for name, info in infos.items()]
-    return sorted(planned, key=lambda tensor: tensor.kind)
-
-
-def split(modules: Iterable[list[PlannedTensor]], limit: int) -> list[list[PlannedTensor]]:
-    """Tensors shard by shard, each shard's in the order of the file.
-
-    Args:
-        modules: tensors that belong together, in the order of the model.
-        limit: largest file size in bytes.
-    """
-    room = limit - 8 - _ALIGNMENT - len('{"__metadata__":{"format":"pt"}}')
-    shards: list[list[PlannedTensor]] = []
-    left = 0
-    for module in modules:
-        whole = sum(tensor.cost for tensor in module) <= room
-        for part in [module] if whole else [[tensor] for tensor in module]:
-            cost = sum(tensor.cost for tensor in part)
-            if not shards or cost > left:
-                shards.append([])
-                left = room
-            shards[-1] += part
-            left -= cost
-    return [sorted(shard, key=lambda tensor: tensor.kind) for shard in shards]  # stable: model order
-
-
-def shard_names(count: int) -> list[str]:
-    """The file names of `count` shards."""
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
-def check_room(out: Path, paths: list[Path], sizes: list[int]) -> None:
-    """Raise OSError unless the disk can hold the shards; files that get replaced free their space.
-
-    A file is written beside the one it replaces, so the peak may lie before the end.
-    """
-    balance = peak = 0
-    for path, size in zip(paths, sizes, strict=True):
-        balance += size
-        peak = max(peak, balance)
-        balance -= path.stat().st_size if path.is_file() else 0
-    free = shutil.disk_usage(out).free
-    if peak > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"{sum(sizes)} bytes of shards need {peak} more bytes of disk, {free} are free; free some space",
-            str(out),
-        )
-
-
-def _header(shard: list[PlannedTensor]) -> bytes:
-    """A shard's first bytes, up to its data."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in shard:
-        end = offset + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    return groups, infos
 
 
 def _digested(
@@ -318,14 +213,16 @@ def _digested(
         yield part
 
 
-def _contents(shard: list[PlannedTensor], checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
+def _contents(
+    shard: Shard, checkpoint: Checkpoint, sources: Mapping[str, TensorInfo]
+) -> Iterator[bytes | memoryview]:
     """The data bytes of a shard, in pieces of about 16 MB."""
-    for tensor in shard:
-        if isinstance(tensor.source, FloatSpec):
-            for _, half in _halves(tensor.source, checkpoint):
+    for tensor in shard.tensors:
+        if isinstance(tensor.owner, FloatSpec):
+            for _, half in _halves(tensor.owner, checkpoint):
                 yield half.reshape(-1).view(torch.uint8).numpy().data
         else:
-            yield from _copied_pieces(tensor.source)
+            yield from _copied_pieces(sources[tensor.name])
 
 
 def _copied_pieces(info: TensorInfo) -> Iterator[bytes]:
@@ -340,6 +237,28 @@ def _copied_pieces(info: TensorInfo) -> Iterator[bytes]:
                 )
             left -= len(piece)
             yield piece
+
+
+def check_floats(architecture: Architecture, checkpoint: Checkpoint) -> dict[str, Rounding]:
+    """What float16 does to each 16-bit tensor of a model, by name.
+
+    Raises:
+        CheckpointError: one has another shape, or a value that is not finite or beyond float16's range.
+    """
+    for spec in architecture.all_floats():
+        info = checkpoint.info(spec.name)
+        if info.shape != spec.shape:
+            raise CheckpointError(f"{info.file}: {spec.name}: shape {info.shape}, expected {spec.shape}")
+    return {spec.name: count_rounding(spec, checkpoint) for spec in architecture.all_floats()}
+
+
+def rounding_notes(rounding: Mapping[str, Rounding]) -> list[str]:
+    """What readers of the report should know of it, a sentence for each tensor that has lost something."""
+    return [
+        f"{name}: too small for float16: {count.zero} values became zero, {count.subnormal} lost precision"
+        for name, count in sorted(rounding.items())
+        if count.zero or count.subnormal
+    ]
 
 
 def count_rounding(spec: FloatSpec, checkpoint: Checkpoint) -> Rounding:
@@ -364,3 +283,5 @@ def _halves(spec: FloatSpec, checkpoint: Checkpoint) -> Iterator[tuple[Tensor, T
     for begin in range(0, spec.shape[0], step):
         rows = checkpoint.load(spec.name, (begin, min(begin + step, spec.shape[0])))
         yield rows, to_half(rows, f"{info.file}: {spec.name}").contiguous()
+        del rows
+        checkpoint.release(spec.name)

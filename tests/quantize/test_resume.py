@@ -90,9 +90,9 @@ def test_a_conversion_killed_at_five_random_moments_ends_with_the_same_bytes(tmp
     moments = {
         "measuring": ("measure/linears/*.json", choose.randrange(5, linears // 2)),
         "measuring further": ("measure/linears/*.json", choose.randrange(linears // 2, linears - 5)),
-        "quantizing": ("2.6bpw-h6/linears/*.safetensors", choose.randrange(5, linears - 5)),
-        "writing shards": ("../killed/2.6bpw/model-*.safetensors", choose.randrange(1, 5)),
-        "quantizing the second target": ("3.5bpw-h6/linears/*.safetensors", choose.randrange(5, linears - 5)),
+        "quantizing": ("2.6bpw-h6/linears/*.safetensors", choose.randrange(5, 9)),
+        "writing shards": ("../killed/2.6bpw/model-*.safetensors", choose.randrange(3, 6)),
+        "quantizing the second target": ("3.5bpw-h6/shards/*.json", choose.randrange(3, 6)),
     }
     killed = []
     for moment, (pattern, count) in moments.items():
@@ -232,7 +232,7 @@ def test_ctrl_c_and_sigterm_are_one_line_each_and_the_work_goes_on(tmp_path, tok
     out, work = tmp_path / "out", tmp_path / "out.work"
     for number, code, parent, count in (
         (signal.SIGINT, 130, work / "measure" / "linears", 30),
-        (signal.SIGTERM, 75, work / "2.6bpw-h6" / "linears", 30),
+        (signal.SIGTERM, 75, work / "2.6bpw-h6" / "linears", 12),
     ):
         process = start(out, tokens)
         while not enough(parent, "*.*", count) and process.poll() is None:

@@ -40,12 +40,15 @@ CHANGES = {
 }
 
 
-def changing(monkeypatch, step, change, model):
-    """Have a step of the conversion followed by a change of its source."""
-    original = getattr(conversion, step)
+def changing(monkeypatch, step, change, model, calls=1):
+    """Have a step of the conversion, at one of its calls, followed by a change of its source."""
+    original, left = getattr(conversion, step), [calls]
 
     def changed(*args, **more):
         result = original(*args, **more)
+        left[0] -= 1
+        if left[0]:
+            return result
         monkeypatch.setattr(conversion, step, original)
         change(model)
         return result
@@ -77,7 +80,7 @@ def test_a_change_after_measuring_is_an_error_and_its_work_is_not_resumed(option
 
 
 def test_a_change_while_the_result_is_written_leaves_one_that_does_not_verify(options, monkeypatch):
-    changing(monkeypatch, "write_shards", CHANGES["the config"], options.model)
+    changing(monkeypatch, "write_tokenizer", CHANGES["the config"], options.model, calls=2)
     with pytest.raises(ChangedError, match=r"config\.json: has 2 bytes instead of"):
         convert(options)
     assert not verify(options.out).ok

@@ -1,6 +1,7 @@
 """What is told before a conversion is what it takes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dbrx_quant.quantize.estimate.memory import (
     peak_bytes,
     quantizing_bytes,
     states_bytes,
+    waiting_bytes,
 )
 from dbrx_quant.quantize.estimate.plan import plan
 from dbrx_quant.quantize.estimate.sizes import bpw_for_size, bpw_for_vram, shape_range, total_bytes
@@ -126,35 +128,65 @@ def test_a_limit_of_memory_below_the_need_is_refused_with_both(tmp_path, tokens)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_without_room_is_refused_before_the_work_starts(tmp_path, tokens, monkeypatch):
+def disk(monkeypatch, folder, free):
+    """A disk with that many bytes free."""
+    usage = shutil.disk_usage(folder)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+@pytest.mark.parametrize("limit", [50_000, 8_000_000_000])
+def test_a_disk_without_room_is_refused_before_the_work_starts(limit, tmp_path, tokens, monkeypatch):
     architecture, ids = describe(load_config(TINY)), random_tokens(8, 32)
-    measuring, result = states_bytes(architecture, ids.numel()), 2_000_000
-    states = max(measuring, quantizing_bytes(architecture, ids.numel()))
+    count, result = ids.numel(), 2_000_000
+    results = (result, result // 2)
+    measuring, quantizing = states_bytes(architecture, count), quantizing_bytes(architecture, count)
+    waiting = waiting_bytes(architecture, result, limit)
+    assert waiting == result if limit > result else limit < waiting < result / 2
 
-    def check(
-        free, work=tmp_path / "work", out=tmp_path / "out", results=(result, result // 2), measured=False
-    ):
-        usage = shutil.disk_usage(tmp_path)._replace(free=free)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-        check_disk(architecture, ids.numel(), work, out, results, measured)
+    def check(free, work=tmp_path / "work", out=tmp_path / "out", results=results, measured=False):
+        disk(monkeypatch, tmp_path, free)
+        check_disk(architecture, count, work, out, results, limit, measured)
 
-    enough = max(states + result, result + result + result // 2)  # states, or linears and the results
+    work = max(measuring, quantizing + waiting)
+    enough = max(work, quantizing + waiting + sum(results))
     check(enough)
+    with pytest.raises(ValueError, match="out: the results take"):
+        check(enough - 1)
     with pytest.raises(ValueError, match=r"work: about \d+\.\d\d GB of disk .* --work-dir"):
-        check(states + result - 1)
+        check(work - 1)
     with pytest.raises(ValueError, match="work: about"):
         check(measuring - 1, out=None, results=())
     check(measuring, out=None, results=())
+    check(quantizing + waiting + sum(results), measured=True)
     with pytest.raises(ValueError, match="out: the results take"):
-        check(2 * result + result // 2 - 1, measured=True)
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "states.safetensors").write_bytes(bytes(1000))
-    check(enough - 1000)
+        check(quantizing + waiting + sum(results) - 1, measured=True)
+    for folder in ("work", "out"):  # what is there already is no need any more
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "there.safetensors").write_bytes(bytes(1000))
+    check(enough - 2000)
     with pytest.raises(ValueError, match="of disk are needed"):
         check(10)
     with pytest.raises(ValueError, match="of disk are needed"):  # the disk is still that full
         convert(options(TINY, tmp_path / "new", tokens, targets=(3.0,)))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("limit", [100_000, 250_000, 8_000_000_000])
+def test_what_is_on_disk_stays_below_what_was_estimated(limit, tmp_path, tokens, monkeypatch):
+    """Linears and shards together, at every moment that a file has been written or is about to be renamed."""
+    out, peak, original = tmp_path / "out", [0], os.replace
+
+    def replace(source, target):
+        linears = (tmp_path / "out.work").glob("*/linears/*.safetensors")
+        held = sum(path.stat().st_size for path in [*linears, *out.glob("*.safetensors")])
+        peak[0] = max(peak[0], held + Path(source).stat().st_size * (Path(target).suffix == ".safetensors"))
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    (result,) = convert(options(TINY, out, tokens, targets=(3.0,), max_shard_bytes=limit))
+    waiting = waiting_bytes(describe(load_config(TINY)), result.total_bytes, limit)
+    headers = 0.01 * result.total_bytes  # those of the linears' files are not counted
+    assert 0.5 * min(limit, result.total_bytes) < peak[0] - result.total_bytes < waiting + headers
 
 
 def test_more_tokens_need_more_memory():

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from small_models import save_model, save_random_tokens
 
@@ -14,8 +13,8 @@ from dbrx_quant.quantize.conversion import convert
 from dbrx_quant.quantize.options import ConvertOptions, source_name
 from dbrx_quant.quantize.output.record import read_record, write_record
 from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
-from dbrx_quant.runtime.files.atomic import save_tensors
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.filling import Facts
 from dbrx_quant.scripts.cli.main import make_parser
 
 
@@ -64,13 +63,10 @@ def test_every_linear_has_its_error(converted):
     assert all(0 < error < 0.5 for error in errors.values())
 
 
-def test_an_error_is_the_loss_over_the_energy_of_the_linears_file(converted, tmp_path):
+def test_an_error_is_the_loss_over_the_energy_of_the_linear(converted, tmp_path):
     options, _ = converted
-    facts = {"a.q": (0.02, 8.0), "b.k": (1 / 3, 1.0), "never.reached": (0.0, 0.0)}
-    for name, (loss, energy) in facts.items():
-        metadata = {"loss": repr(loss), "energy": repr(energy)}
-        save_tensors(tmp_path / f"{name}.safetensors", {f"{name}.q_weight": torch.zeros(1)}, metadata)
-    write_record(tmp_path, options, 3.0, tmp_path)
+    facts = {"a.q": Facts(0.02, 8.0), "b.k": Facts(1 / 3, 1.0), "never.reached": Facts(0.0, 0.0)}
+    write_record(tmp_path, options, 3.0, facts)
     assert read_record(tmp_path).relative_errors == {"a.q": 0.0025, "b.k": 0.3333}
 
 

@@ -47,6 +47,20 @@ def test_a_file_is_removed_with_its_checksum(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("part", ["", "0123abc", "g" * 64])
+def test_a_part_of_a_checksum_is_none_and_binds_nobody(part, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("x")
+    (tmp_path / ".x.json.sha256").write_text(part)
+    assert sealed.seal_fault(path) == "there is no checksum of it"
+    sealed.seal_again(path)
+    sealed.flush_seal(path)
+    sealed.check_seal(path)
+    path.write_text("y")
+    with pytest.raises(CheckpointError, match=r"x\.json: was damaged, and comes out otherwise"):
+        sealed.seal_again(path)
+
+
 def test_a_lock_is_gone_at_the_end_and_so_is_a_folder_that_stayed_empty(tmp_path):
     folder = tmp_path / "a" / "b"
     with locked(folder):

@@ -25,7 +25,8 @@ from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.atomic import save_tensors
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder import shards
-from dbrx_quant.runtime.folder.shards import module_order, write_shards
+from dbrx_quant.runtime.folder.shard_plan import module_order
+from dbrx_quant.runtime.folder.shards import check_floats, rounding_notes, write_shards
 
 SMALL = 40_000  # bytes a shard: several linears in one, and a head that needs shards of its own
 
@@ -236,8 +237,8 @@ def test_values_lost_to_float16s_small_range_are_counted(work, tmp_path):
     tensors[norm][:3] = torch.tensor([1e-9, -1e-12, 0.0])  # two vanish, a zero stays one
     tensors[norm][3:5] = torch.tensor([2.0**-20, 1.0078125 * 2.0**-20])  # exact; loses its last bits
     work.checkpoint = work.architecture.open(make_source(tmp_path / "other", tensors))
-    notes = []
-    write(work, notify=notes.append)
+    write(work)
+    notes = rounding_notes(check_floats(work.architecture, work.checkpoint))
     assert [note for note in notes if "model.norm" in note] == [
         "model.norm.weight: too small for float16: 2 values became zero, 1 lost precision"
     ]

@@ -157,7 +157,7 @@ def test_weights_look_trained(tmp_path):
         states = model.embed(ids)
         for index in range(4):
             output = torch.empty_like(states)
-            routing = run_dense_block(model, index, states, output, tmp_path / "scratch.npy")
+            routing = run_dense_block(model, index, states, output, tmp_path)
             loads = sorted(one.tokens for one in coverage(routing, 16))
             assert loads[-1] >= 4 * loads[0]
             added = (output - states).square().mean().sqrt() / states.square().mean().sqrt()
