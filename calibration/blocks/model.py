@@ -212,7 +212,7 @@ class StreamedModel:
         """The float32 weight [N, K] of a linear, as the source has it."""
         weight = load_linear(self.checkpoint, spec).to(torch.float32, copy=True)
         self.checkpoint.release(find_source(self.checkpoint, spec).tensor)
-        if not bool(torch.isfinite(weight).all()):
+        if not all(bool(end.isfinite()) for end in torch.aminmax(weight)):  # a tenth of the time of isfinite
             raise CheckpointError(f"{self.folder}: {spec.name}: the weight contains NaN or infinity")
         return weight
 

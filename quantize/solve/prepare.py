@@ -35,7 +35,12 @@ def spread_columns(n: int, count: int) -> Tensor:
 
 def energy(weight: Tensor, matrix: Tensor) -> float:
     """tr(W^T H W) for W [N, K] and H [K, K]."""
-    return float(((weight @ matrix) * weight).sum(dtype=torch.float64))
+    return product_sum(weight @ matrix, weight)
+
+
+def product_sum(a: Tensor, b: Tensor) -> float:
+    """The sum over all elements of a b, both [N, K]: rows in float32, then in float64."""
+    return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
 
 
 def sampled_energy(weight: Tensor, matrix: Tensor) -> float:

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from dbrx_quant.calibration.statistics.residual import ResidualMoments
 from dbrx_quant.quantize.solve.ldlq import Factor, factorize
+from dbrx_quant.quantize.solve.prepare import energy, product_sum, spread_columns
 from dbrx_quant.quantize.solve.refit import ResidualTarget
+
+_JUDGED_OUTPUTS = 512  # outputs that the strength is chosen on, evenly spread
 
 
 @dataclass(frozen=True)
@@ -70,18 +73,17 @@ NO_REPAIR = NoRepair()
 def repaired(weight: Tensor, moments: ResidualMoments, repair: Repair) -> Tensor:
     """The repaired weight [N, K].
 
-    A change is computed from the fitted tokens, and the strength, from 0 to 1, is what takes most off the
-    squared error of the selection tokens; then all tokens together give the change that is made.
+    A change of some outputs is computed from the fitted tokens, and the strength, from 0 to 1, is what takes
+    most off the squared error of the selection tokens; then all tokens together give the change that is made.
     """
     fit, selection = moments.inputs.fit, moments.inputs.selection
     if not moments.inputs.can_choose or not fit.matrix.any():  # then nothing is repaired
         return weight
-    change = _least_squares(moments.fit, fit.matrix, fit.weight, repair)
-    gain = float((change * moments.selection).sum(dtype=torch.float64))
-    cost = float(((change @ selection.matrix) * change).sum(dtype=torch.float64))
+    outputs = spread_columns(len(weight), _JUDGED_OUTPUTS)
+    change = _least_squares(moments.fit[outputs], fit.matrix, fit.weight, repair)
+    gain, cost = product_sum(change, moments.selection[outputs]), energy(change, selection.matrix)
     if gain <= 0 or cost <= 0:
         return weight
-    del change
     everything = fit.matrix + selection.matrix
     weight_sum = fit.weight + selection.weight
     change = _least_squares(moments.fit + moments.selection, everything, weight_sum, repair)

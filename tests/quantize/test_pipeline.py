@@ -63,7 +63,7 @@ def test_the_states_after_the_last_block_are_those_of_the_quantized_model(finish
                 y = expert_output(routing.x[mine.index], three, ACT2FN[block.experts.activation])
                 states.view(-1, states.shape[-1])[mine.index] += mine.weight[:, None] * y
     written = open_states(finished.states(len(model.architecture.blocks)))[:]
-    torch.testing.assert_close(written, states, rtol=3e-3, atol=1e-3)
+    assert (written - states).norm() <= 2e-3 * states.norm()  # 16 bits between blocks
 
 
 def test_every_linear_has_the_groups_of_the_strategy_and_its_bias(finished):
