@@ -209,16 +209,20 @@ def show(report: dict[str, Any]) -> None:
     """The report as tables."""
     for phase, found in report["phases"].items():
         print_table(
-            f"{phase}: {seconds_text(found['seconds'])} a block, {seconds_text(found['spent_seconds'])} here",
+            f"{phase}: {seconds_text(found['seconds'])} a block, by the processor's time "
+            f"{seconds_text(found['processor_seconds'])}; {seconds_text(found['spent_seconds'])} here",
             ["step", "calls", "seconds", "share", "reached", "processor", "share", "reached", "floor"],
             [_row(step) for step in found["steps"]],
         )
-    block = sum(found["seconds"] for found in report["phases"].values())
+    block, processor = (
+        sum(found[key] for found in report["phases"].values()) for key in ("seconds", "processor_seconds")
+    )
     print(
         f"{report['tokens']} tokens, {report['threads']} threads, experts {report['experts_measured']} of "
         f"{report['experts']}; {report['product_gflops']:.0f} GFLOPS, {report['copy_gb_per_s']:.1f} GB/s; "
         f"peak memory {bytes_text(report['peak_bytes'])}; {report['blocks']} such blocks: "
-        f"{seconds_text(report['blocks'] * block)}"
+        f"{seconds_text(report['blocks'] * block)}, by the processor's time "
+        f"{seconds_text(report['blocks'] * processor)}"
     )
 
 

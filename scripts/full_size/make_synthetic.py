@@ -160,12 +160,12 @@ def make(
     folder.mkdir(parents=True, exist_ok=True)
     recipe = {**asdict(sizes), "seed": seed, "stored_blocks": stored, "shard_bytes": shard_bytes}
     recipe["torch"] = torch.__version__
+    remove_leftovers(folder)
     if any(folder.iterdir()) and read_object(folder / RECIPE_NAME) != recipe:
         raise ValueError(
             f"{folder}: holds something else than what these arguments make; give another folder"
         )
     write_json(folder / RECIPE_NAME, recipe)
-    remove_leftovers(folder)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -189,9 +189,8 @@ def make(
 
 
 def _write_tokenizer(folder: Path, vocabulary: int, given: Path | None) -> None:
-    if (
-        given is None and vocabulary > max(SPECIAL.values()) + 3
-    ):  # room for three more, see `convert_tiktoken`
+    named = 3  # tokens that `convert_tiktoken` adds: <|pad|>, <|im_start|>, <|im_end|>
+    if given is None and vocabulary > max(SPECIAL.values()) + named:
         settings = {**read_object(TINY / TOKENIZER_FILES[1]), "model_max_length": 32768}
         settings["additional_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
         write_json(folder / TOKENIZER_FILES[1], settings)

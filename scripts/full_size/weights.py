@@ -114,9 +114,7 @@ class Weights:
         yield self._router(f"{name}.ffn.router.layer.weight")
         yield self._matrix(f"{mlp}.w1", wide, reading, experts=True)
         yield self._matrix(f"{mlp}.v1", wide, reading, experts=True)
-        writing = BRANCH / (
-            0.25 * math.sqrt(sizes.ffn)
-        )  # of several experts, each with its part of the whole
+        writing = BRANCH / (0.25 * math.sqrt(sizes.ffn))  # several experts add, each a part of the whole
         yield self._matrix(f"{mlp}.w2", wide, writing, experts=True, columns=True)
 
     def _matrix(
