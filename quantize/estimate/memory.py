@@ -55,7 +55,9 @@ def peak_bytes(architecture: Architecture, tokens: int) -> int:
 def _solving(spec: LinearSpec) -> int:
     k, n = spec.shape
     repairing = 12 * k * k + 24 * k * n if spec.writes_stream else 0  # selection moments, factor; changes
-    return max(repairing, 12 * k * k + 19 * k * n)  # Hessian, ordered copy, factor; weights, targets, results
+    return max(
+        repairing, 12 * k * k + 11 * k * n
+    )  # Hessian, ordered copy, factor; weights, ordered ones, codes
 
 
 def check_memory(architecture: Architecture, tokens: int, limit: int | None) -> None:

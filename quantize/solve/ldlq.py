@@ -63,7 +63,8 @@ class SolvedLinear:
         codes: [K, N] uint8.
         scale_codes: [G, N] uint8, 0 to 15.
         scale_max: [G] float16.
-        dequantized: [K, N] float16, exactly what the packed file decodes to.
+        dequantized: [K, N] float16, exactly what the packed file decodes to; [0, N] if the weight was to be
+            overwritten.
         loss_per_column: [N] float64, the diagonal of E^T H E.
     """
 
@@ -140,6 +141,7 @@ def quantize_matrix(
     column_weights: Tensor | None = None,
     backend: Backend = "native",
     effort: Effort = "default",
+    overwrite: bool = False,
 ) -> SolvedLinear:
     """Round a weight to the EXL2 grid with the least trace(E^T H E) that one pass finds.
 
@@ -151,6 +153,8 @@ def quantize_matrix(
             None means equally.
         backend: "native" or "torch"; equal results.
         effort: how many of the steps below are taken.
+        overwrite: use the weight's memory for the errors, and keep no dequantized weights; saves 6 bytes a
+            weight, which is gigabytes for a head.
 
     Raises:
         ValueError: shapes disagree, the groups are not legal for K rows, or a weight is not finite.
@@ -175,23 +179,30 @@ def quantize_matrix(
         raise ValueError(f"weight has {k} rows, the factor is for {factor.unit_upper.shape[0]}")
     if column_weights is not None and column_weights.shape != (n,):
         raise ValueError(f"weight has {n} columns, got column_weights {tuple(column_weights.shape)}")
-    weight = weight.float().contiguous()
-    errors = torch.empty_like(weight)
+    # Rows hold their errors once they are rounded, their weights until then.
+    errors = weight.float().contiguous()
+    if not overwrite and errors.data_ptr() == weight.data_ptr():
+        errors = weight.clone()
+    blocks = [
+        (first, last, sum(group.rows for group in groups[first:last])) for first, last in _blocks(groups)
+    ]
+    targets_of = torch.empty(max(rows for *_, rows in blocks), n)
     solved = SolvedLinear(
         codes=torch.empty(k, n, dtype=torch.uint8),
         scale_codes=torch.empty(len(groups), n, dtype=torch.uint8),
         scale_max=torch.empty(len(groups), dtype=torch.float16),
-        dequantized=torch.empty(k, n, dtype=torch.float16),
+        dequantized=torch.empty(0 if overwrite else k, n, dtype=torch.float16),
         loss_per_column=torch.zeros(n, dtype=torch.float64),
     )
     solve = native.solve_block if backend == "native" else _solve_block_torch
     end = 0
-    for first, last in _blocks(groups):
-        start, end = end, end + sum(group.rows for group in groups[first:last])
-        targets = errors[start:end]
-        torch.addmm(weight[start:end], factor.unit_upper[:start, start:end].T, errors[:start], out=targets)
+    unkept = torch.empty(len(targets_of) if overwrite else 0, n, dtype=torch.float16)
+    for first, last, rows in blocks:
+        start, end = end, end + rows
+        targets = targets_of[:rows]
+        torch.addmm(errors[start:end], factor.unit_upper[:start, start:end].T, errors[:start], out=targets)
         solve(
-            weight[start:end],
+            errors[start:end],
             factor.unit_upper[start:end, start:end].T.contiguous(),
             factor.pivots[start:end].contiguous(),
             column_weights,
@@ -202,9 +213,10 @@ def quantize_matrix(
             solved.codes[start:end],
             solved.scale_codes[first:last],
             solved.scale_max[first:last],
-            solved.dequantized[start:end],
+            unkept[:rows] if overwrite else solved.dequantized[start:end],
             solved.loss_per_column,
         )
+        errors[start:end] = targets
     return solved
 
 

@@ -106,7 +106,7 @@ def solve_linear(
     ordered = weight.T.contiguous()[prepared.permutation]  # whole rows move: a fifth of the time
     if missing:
         ordered = torch.nn.functional.pad(ordered, (0, missing))
-    solved = quantize_matrix(ordered, prepared.factor, groups, effort=effort)
+    solved = quantize_matrix(ordered, prepared.factor, groups, effort=effort, overwrite=True)
     unpacked = UnpackedLinear(
         solved.codes, solved.scale_codes, solved.scale_max, groups, prepared.permutation
     )

@@ -1,5 +1,7 @@
 """Quantization of one linear: against fp64 maths, plain torch, exllamav2's scale rule and its files."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,18 @@ def test_native_gives_the_same_bits_on_every_instruction_set_as_torch(groups, n)
     expected = quantize_matrix(weight, factor, groups, columns, backend="torch")
     for found in oracle.on_every_instruction_set(lambda: quantize_matrix(weight, factor, groups, columns)):
         same(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_overwriting_the_weight_changes_nothing_but_what_is_kept(backend):
+    weight, hessian = problem(sum(group.rows for group in MIXED), 40)
+    factor, given = factorize(hessian), weight.clone()
+    expected = quantize_matrix(weight, factor, MIXED, backend=backend)
+    assert torch.equal(weight, given)
+    found = quantize_matrix(given, factor, MIXED, backend=backend, overwrite=True)
+    assert torch.equal(given, weight - expected.dequantized.float()), "the errors"
+    assert found.dequantized.shape == (0, 40)
+    same(dataclasses.replace(found, dequantized=expected.dequantized), expected)
 
 
 @pytest.mark.parametrize("effort", ["fast", "best"])
