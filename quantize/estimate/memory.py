@@ -49,15 +49,14 @@ def peak_bytes(architecture: Architecture, tokens: int) -> int:
             values = tokens * architecture.hidden
             solving = max(_solving(s) for s in block.experts.linears[0])
             most = max(most, dense + expert + max(held + 2 * 4 * values + solving, 4 * 4 * values))
-    return BASE_BYTES + max(most, _solving(architecture.head) + 4 * math.prod(architecture.head.shape))
+    return BASE_BYTES + max(most, _solving(architecture.head))
 
 
 def _solving(spec: LinearSpec) -> int:
     k, n = spec.shape
     repairing = 12 * k * k + 24 * k * n if spec.writes_stream else 0  # selection moments, factor; changes
-    return max(
-        repairing, 12 * k * k + 11 * k * n
-    )  # Hessian, ordered copy, factor; weights, ordered ones, codes
+    solving = 12 * k * k + 10 * k * n  # Hessian, ordered copy, factor; weights, ordered ones, codes, packed
+    return max(repairing, solving)
 
 
 def check_memory(architecture: Architecture, tokens: int, limit: int | None) -> None:

@@ -27,6 +27,8 @@ from dbrx_quant.runtime.families.facts import LinearSpec
 from dbrx_quant.runtime.folder.linear_files import LinearFiles
 from dbrx_quant.runtime.library import _native
 
+_OUTPUTS = 1024  # that are put in order at once
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -101,16 +103,23 @@ def solve_linear(
     Returns:
         Its tensors as stored (N padded to a multiple of 32), and tr(E^T H E).
     """
-    n = weight.shape[0]
-    missing = padded_columns(n) - n
-    ordered = weight.T.contiguous()[prepared.permutation]  # whole rows move: a fifth of the time
-    if missing:
-        ordered = torch.nn.functional.pad(ordered, (0, missing))
+    ordered = _ordered(weight, prepared.permutation)
     solved = quantize_matrix(ordered, prepared.factor, groups, effort=effort, overwrite=True)
     unpacked = UnpackedLinear(
         solved.codes, solved.scale_codes, solved.scale_max, groups, prepared.permutation
     )
     return pack_linear(unpacked, _pack_codes), solved.loss
+
+
+def _ordered(weight: Tensor, permutation: Tensor) -> Tensor:
+    """A weight [N, K] as rows in packed order, [K, N'] with N padded by zeros."""
+    n, k = weight.shape
+    ordered = torch.empty(k, padded_columns(n))
+    ordered[:, n:] = 0
+    for start in range(0, n, _OUTPUTS):  # turned first, so that whole rows move: a seventh of the time
+        part = weight[start : start + _OUTPUTS].T.contiguous()
+        torch.index_select(part, 0, permutation, out=ordered[:, start : start + len(part.T)])
+    return ordered
 
 
 def _pack_codes(codes: Tensor, groups: Sequence[Group]) -> Tensor:
