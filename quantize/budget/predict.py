@@ -113,7 +113,7 @@ class Predictor:
         routing = route(live, states, states, torch.empty_like(stream))
         for turn in turns(routing, experts):
             if turn.count:  # all tokens at once, so that noise does not depend on how they are cut into spans
-                turn.add_to(stream, turn.dense(self._model), noise, at_once=True)
+                turn.add_to(stream, turn.narrowed(self._model), noise, at_once=True)
 
 
 def _disturb(live: LiveBlock, noise: Through) -> None:
