@@ -53,11 +53,11 @@ from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.sealed import check_seal, seal
 from dbrx_quant.runtime.files.watched import WatchedFile
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME
-from dbrx_quant.runtime.folder.filling import FillingShards, check_begun, is_begun
-from dbrx_quant.runtime.folder.shards import check_foreign
 from dbrx_quant.runtime.folder.verify import verify
 from dbrx_quant.runtime.kernels.float_matmul import fast_products, rounded_dtype
 from dbrx_quant.runtime.progress import bar
+from dbrx_quant.runtime.shards.filling import FillingShards, check_begun, is_begun
+from dbrx_quant.runtime.shards.write import check_foreign
 from dbrx_quant.runtime.tokenizer.check import check_tokenizer
 from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
 from dbrx_quant.runtime.tokenizer.ids import read_object, special_ids

@@ -31,9 +31,9 @@ from dbrx_quant.quantize.solve.repair import DEFAULT_REPAIR, Repair
 from dbrx_quant.runtime.families.facts import LinearSpec, load_bias
 from dbrx_quant.runtime.files.json_file import VERSION_KEY, JsonFile
 from dbrx_quant.runtime.files.sealed import remove
-from dbrx_quant.runtime.folder.filling import FillingShards
-from dbrx_quant.runtime.folder.linear_files import LinearFiles
 from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.shards.filling import FillingShards
+from dbrx_quant.runtime.shards.linear_files import LinearFiles
 
 _DISTANCE = JsonFile("a distance to the original", version=1, remedy=REMEDY, sealed=True)
 

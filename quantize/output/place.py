@@ -8,8 +8,8 @@ from pathlib import Path
 from dbrx_quant.runtime.families.config import read_config
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.lock import locked
-from dbrx_quant.runtime.folder.shards import check_foreign
 from dbrx_quant.runtime.folder.verify import PRODUCER
+from dbrx_quant.runtime.shards.write import check_foreign
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.runtime.files.json_file import JsonFile
-from dbrx_quant.runtime.folder.filling import Facts
+from dbrx_quant.runtime.shards.filling import Facts
 
 RECORD_NAME = "conversion.json"
 _FILE = JsonFile("a record of a conversion", version=1, remedy="delete it")

@@ -24,8 +24,8 @@ from dbrx_quant.runtime.exl2.format import (
 )
 from dbrx_quant.runtime.exl2.group_text import parse_groups
 from dbrx_quant.runtime.families.facts import LinearSpec
-from dbrx_quant.runtime.folder.linear_files import LinearFiles
 from dbrx_quant.runtime.library import _native
+from dbrx_quant.runtime.shards.linear_files import LinearFiles
 
 _OUTPUTS = 1024  # that are put in order at once
 

@@ -40,12 +40,12 @@ from dbrx_quant.quantize.solve.repair import NO_REPAIR
 from dbrx_quant.runtime.evaluation.scores import evaluate, windows
 from dbrx_quant.runtime.files.atomic import fingerprint, write_json
 from dbrx_quant.runtime.folder.inspect import inspect_folder
-from dbrx_quant.runtime.folder.shards import write_shards
 from dbrx_quant.runtime.kernels.float_matmul import fast_products
 from dbrx_quant.runtime.library import _native
 from dbrx_quant.runtime.model.load import load_model
 from dbrx_quant.runtime.model.load_dense import load_dense
 from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.shards.write import write_shards
 from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
 from dbrx_quant.scripts.dev.bench_record import add_record_argument, record
 from dbrx_quant.scripts.dev.quality_report import compare, plot, show

@@ -27,6 +27,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "families",
         "tokenizer",
         "folder",
+        "shards",
         "evaluation",
         "model",
         "talk",

@@ -131,10 +131,10 @@ STEPS = (
         "runtime.exl2.format:pack_linear",
         moved=lambda call: call["unpacked"].codes.numel() + 4 * call["result"]["q_weight"].numel(),
     ),
-    _step("writing linears", "runtime.folder.linear_files:LinearFiles.write", moved=stored),
+    _step("writing linears", "runtime.shards.linear_files:LinearFiles.write", moved=stored),
     _step(
         "reading linears back",
-        "runtime.folder.linear_files:LinearFiles.weight",
+        "runtime.shards.linear_files:LinearFiles.weight",
         moved=lambda call: stored(call) + 4 * math.prod(call["spec"].shape),
     ),
     _step("repair", "quantize.solve.repair:repaired", scope=True),

@@ -11,7 +11,7 @@ from dbrx_quant.runtime.exl2.format import UnpackedLinear, pack_linear, padded_c
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.atomic import save_tensors
-from dbrx_quant.runtime.folder.shards import write_shards
+from dbrx_quant.runtime.shards.write import write_shards
 from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
 
 HIDDEN, FFN, EXPERTS, BLOCKS, VOCABULARY = 64, 96, 2, 2, 300

@@ -181,7 +181,7 @@ def test_a_full_disk_is_one_clear_error_and_a_later_run_finishes(where, small, t
         write_parts(path, failing() if Path(path).name.endswith(where) else parts, wanted or 1000)
 
     with monkeypatch.context() as patch:
-        for module in ("dbrx_quant.runtime.files.atomic", "dbrx_quant.runtime.folder.shards"):
+        for module in ("dbrx_quant.runtime.files.atomic", "dbrx_quant.runtime.shards.write"):
             if hasattr(sys.modules[module], "write_parts"):
                 patch.setattr(f"{module}.write_parts", full)
         with pytest.raises(OSError, match=r"disk full: \d+ bytes required, \d+ free") as caught:

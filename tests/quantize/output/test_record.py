@@ -14,7 +14,7 @@ from dbrx_quant.quantize.options import ConvertOptions, source_name
 from dbrx_quant.quantize.output.record import read_record, write_record
 from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
 from dbrx_quant.runtime.files.errors import CheckpointError
-from dbrx_quant.runtime.folder.filling import Facts
+from dbrx_quant.runtime.shards.filling import Facts
 from dbrx_quant.scripts.cli.main import make_parser
 
 

@@ -15,10 +15,10 @@ from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.sealed import remove_damaged
 from dbrx_quant.runtime.files.watched import ChangedError
-from dbrx_quant.runtime.folder import shards as writing
-from dbrx_quant.runtime.folder.filling import Facts, FillingShards, check_begun, is_begun
-from dbrx_quant.runtime.folder.linear_files import LinearFiles
-from dbrx_quant.runtime.folder.shards import write_shards
+from dbrx_quant.runtime.shards import write as writing
+from dbrx_quant.runtime.shards.filling import Facts, FillingShards, check_begun, is_begun
+from dbrx_quant.runtime.shards.linear_files import LinearFiles
+from dbrx_quant.runtime.shards.write import write_shards
 
 SMALL = 20_000  # bytes a shard: several linears in one; embedding and head need shards of their own
 LIMITS = (3_000, SMALL, 8_000_000_000)  # a file for each big tensor; several linears; one file

@@ -24,9 +24,9 @@ from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.atomic import save_tensors
 from dbrx_quant.runtime.files.errors import CheckpointError
-from dbrx_quant.runtime.folder import shards
-from dbrx_quant.runtime.folder.shard_plan import module_order
-from dbrx_quant.runtime.folder.shards import check_floats, rounding_notes, write_shards
+from dbrx_quant.runtime.shards import write as shards
+from dbrx_quant.runtime.shards.plan import module_order
+from dbrx_quant.runtime.shards.write import check_floats, rounding_notes, write_shards
 
 SMALL = 40_000  # bytes a shard: several linears in one, and a head that needs shards of its own
 

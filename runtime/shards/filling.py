@@ -29,9 +29,9 @@ from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.sealed import flush_seal, remove, seal_again, sha256
 from dbrx_quant.runtime.files.watched import ChangedError, WatchedFile
 from dbrx_quant.runtime.folder.checksums import Checksum
-from dbrx_quant.runtime.folder.linear_files import LinearFiles
-from dbrx_quant.runtime.folder.shard_plan import Shard, plan_shards
-from dbrx_quant.runtime.folder.shards import (
+from dbrx_quant.runtime.shards.linear_files import LinearFiles
+from dbrx_quant.runtime.shards.plan import Shard, plan_shards
+from dbrx_quant.runtime.shards.write import (
     check_floats,
     check_room,
     rounding_notes,

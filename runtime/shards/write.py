@@ -24,7 +24,7 @@ from dbrx_quant.runtime.files.atomic import DTYPE_NAMES, naming, remove_leftover
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME, Checksum, write_checksums
 from dbrx_quant.runtime.folder.repacked_file import REPACKED_NAME
-from dbrx_quant.runtime.folder.shard_plan import MAX_SHARD_BYTES, Shard, is_shard, plan_shards
+from dbrx_quant.runtime.shards.plan import MAX_SHARD_BYTES, Shard, is_shard, plan_shards
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _CHUNK_BYTES = 16 << 20
