@@ -189,9 +189,11 @@ class GateUpStage(Stage):
         self.gate, self.up = narrowed(weight_of(self.turn.gate)), narrowed(weight_of(self.turn.up))
 
     def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, None]:
-        inputs, span = SplitMoments.zero(self.turn.gate.shape[0], prior=True), self.turn.whole()
-        inputs.add(span.x, self.rows[span.index], span.weight.square())
-        inputs.add_prior(self.turn.routing.x[self.turn.tokens.others])
+        inputs = SplitMoments.zero(self.turn.gate.shape[0], prior=True)
+        for span in self.turn.spans():
+            inputs.add(span.x, self.rows[span.index], span.weight.square())
+        for x in self.turn.others():
+            inputs.add_prior(x)
         return inputs, None
 
 
