@@ -21,6 +21,7 @@ from dbrx_quant.runtime.exl2.format import padded_columns
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.facts import LinearSpec
 from dbrx_quant.runtime.files.atomic import save_tensors, write_json
+from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe
 
 GROUP_ROWS = 128
 SEED_STEP = 1_000_003
@@ -97,6 +98,7 @@ def random_linear(spec: LinearSpec, bits: float, generator: torch.Generator) -> 
     }
 
 
+@quiet_on_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

@@ -18,6 +18,7 @@ from dbrx_quant.runtime.exl2.checkpoint import Checkpoint, TensorInfo
 from dbrx_quant.runtime.families import source
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe
 
 _BLOCK = re.compile(r"(model\.layers\.)(\d+)(\..+)")
 
@@ -59,6 +60,7 @@ def repeated_sources() -> Iterator[None]:
         source.open_weights = _open_weights
 
 
+@quiet_on_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line of `dbrx-quant`."""
     from dbrx_quant.scripts.cli.main import main as command

@@ -109,7 +109,7 @@ def test_another_seed_gives_other_weights_and_a_block_does_not_depend_on_the_num
     )
 
 
-def test_every_part_of_a_tensor_is_written_where_it_belongs(small):
+def test_every_part_of_a_tensor_is_written_where_it_belongs(small, one_thread):
     stored = {}
     for file in small.glob("*.safetensors"):
         stored |= load_file(file)
