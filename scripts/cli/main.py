@@ -160,20 +160,33 @@ class _Version(argparse.Action):
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that files and bars are closed; a second one kills."""
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that files and bars are closed; a second one kills.
+
+    What either raises may come out as another error of the library that it met, as safetensors makes one.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    stops: list[BaseException] = []
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise _Terminated
+    def stop(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        stops.append(_Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        raise stops[-1]
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
+    except BaseException as error:
+        if stops and error is not stops[-1]:
+            raise stops[-1] from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupted(arguments: argparse.Namespace | None) -> str:

@@ -239,7 +239,7 @@ def test_ctrl_c_and_sigterm_are_one_line_each_and_the_work_goes_on(tmp_path, tok
             time.sleep(0.004)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=300)
-        assert process.returncode == code
+        assert process.returncode == code, stderr
         assert stderr == "dbrx-quant: interrupted; run the same command again to continue\n"
         assert not [path for path in work.rglob(".*.part")]
     finish(start(out, tokens))

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.folder.inspect import inspect_folder
 from dbrx_quant.scripts.cli import doctor
+from dbrx_quant.scripts.cli import main as main_module
 from dbrx_quant.scripts.cli.main import main
 from dbrx_quant.scripts.terminal.arguments import bpw_list, size
 from dbrx_quant.scripts.terminal.output import bytes_text, seconds_text
@@ -107,6 +110,23 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, spins,
         monkeypatch.setenv(name, value)
     assert main(["completion", "bash"]) == 0
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_that_a_library_turns_into_another_error_is_a_stop(number):
+    def read():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        except BaseException as stop:
+            raise RuntimeError("the shape of what was read is unknown") from stop
+
+    before = signal.getsignal(number)
+    with pytest.raises((KeyboardInterrupt, main_module._Terminated)), main_module._terminable():
+        read()
+    with pytest.raises(RuntimeError), main_module._terminable():
+        raise RuntimeError("of the program itself")
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize("given", [None, "AVX2"])
