@@ -50,7 +50,7 @@ def narrowed(weight: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """X W^T, [T, N] float32, for x [T, K] float32 and W [N, K]; computed in the type of W, as `narrowed`."""
+    """The product x W^T, [T, N] float32, of x [T, K] float32 and W [N, K], computed in the type of W."""
     return (x.to(weight.dtype) @ weight.T).float()
 
 
@@ -62,14 +62,9 @@ def rounded_products() -> Iterator[None]:
     """
     if rounded_dtype() == torch.float32:
         yield
-        return
-    settings: Any = vars(torch.backends)["mkldnn"].matmul  # not in torch's type stubs
-    before = settings.fp32_precision
-    try:
-        settings.fp32_precision = "bf16"
-        yield
-    finally:
-        settings.fp32_precision = before
+    else:
+        with _may_round():
+            yield
 
 
 @contextmanager
@@ -80,14 +75,22 @@ def fast_products() -> Iterator[bool]:
     threads, too: left to choose (MKL_DYNAMIC) it may take fewer, and that can mean other last bits.
     """
     torch.set_num_threads(torch.get_num_threads())
+    with _may_round():
+        exact = _error() < EXACT
+        if exact:
+            yield True
+            return
+    yield False
+
+
+@contextmanager
+def _may_round() -> Iterator[None]:
+    """Inside the `with` block torch multiplies float32 by oneDNN, which may round to bfloat16."""
     settings: Any = vars(torch.backends)["mkldnn"].matmul  # not in torch's type stubs
     before = settings.fp32_precision
     try:
         settings.fp32_precision = "bf16"
-        exact = _error() < EXACT
-        if not exact:
-            settings.fp32_precision = before
-        yield exact
+        yield
     finally:
         settings.fp32_precision = before
 
