@@ -1,4 +1,4 @@
-"""A very small DBRX source and randomly quantized linears, to write and check output folders with."""
+"""A very small DBRX source and randomly quantized linears, to write and damage output folders with."""
 
 import json
 
@@ -170,3 +170,17 @@ def make_output(folder, max_shard_bytes=8e9, source=None):
         source, out, architecture, bits=3.0, head_bits=6, rows=4, length=32, dataset="random tokens"
     )
     return out
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def delete(path):
+    path.unlink()

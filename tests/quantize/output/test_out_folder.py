@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from small_models import save_model, save_random_tokens
+from tiny_output import cut, delete, flip
 
 from dbrx_quant.quantize import conversion
 from dbrx_quant.quantize.conversion import convert, measure_model
@@ -227,20 +228,6 @@ FILES = (
     *("special_tokens_map.json", "strategy.json", "conversion.json", "measurement.json", "checksums.json"),
     "LICENSE",
 )
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def delete(path):
-    path.unlink()
 
 
 @pytest.mark.parametrize("damage", [flip, cut, delete])

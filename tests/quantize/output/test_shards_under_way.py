@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from small_models import save_model, save_random_tokens
+from tiny_output import cut, delete, flip
 
 from dbrx_quant.quantize import conversion, second_pass
 from dbrx_quant.quantize.conversion import convert
@@ -59,20 +60,6 @@ def killed(asked, out, module, function, calls=0, **changes):
         patch.setattr(module, function, die)
         with pytest.raises(Killed):
             run(asked, out, **changes)
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def delete(path):
-    path.unlink()
 
 
 MOMENTS = {  # in the middle of the second block; after the last linear; before the small files

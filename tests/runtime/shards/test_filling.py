@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
-from tiny_output import make_source, random_linear
+from tiny_output import cut, delete, flip, make_source, random_linear
 
 from dbrx_quant.runtime.exl2.format import read_groups, uniform_groups
 from dbrx_quant.runtime.families import describe
@@ -229,20 +229,6 @@ def half_done(model, folder, limit=SMALL):
     assert len(contents(folder / "out")) > 3
     assert list((folder / "work" / "linears").glob("*.safetensors"))
     return shards
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def delete(path):
-    path.unlink()
 
 
 @pytest.mark.parametrize("damage", [flip, cut, delete])
