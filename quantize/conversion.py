@@ -23,7 +23,7 @@ from dbrx_quant.quantize.budget.strategy import (
     write_strategy,
 )
 from dbrx_quant.quantize.declared import plain_name
-from dbrx_quant.quantize.estimate.memory import check_disk, check_memory
+from dbrx_quant.quantize.estimate.memory import DeviceRows, check_device_memory, check_disk, check_memory
 from dbrx_quant.quantize.estimate.sizes import check_channels, shape_range, total_bytes
 from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.quantize.measurement import (
@@ -54,7 +54,8 @@ from dbrx_quant.runtime.files.sealed import check_seal, seal
 from dbrx_quant.runtime.files.watched import WatchedFile
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME
 from dbrx_quant.runtime.folder.verify import verify
-from dbrx_quant.runtime.kernels.float_matmul import fast_products, rounded_dtype
+from dbrx_quant.runtime.kernels.device import CPU, device_name, find_device
+from dbrx_quant.runtime.kernels.float_matmul import exact_on_gpus, fast_products, rounded_dtype
 from dbrx_quant.runtime.progress import bar
 from dbrx_quant.runtime.shards.filling import FillingShards, check_begun, is_begun
 from dbrx_quant.runtime.shards.write import check_foreign
@@ -92,19 +93,19 @@ class Converted:
     peak_bytes: int
 
 
+@exact_on_gpus()
 @fast_products()
 def convert(options: ConvertOptions) -> list[Converted]:
     """Convert a model to each target; one measurement serves them all.
 
     Raises:
         CheckpointError: the source is incomplete or unknown.
-        ValueError: targets out of reach, earlier work that differs, too little memory.
+        ValueError: targets out of reach, earlier work that differs, too little memory, no such device.
     """
     if not options.targets:
         raise ValueError("no target given")
-    if options.device != "cpu":
-        raise ValueError(f"device {options.device}: conversion runs on the CPU; give --device cpu")
-    model = open_model(options.model)
+    device = find_device(options.device)
+    model = open_model(options.model, device)
     _check_side_files(model)
     check_channels(model.architecture)
     check_targets(options.targets, *shape_range(model.architecture))
@@ -113,7 +114,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
     check_apart(options.work, (*outputs, options.model, options.measurement))
     with (
         claimed(outputs, options.model),
-        open_job(options.work, _facts(options), options.resume) as resumed,
+        open_job(options.work, _facts(options, device), options.resume) as resumed,
     ):
         if resumed and not options.quiet:
             print(f"resuming the work in {options.work}", file=sys.stderr)
@@ -121,6 +122,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
             _check_place(options, target)
         rows = _rows(options, model)
         check_memory(model.architecture, rows.count, options.max_memory)
+        check_device_memory(device, model.architecture, _device_rows(model, rows))
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
         measured = given is not None or (options.work / MEASUREMENT_NAME).exists()
         limit = options.max_shard_bytes
@@ -130,16 +132,19 @@ def convert(options: ConvertOptions) -> list[Converted]:
         return [_one_target(options, model, rows, measurement, s) for s in strategies]
 
 
+@exact_on_gpus()
 @fast_products()
 def measure_model(options: ConvertOptions, output: Path) -> Path:
     """Measure a model and write the measurement to `output`, which is returned."""
-    model = open_model(options.model)
+    device = find_device(options.device)
+    model = open_model(options.model, device)
     check_channels(model.architecture)
     check_place(output)
     check_apart(options.work, (output, options.model))
-    with open_job(options.work, _facts(options), options.resume):
+    with open_job(options.work, _facts(options, device), options.resume):
         rows = _rows(options, model)
         check_memory(model.architecture, rows.count, options.max_memory)
+        check_device_memory(device, model.architecture, _device_rows(model, rows))
         check_disk(model.architecture, rows.count, options.work, None)
         measurement = _measurement(options, model, rows)
         model.check_unchanged()
@@ -147,9 +152,9 @@ def measure_model(options: ConvertOptions, output: Path) -> Path:
     return output
 
 
-def open_model(folder: Path) -> StreamedModel:
+def open_model(folder: Path, device: torch.device = CPU) -> StreamedModel:
     """The original; says on stderr what in its configuration is corrected."""
-    model = StreamedModel(folder)
+    model = StreamedModel(folder, device)
     for note in model.notes:
         print(f"notice: {note}", file=sys.stderr)
     return model
@@ -163,6 +168,12 @@ def _rows(options: ConvertOptions, model: StreamedModel) -> Rows:
     for file in watched:
         file.check()
     return rows
+
+
+def _device_rows(model: StreamedModel, rows: Rows) -> DeviceRows:
+    held_out = 0 if rows.held_out is None else rows.held_out.numel()
+    heads: int = model.config.num_attention_heads
+    return DeviceRows(rows.calibration.shape[1], heads, held_out, held_out or rows.calibration.numel())
 
 
 def _check_side_files(model: StreamedModel) -> None:
@@ -186,14 +197,15 @@ def _check_side_files(model: StreamedModel) -> None:
         raise CheckpointError(f"{folder}: {'; '.join(map(str, problems[:3]))}")
 
 
-def _facts(options: ConvertOptions) -> dict[str, Any]:
+def _facts(options: ConvertOptions, device: torch.device) -> dict[str, Any]:
     """What the contents of the work folder depend on. Targets have folders of their own in it."""
     asked = options.work_facts()
     return {
         "model": source_facts(options.model),
         **asked,
         "threads (OMP_NUM_THREADS)": torch.get_num_threads(),  # the order of sums follows it
-        "products (DBRXQ_PRODUCTS)": str(rounded_dtype()).removeprefix("torch."),
+        "device": None if device == CPU else device_name(device),  # each adds up in its own way
+        "products (DBRXQ_PRODUCTS)": str(rounded_dtype(device)).removeprefix("torch."),
         "held_out": asked["held_out"] or f"1/{HELD_OUT_EVERY}",
         "repair": None if options.repair == NO_REPAIR else asdict(options.repair),
     }

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 # What an option changes: the measurement and all that follows, what follows for one target, or nothing.
 Changes = Literal["everything", "target", "nothing"]
-Kind = Literal["whole", "size", "text", "file", "folder", "choice", "switch"]
+Kind = Literal["whole", "size", "text", "file", "folder", "choice", "switch", "device"]
 
 DECLARED = "declared"  # the key of a field's metadata
 
@@ -20,7 +20,7 @@ class Declared:
     """What is declared of an option.
 
     Attributes:
-        kind: of its value: a whole number, bytes, a text, a path, one of `choices`, or on and off.
+        kind: of its value: a whole number, bytes, a text, a path, one of `choices`, on and off, or a device.
         help: for the command.
         changes: what of a conversion depends on it.
         group: the heading of the command's help that it stands under; "" for none.
@@ -30,6 +30,7 @@ class Declared:
         metavar: what the help calls its value.
         names_file: whether a text may be the path of a file, whose place on this machine stays private.
         flag: the argument of the command, if it is not called as the field is.
+        implied: whether records leave the default out.
     """
 
     kind: Kind
@@ -42,6 +43,7 @@ class Declared:
     metavar: str | None = None
     names_file: bool = False
     flag: str | None = None
+    implied: bool = False
 
 
 def option(kind: Kind, help: str, default: Any = None, **more: Any) -> Any:
@@ -64,6 +66,8 @@ def shown(value: Any, declared: Declared) -> Any:
     """A value as others may see it."""
     if isinstance(value, Path):
         return value.name
+    if declared.kind == "device":
+        return value.partition(":")[0]  # which of several GPUs changes nothing
     return plain_name(value) if declared.names_file and value is not None else value
 
 

@@ -46,6 +46,7 @@ from dbrx_quant.quantize.solve.shrinkage import choose_shrinkage
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.sealed import remove
+from dbrx_quant.runtime.kernels.device import download, upload
 from dbrx_quant.runtime.kernels.float_matmul import narrowed, product, rounded_products
 from dbrx_quant.runtime.progress import Progress
 
@@ -174,7 +175,7 @@ def _forward(job: MeasureJob) -> None:
 
 
 def _forward_block(job: MeasureJob, index: int) -> None:
-    states = open_states(job.states(index))
+    states = open_states(job.states(index), job.model.device)
     with new_states(job.states(index + 1), states.shape) as output:
         routing = run_dense_block(job.model, index, states, output, job.folder)
         if routing is not None:
@@ -188,7 +189,7 @@ def _forward_block(job: MeasureJob, index: int) -> None:
 def _head(job: MeasureJob) -> None:
     architecture, count = job.model.architecture, len(job.model.architecture.blocks)
     head = architecture.head
-    states = open_states(job.states(count))
+    states = open_states(job.states(count), job.model.device)
     flat = states.flat
     weight, backward = job.model.dense(head), states.part(slice(job.backward_rows))
     with new_states(job.gradients(count), backward.shape) as gradients:
@@ -199,7 +200,8 @@ def _head(job: MeasureJob) -> None:
             weight,
             job.seed,
         )
-    moments, rows, held_out = SplitMoments.zero(head.shape[0]), token_rows(states), HeldOutInputs()
+    moments = SplitMoments.zero(head.shape[0], device=job.model.device)
+    rows, held_out = token_rows(states), HeldOutInputs()
     seen = job.tokens.numel()
     for part in token_spans(seen):
         moments.add(job.model.final_norm(flat[part]), rows[part])
@@ -263,7 +265,8 @@ def _measure_linears(
 def _backward(job: MeasureJob, index: int) -> None:
     """One block of the backward pass: gradients before it, curves of its linears."""
     spec = job.model.architecture.blocks[index]
-    states, upstream = open_states(job.states(index)), open_states(job.gradients(index + 1))
+    device = job.model.device
+    states, upstream = (open_states(path, device) for path in (job.states(index), job.gradients(index + 1)))
     live = job.model.block(index)
     shared = _Shared({}, {})
     routed: _RoutedGradients | None = None
@@ -280,8 +283,8 @@ def _backward(job: MeasureJob, index: int) -> None:
             if routing is not None and routed is not None:
                 flat = slice(part.start * length, part.stop * length)
                 roots += [routing.x, routing.weight]
-                seeds += [routed.x[flat], routed.weight[flat].to(routing.weight.dtype)]
-            with rounded_products():
+                seeds += [upload(routed.x[flat], device), routed.weight[flat].to(routing.weight)]
+            with rounded_products(device):
                 torch.autograd.backward(roots, seeds)
             assert x.grad is not None
             gradients[part] = x.grad
@@ -301,7 +304,7 @@ def _backward(job: MeasureJob, index: int) -> None:
 
 @dataclass(frozen=True)
 class _RoutedGradients:
-    """Gradients with respect to the experts' inputs [T, D] and the routing weights [T, A]."""
+    """Gradients with respect to the experts' inputs [T, D] and the routing weights [T, A], on the host."""
 
     x: Tensor
     weight: Tensor
@@ -334,7 +337,7 @@ class _ExpertSums:
     """Sums over the tokens of an expert.
 
     Attributes:
-        rows: the calibration row of each token of the block.
+        rows: the calibration row of each token of the block, on the host.
         inputs: moments of what gate and up get.
         inner: moments of what the down projection gets.
         gradients: of each linear's output, by its name.
@@ -348,9 +351,11 @@ class _ExpertSums:
     @staticmethod
     def zero(turn: Turn, rows: Tensor) -> "_ExpertSums":
         """No tokens seen yet."""
-        inputs = SplitMoments.zero(turn.gate.shape[0], prior=True)
-        inner = SplitMoments.zero(turn.down.shape[0], prior=True)
-        return _ExpertSums(rows, inputs, inner, {s.name: GradientSum.zero(s.shape[1]) for s in turn.linears})
+        device = turn.routing.device
+        inputs = SplitMoments.zero(turn.gate.shape[0], prior=True, device=device)
+        inner = SplitMoments.zero(turn.down.shape[0], prior=True, device=device)
+        gradients = {spec.name: GradientSum.zero(spec.shape[1], device) for spec in turn.linears}
+        return _ExpertSums(rows, inputs, inner, gradients)
 
     def add(self, span: Span, inner: Tensor) -> None:
         """Add tokens with what the down projection gets of them."""
@@ -410,9 +415,9 @@ def _backward_span(
     above = upstream[index]
     y_gradient = span.weight[:, None] * above
     y = product(h.detach(), down)
-    result.weight[index, span.slot] = (y * above).sum(-1)
+    result.weight[index, span.slot] = (y * above).sum(-1).cpu()
     g_gradient, u_gradient, x_gradient = torch.autograd.grad(h, (g, u, x), product(y_gradient, down.T))
-    result.x[index] += x_gradient
+    result.x[index] += download(x_gradient)
     for spec, gradient in zip(turn.linears, (g_gradient, u_gradient, y_gradient), strict=True):
         sums.gradients[spec.name].add(gradient)
     sums.add(span, h)

@@ -121,7 +121,14 @@ class ConvertOptions:
     max_memory: int | None = option(
         "size", "refuse to start if more is needed, e.g. 24GB", group="work", metavar="SIZE"
     )
-    device: str = option("text", "where to compute (default: %(default)s)", "cpu", group="work")
+    device: str = option(
+        "device",
+        "where products are computed, such as cuda; codes are searched on the CPU (default: %(default)s)",
+        "cpu",
+        changes="everything",
+        group="work",
+        implied=True,
+    )
     max_shard_bytes: int = option(
         "size",
         "largest file (default: 8GB); a finished result keeps its files",
@@ -160,7 +167,7 @@ class ConvertOptions:
         decisive = {
             name: shown(getattr(self, name), declared)
             for name, declared in declarations()
-            if declared.changes != "nothing"
+            if declared.changes != "nothing" and not self._goes_without_saying(name, declared)
         }
         return {"model": source_name(self.model), "bpw": target, **decisive}
 
@@ -171,10 +178,15 @@ class ConvertOptions:
             value = getattr(self, name)
             if declared.changes == "nothing" or value is None or value is False:
                 continue
+            if self._goes_without_saying(name, declared):
+                continue
             words.append(flag(name, declared))
             if declared.kind != "switch":
                 words.append(str(shown(value, declared)))
         return shlex.join(words)
+
+    def _goes_without_saying(self, name: str, declared: Declared) -> bool:
+        return declared.implied and getattr(self, name) == defaults()[name]
 
     def work_facts(self) -> dict[str, Any]:
         """What everything in the work folder depends on, files by their contents; targets have folders."""

@@ -168,14 +168,16 @@ def quantize_model(job: QuantizeJob) -> dict[str, Any] | None:
             remove(job.states(block.index))  # the next block's states are on disk by now
             for path in (job.original(block.index), job.middle(block.index), job.shared(block.index)):
                 remove(path)
-        _quantize_stage(job, HeadStage(job.model, job.calibration(open_states(job.states(len(blocks))))))
+        device = job.model.device
+        ends = open_states(job.states(len(blocks)), device)
+        _quantize_stage(job, HeadStage(job.model, job.calibration(ends)))
         if not job.measured:
             assert job.held_out is not None
-            states, original = (open_states(path(len(blocks))) for path in (job.states, job.original))
-            head, count = job.linears.weight(job.model.architecture.head), len(job.held_out)
+            original, last = open_states(job.original(len(blocks)), device), slice(-len(job.held_out), None)
+            head = job.linears.weight(job.model.architecture.head).to(device)
             dense = job.model.dense(job.model.architecture.head)
-            ends, goals = states.part(slice(-count, None)), original.part(slice(-count, None))
-            scores = distance(job.model, ends, goals, head, dense, job.held_out).as_dict()
+            states, goals = ends.part(last), original.part(last)
+            scores = distance(job.model, states, goals, head, dense, job.held_out).as_dict()
             _DISTANCE.write(job.distance, {k: v for k, v in scores.items() if k != "router_topk"})
         remove(job.original(len(blocks)))
     return _read_distance(job.distance) if job.held_out is not None else None
@@ -188,7 +190,7 @@ def _read_distance(path: Path) -> dict[str, Any]:
 
 def _quantize_block(job: QuantizeJob, index: int) -> None:
     goals = _run_original(job, index) if job.original_tokens is not None else None
-    states = open_states(job.states(index))
+    states = open_states(job.states(index), job.model.device)
     with new_states(job.states(index + 1), states.shape) as output:
         live, count = job.model.block(index), len(job.tokens)
         compared = goals if job.repair.needs_original else None
@@ -204,7 +206,7 @@ def _run_original(job: QuantizeJob, index: int) -> Goals:
     goals = Goals(job.middle(index), shared, job.original(index + 1))
     paths = [path for path in (goals.after, goals.middle, goals.shared) if path]
     if not all(path.exists() for path in paths):
-        states = open_states(job.original(index))
+        states = open_states(job.original(index), job.model.device)
         with ExitStack() as opened:
             after, *between = (opened.enter_context(new_states(path, states.shape)) for path in paths)
             run_dense_block(job.model, index, states, after, job.folder, *between)

@@ -16,7 +16,7 @@ TOKENS_AT_ONCE = 512  # tokens whose logits are in memory at a time
 def draw_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """A label [T, 1] for each row of probabilities [T, N]; takes a fraction of torch.multinomial's time."""
     cumulative = probabilities.cumsum(-1)
-    drawn = torch.rand(len(cumulative), 1, generator=generator) * cumulative[:, -1:]
+    drawn = torch.rand(len(cumulative), 1, generator=generator).to(cumulative.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, drawn, right=True).clamp_(max=cumulative.shape[1] - 1)
 
 
@@ -27,16 +27,16 @@ def head_gradients(
 
     Args:
         model: the source model.
-        states: [T, D] output of the last block.
-        gradients: [T, D], filled.
-        head: [vocabulary, D] float32, the head's weight.
+        states: [T, D] output of the last block, read to the model's device.
+        gradients: [T, D] on the host, filled.
+        head: [vocabulary, D] float32, the head's weight, on the device.
         seed: of the labels' draw.
 
     Returns:
         The squared gradients with respect to the logits.
     """
     generator = torch.Generator().manual_seed(seed)
-    total = GradientSum.zero(head.shape[0])
+    total = GradientSum.zero(head.shape[0], head.device)
     for start in range(0, len(states), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
         x = states[part].requires_grad_()
@@ -66,10 +66,10 @@ def distance(
 
     Args:
         model: the original.
-        states: [R, L, D] after the changed model's last block.
+        states: [R, L, D] after the changed model's last block, read to the model's device.
         original: [R, L, D] after the original's.
         weight: [vocabulary, D] of the changed model's head.
-        dense: [vocabulary, D] of the original's; both in float32.
+        dense: [vocabulary, D] of the original's; both in float32 on the device.
         rows: [R, L] token ids.
         through: what happens to the changed model's logits on their way.
     """

@@ -24,13 +24,14 @@ class Watch:
 
     def __init__(self, live: LiveBlock) -> None:
         self.rows: Tensor | None = None
-        self.moments = [SplitMoments.zero(stage[0].shape[0]) for stage in live.spec.stages]
+        device = live.device
+        self.moments = [SplitMoments.zero(stage[0].shape[0], device=device) for stage in live.spec.stages]
         self.held_out = [HeldOutInputs() for _ in live.spec.stages]
         self.gradients: dict[str, GradientSum] = {}
         self._handles: list[Any] = []
         for number, stage in enumerate(live.spec.stages):
             for spec in stage:
-                self.gradients[spec.name] = GradientSum.zero(spec.shape[1])
+                self.gradients[spec.name] = GradientSum.zero(spec.shape[1], device)
             modules = {spec.module: live.submodule(spec) for spec in stage}
             for position, (owner, module) in enumerate(modules.items()):
                 specs = [spec for spec in stage if spec.module == owner]

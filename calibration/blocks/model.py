@@ -7,12 +7,14 @@ notes its inputs and adds nothing, and the caller runs the experts one after ano
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dbrx_quant.runtime.families.facts import (
     BlockSpec,
@@ -25,21 +27,26 @@ from dbrx_quant.runtime.families.facts import (
 from dbrx_quant.runtime.families.source import open_source
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.files.watched import WatchedFile
+from dbrx_quant.runtime.kernels.device import CPU, upload
 from dbrx_quant.runtime.kernels.float_matmul import rounded_products
 from dbrx_quant.runtime.tokenizer.fix import READ_FILES
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts each token went to: [T, A] indices and weights, and the experts' input [T, D]."""
+    """Which experts each token went to: [T, A] indices and weights, and the experts' input [T, D].
+
+    Experts run on `device`, where their tokens are brought a span at a time.
+    """
 
     x: Tensor
     index: Tensor
     weight: Tensor
+    device: torch.device = CPU
 
     def part(self, tokens: slice) -> "Routing":
         """That of some tokens."""
-        return Routing(self.x[tokens], self.index[tokens], self.weight[tokens])
+        return Routing(self.x[tokens], self.index[tokens], self.weight[tokens], self.device)
 
 
 class _NotedExperts(nn.Module):
@@ -51,7 +58,7 @@ class _NotedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        self.noted = Routing(x, top_k_index, top_k_weights)
+        self.noted = Routing(x, top_k_index, top_k_weights, x.device)
         return torch.zeros_like(hidden_states)
 
 
@@ -81,13 +88,19 @@ class LiveBlock:
     Attributes:
         module: the transformers module; its linears are ordinary `nn.Linear`s whose weights may be replaced.
         spec: what the block consists of.
+        device: where it runs, and its outputs are; states come from anywhere.
     """
 
     def __init__(
-        self, module: nn.Module, spec: BlockSpec, kwargs: Callable[[int, int], dict[str, Any]]
+        self,
+        module: nn.Module,
+        spec: BlockSpec,
+        kwargs: Callable[[int, int], dict[str, Any]],
+        device: torch.device = CPU,
     ) -> None:
         self.module = module
         self.spec = spec
+        self.device = device
         self._kwargs = kwargs
         self._experts: _NotedExperts | None = None
         if spec.experts:
@@ -115,8 +128,9 @@ class LiveBlock:
         Returns:
             The output without the routed experts' shares, and what these experts would have got, if any.
         """
-        with rounded_products():
-            output = self.module(states, **self._kwargs(states.shape[0], states.shape[1]))
+        with rounded_products(self.device), _attention_of(self.device):
+            x = upload(states, self.device)
+            output = self.module(x, **self._kwargs(states.shape[0], states.shape[1]))
         output = output[0] if isinstance(output, tuple) else output
         return output, self.routing
 
@@ -169,9 +183,11 @@ class StreamedModel:
 
     Args:
         folder: a Hugging Face model folder.
+        device: where its weights come to, and what is computed with them.
 
     Attributes:
         folder: as given.
+        device: as given.
         config: transformers' configuration.
         architecture: what the model consists of.
         checkpoint: its weights.
@@ -182,10 +198,10 @@ class StreamedModel:
         CheckpointError: unknown architecture, or tensors that are missing or left over.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.folder = Path(folder)
+        self.folder, self.device = Path(folder), device
         self._read = [WatchedFile(self.folder / name) for name in READ_FILES]
         source = open_source(self.folder)
         self.config, self.architecture, self.checkpoint = (
@@ -210,21 +226,23 @@ class StreamedModel:
 
     def dense(self, spec: LinearSpec) -> Tensor:
         """The float32 weight [N, K] of a linear, as the source has it."""
-        weight = load_linear(self.checkpoint, spec).to(torch.float32, copy=True)
+        weight = load_linear(self.checkpoint, spec).to(self.device).to(torch.float32, copy=True)
         self.checkpoint.release(find_source(self.checkpoint, spec).tensor)
         if not all(bool(end.isfinite()) for end in torch.aminmax(weight)):  # a tenth of the time of isfinite
             raise CheckpointError(f"{self.folder}: {spec.name}: the weight contains NaN or infinity")
         return weight
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [.., D] float32 of token ids [..]."""
+        """Embeddings [.., D] float32 of token ids [..], both on the host."""
         return self.checkpoint.load("model.embed_tokens.weight")[input_ids].float()
 
     def block(self, index: int) -> LiveBlock:
         """Block `index` with its dense weights, experts aside."""
         spec = self.architecture.blocks[index]
         module = copy.deepcopy(self._model.get_submodule(spec.module))
-        live = LiveBlock(module, spec, lambda rows, length: self._block_kwargs(rows, length)[index])
+        live = LiveBlock(
+            module, spec, lambda rows, length: self._block_kwargs(rows, length)[index], self.device
+        )
         for kept in spec.floats:
             _set(
                 module,
@@ -241,13 +259,14 @@ class StreamedModel:
         left = [name for name, p in module.named_parameters() if p.is_meta]
         if left:
             raise CheckpointError(f"{self.folder}: block {index}: no weights for {', '.join(left)}")
+        module.to(self.device)
         return live
 
     def final_norm(self, states: Tensor) -> Tensor:
-        """The input of the head, from the last block's output."""
+        """The input of the head, from the last block's output, both on the device."""
         spec = next(f for f in self.architecture.floats if f.name == "model.norm.weight")
         module = copy.deepcopy(self._model.get_submodule(spec.parameter.removesuffix(".weight")))
-        _set(module, "weight", self.checkpoint.load(spec.name).float())
+        _set(module, "weight", self.checkpoint.load(spec.name).float().to(self.device))
         result: Tensor = module(states)
         return result
 
@@ -270,8 +289,23 @@ class StreamedModel:
             finally:
                 setattr(base, layers_name, layers)
                 setattr(base, norm_name, final)
-            self._kwargs_cache[key] = [r.kwargs for r in recorders if isinstance(r, _KwargsRecorder)]
+            noted = [r.kwargs for r in recorders if isinstance(r, _KwargsRecorder)]
+            self._kwargs_cache[key] = [_brought(kwargs, self.device) for kwargs in noted]
         return self._kwargs_cache[key]
+
+
+def _attention_of(device: torch.device) -> AbstractContextManager[None]:
+    """On GPUs the attention of plain products, whose gradients are the same at every run."""
+    return nullcontext() if device == CPU else sdpa_kernel(SDPBackend.MATH)
+
+
+def _brought(value: Any, device: torch.device) -> Any:
+    """Keyword arguments with their tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _brought(part, device) for name, part in value.items()}
+    return tuple(_brought(part, device) for part in value) if isinstance(value, tuple) else value
 
 
 def _set(module: nn.Module, path: str, value: Tensor) -> None:

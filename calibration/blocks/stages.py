@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
@@ -24,6 +25,7 @@ from dbrx_quant.calibration.blocks.walk import DenseShares, Span, Turn, batches,
 from dbrx_quant.calibration.statistics.moments import Moments, SplitMoments
 from dbrx_quant.calibration.statistics.residual import ResidualMoments
 from dbrx_quant.runtime.families.facts import LinearSpec
+from dbrx_quant.runtime.kernels.device import upload
 from dbrx_quant.runtime.kernels.float_matmul import narrowed, product
 
 WeightOf = Callable[[LinearSpec], Tensor]  # the float32 weight [N, K] of a linear
@@ -57,9 +59,9 @@ class Goals:
     shared: Path | None
     after: Path
 
-    def behind(self, spec: LinearSpec) -> States:
+    def behind(self, spec: LinearSpec, device: torch.device) -> States:
         """The states right behind a linear outside of routed experts that writes into the stream."""
-        return open_states(self.middle if spec.role == "o" else self.shared or self.after)
+        return open_states(self.middle if spec.role == "o" else self.shared or self.after, device)
 
 
 class Stage(ABC):
@@ -80,7 +82,10 @@ class Stage(ABC):
 
     @abstractmethod
     def finish(self, weight_of: WeightOf) -> None:
-        """Continue with these weights of all its linears."""
+        """Continue with these weights, on the host, of all its linears."""
+
+    def _narrowed(self, weight_of: WeightOf, spec: LinearSpec) -> Tensor:
+        return narrowed(weight_of(spec).to(self.model.device))
 
     @abstractmethod
     def _look(self, dense: Sequence[Tensor]) -> tuple[Moments | SplitMoments, ResidualMoments | None]:
@@ -98,7 +103,7 @@ class HeadStage(Stage):
         """Nothing comes after the head."""
 
     def _look(self, dense: Sequence[Tensor]) -> tuple[Moments, None]:
-        moments = Moments.zero(self._states.shape[-1])
+        moments = Moments.zero(self._states.shape[-1], self.model.device)
         for part in batches(self._states):
             moments.add(self.model.final_norm(self._states[part]).view(-1, self._states.shape[-1]))
         return moments, None
@@ -123,7 +128,7 @@ class DenseStage(Stage):
 
     def _look(self, dense: Sequence[Tensor]) -> tuple[Moments | SplitMoments, ResidualMoments | None]:
         spec = self.specs[0]
-        moments = Moments.zero(spec.shape[0])
+        moments = Moments.zero(spec.shape[0], self._live.device)
 
         def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
             moments.add(inputs[0].reshape(-1, inputs[0].shape[-1]))
@@ -155,7 +160,7 @@ class ComparedStage(DenseStage):
         (spec,) = self.specs
         live, states = self._live, self._states
         rows, seen = token_rows(states).view(states.shape[:2]), list[Tensor]()
-        inputs = SplitMoments.zero(spec.shape[0])
+        inputs = SplitMoments.zero(spec.shape[0], device=live.device)
         residual = ResidualMoments(inputs, *spec.shape)
         handle = live.submodule(spec).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
@@ -186,10 +191,10 @@ class GateUpStage(Stage):
 
     def finish(self, weight_of: WeightOf) -> None:
         """Keep the weights for the down projection."""
-        self.gate, self.up = narrowed(weight_of(self.turn.gate)), narrowed(weight_of(self.turn.up))
+        self.gate, self.up = (self._narrowed(weight_of, spec) for spec in self.specs)
 
     def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, None]:
-        inputs = SplitMoments.zero(self.turn.gate.shape[0], prior=True)
+        inputs = SplitMoments.zero(self.turn.gate.shape[0], prior=True, device=self.model.device)
         for span in self.turn.spans():
             inputs.add(span.x, self.rows[span.index], span.weight.square())
         for x in self.turn.others():
@@ -212,11 +217,11 @@ class DownStage(Stage):
 
     def finish(self, weight_of: WeightOf) -> None:
         """Add the expert's share to the stream."""
-        weights = self._before.gate, self._before.up, narrowed(weight_of(self._turn.down))
+        weights = self._before.gate, self._before.up, self._narrowed(weight_of, self._turn.down)
         self._turn.add_to(self._stream, weights)
 
     def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, ResidualMoments | None]:
-        inputs = SplitMoments.zero(self._turn.down.shape[0], prior=True)
+        inputs = SplitMoments.zero(self._turn.down.shape[0], prior=True, device=self.model.device)
         self._see(inputs, lambda span, h, rows: None)
         return inputs, None
 
@@ -248,12 +253,13 @@ class ComparedDownStage(DownStage):
 
     def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, ResidualMoments]:
         (weight,), shape = [narrowed(one) for one in dense], self._turn.down.shape
-        inputs = SplitMoments.zero(shape[0], prior=True)
+        inputs = SplitMoments.zero(shape[0], prior=True, device=self.model.device)
         residual = ResidualMoments(inputs, *shape)
 
         def miss(span: Span, h: Tensor, rows: Tensor) -> None:
             share = span.weight[:, None] * product(h, weight)
-            residual.add(h, self._goal[span.index] - self._stream[span.index] - share, rows, span.weight)
+            stream = upload(self._stream[span.index], share.device)
+            residual.add(h, self._goal[span.index] - stream - share, rows, span.weight)
 
         self._see(inputs, miss)
         return inputs, residual
@@ -282,7 +288,7 @@ def block_stages(
     block, seen = live.spec, states.part(slice(calibrated))
     for specs in block.stages:
         if goals and specs[0].writes_stream:
-            yield ComparedStage(model, specs, live, seen, goals.behind(specs[0]))
+            yield ComparedStage(model, specs, live, seen, goals.behind(specs[0], model.device))
         else:
             yield DenseStage(model, specs, live, seen)
     if block.experts is None:
@@ -298,7 +304,7 @@ def block_stages(
             yield (before := GateUpStage(model, turn.part(calibration), rows))
             yield DownStage(before, turn, stream)
     else:
-        goal = open_states(goals.after).flat
+        goal = open_states(goals.after, model.device).flat
         shares = DenseShares(folder, model, block.experts, routing, stream)
         for turn in turns(routing, block.experts):
             yield (before := GateUpStage(model, turn.part(calibration), rows))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dbrx_quant.runtime.files.atomic import naming, save_tensors, temporary_beside
 from dbrx_quant.runtime.files.sealed import check_seal, seal
+from dbrx_quant.runtime.kernels.device import CPU, upload
 
 _LARGEST = 15  # the largest value of a token is below 2 to this
 _MOST = 126  # of an exponent: a float32 holds 2 to this and its inverse exactly
@@ -32,10 +33,12 @@ class States:
     Attributes:
         halves: [..., D] float16.
         exponents: [...] int8; a value is its half times 2 to this.
+        device: where they are read to; what is on the host are halves and exponents.
     """
 
     halves: Tensor
     exponents: Tensor
+    device: torch.device = CPU
 
     @property
     def shape(self) -> torch.Size:
@@ -45,11 +48,11 @@ class States:
     @property
     def flat(self) -> "States":
         """The same with all axes but the last one made one."""
-        return States(self.halves.view(-1, self.shape[-1]), self.exponents.view(-1))
+        return States(self.halves.view(-1, self.shape[-1]), self.exponents.view(-1), self.device)
 
     def part(self, rows: slice) -> "States":
         """Some of them along the first axis, not read yet."""
-        return States(self.halves[rows], self.exponents[rows])
+        return States(self.halves[rows], self.exponents[rows], self.device)
 
     def __len__(self) -> int:
         return len(self.halves)
@@ -59,7 +62,11 @@ class States:
 
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
         """Those along the first axis, as float32."""
-        return self.halves[index].float() * _power(self.exponents[index])
+        halves, exponents = (
+            upload(self.halves[index], self.device),
+            upload(self.exponents[index], self.device),
+        )
+        return halves.float() * _power(exponents)
 
     def __setitem__(self, index: slice, states: Tensor) -> None:
         largest = states.abs().amax(-1)
@@ -111,12 +118,12 @@ def new_states(path: Path, shape: Sequence[int]) -> Iterator[Tensor]:
     step = max(1, _VALUES_AT_ONCE // max(1, states[:1].numel()))
     for start in range(0, len(states), step):
         coded[start : start + step] = states[start : start + step]
-    save_tensors(path, vars(coded))
+    save_tensors(path, {"halves": coded.halves, "exponents": coded.exponents})
     seal(path)
 
 
-def open_states(path: Path) -> States:
-    """The states in a file.
+def open_states(path: Path, device: torch.device = CPU) -> States:
+    """The states in a file, to be read to a device.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -124,4 +131,4 @@ def open_states(path: Path) -> States:
     """
     check_seal(path)
     stored = load_file(path)
-    return States(stored["halves"], stored["exponents"])
+    return States(stored["halves"], stored["exponents"], device)

@@ -24,6 +24,7 @@ from dbrx_quant.calibration.blocks.model import LiveBlock, Routing, StreamedMode
 from dbrx_quant.calibration.blocks.routing import ExpertTokens, tokens_of
 from dbrx_quant.calibration.blocks.states import States, new_states, scratch
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
+from dbrx_quant.runtime.kernels.device import download, upload
 from dbrx_quant.runtime.kernels.float_matmul import narrowed, product
 
 ROWS_TOKENS = 2048  # tokens that go through a block's attention at a time
@@ -85,7 +86,7 @@ def _without_experts(
 def route(
     live: LiveBlock, states: Tensor | States, output: Tensor | None, x: Tensor, middle: Tensor | None = None
 ) -> Routing:
-    """Run all rows through a block but its routed experts.
+    """Run all rows through a block but its routed experts; what comes of it is on the host.
 
     Args:
         live: the block.
@@ -103,7 +104,7 @@ def route(
         x[part.start * length : part.stop * length] = routing.x
         index.append(routing.index)
         weight.append(routing.weight)
-    return Routing(x, torch.cat(index), torch.cat(weight))
+    return Routing(x, torch.cat(index).cpu(), torch.cat(weight).cpu(), live.device)
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ class Span:
     """Some of an expert's tokens.
 
     Attributes:
-        index: [T] positions among all tokens.
-        x: [T, D] inputs.
-        weight: [T] routing weights.
-        slot: [T] which of the token's A choices the expert is.
+        index: [T] positions among all tokens, on the host.
+        x: [T, D] inputs, on the expert's device.
+        weight: [T] routing weights, likewise.
+        slot: [T] which of the token's A choices the expert is, on the host.
     """
 
     index: Tensor
@@ -183,7 +184,7 @@ class Turn:
     def others(self) -> Iterator[Tensor]:
         """Inputs [T, D] of tokens that are routed elsewhere, some at a time."""
         for part in token_spans(len(self.tokens.others)):
-            yield self.routing.x[self.tokens.others[part]]
+            yield self._inputs(self.tokens.others[part])
 
     def inner(self, x: Tensor, gate: Tensor, up: Tensor, through: Through = unchanged) -> Tensor:
         """act(gate x) * up x, the input of the down projection, for tokens [T, D] and weights [N, K]."""
@@ -192,7 +193,7 @@ class Turn:
     def shares(
         self, weights: Weights, through: Through = unchanged, at_once: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the expert adds to the stream: positions [T], shares [T, D].
+        """What the expert adds to the stream: positions [T] on the host, shares [T, D] on its device.
 
         Args:
             weights: of the expert.
@@ -207,13 +208,17 @@ class Turn:
     def add_to(
         self, stream: Tensor, weights: Weights, through: Through = unchanged, at_once: bool = False
     ) -> None:
-        """Add the shares to states [T, D]."""
+        """Add the shares to states [T, D] on the host."""
         for index, share in self.shares(weights, through, at_once):
-            stream[index] += share
+            stream[index] += download(share)
 
     def _span(self, part: slice) -> Span:
         index = self.tokens.index[part]
-        return Span(index, self.routing.x[index], self.tokens.weight[part], self.tokens.slot[part])
+        weight = self.tokens.weight[part].to(self.routing.device)
+        return Span(index, self._inputs(index), weight, self.tokens.slot[part])
+
+    def _inputs(self, index: Tensor) -> Tensor:
+        return upload(self.routing.x[index], self.routing.device)
 
 
 def turns(routing: Routing, experts: ExpertsSpec) -> Iterator[Turn]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dbrx_quant.runtime.kernels.device import CPU
+
 
 @dataclass
 class GradientSum:
@@ -22,9 +24,9 @@ class GradientSum:
     columns: Tensor
 
     @staticmethod
-    def zero(n: int) -> "GradientSum":
-        """No tokens seen yet."""
-        return GradientSum(torch.zeros(n, dtype=torch.float64))
+    def zero(n: int, device: torch.device = CPU) -> "GradientSum":
+        """No tokens seen yet; the gradients that come are on the device."""
+        return GradientSum(torch.zeros(n, dtype=torch.float64, device=device))
 
     def add(self, gradient: Tensor) -> None:
         """Add gradients [..., N]."""
@@ -40,5 +42,5 @@ class GradientSum:
         """How much each channel counts, mean 1: [N] float32. Half of it is even: the sum is an estimate."""
         mean = float(self.columns.mean())
         if mean <= 0:
-            return torch.ones(len(self.columns))
+            return torch.ones(len(self.columns), device=self.columns.device)
         return (0.5 + 0.5 * self.columns / mean).float()

@@ -16,7 +16,7 @@ class HeldOutInputs:
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens x [T, K] with weights [T] (1 each if None)."""
         self._inputs.append(x.float())
-        self._weights.append(torch.ones(len(x)) if weights is None else weights)
+        self._weights.append(torch.ones(len(x), device=x.device) if weights is None else weights)
 
     @property
     def tokens(self) -> int:

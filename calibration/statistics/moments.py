@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dbrx_quant.runtime.kernels.device import CPU
 from dbrx_quant.runtime.kernels.float_matmul import rounded_products
 
 SELECTION_EVERY = 8  # one calibration row in so many is a selection row
@@ -39,9 +40,9 @@ class Moments:
         self.weight, self.squares, self.tokens = weight, squares, tokens
 
     @staticmethod
-    def zero(k: int) -> "Moments":
-        """No tokens seen yet."""
-        return Moments(torch.zeros(k, k))
+    def zero(k: int, device: torch.device = CPU) -> "Moments":
+        """No tokens seen yet; those that come are on the device."""
+        return Moments(torch.zeros(k, k, device=device))
 
     @property
     def matrix(self) -> Tensor:
@@ -65,7 +66,7 @@ class Moments:
             x = x * weights.sqrt()[:, None]  # on both sides, so that rounding leaves it a square
             self.weight += float(weights.sum(dtype=torch.float64))
             self.squares += float(weights.double().square().sum())
-        with rounded_products():
+        with rounded_products(x.device):
             for start in range(0, x.shape[1], _COLUMNS):
                 end = start + _COLUMNS
                 self._sum[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
@@ -105,13 +106,14 @@ class SplitMoments:
     prior: Moments | None = None
 
     @staticmethod
-    def zero(k: int, prior: bool = False) -> "SplitMoments":
-        """No tokens seen yet."""
-        return SplitMoments(Moments.zero(k), Moments.zero(k), Moments.zero(k) if prior else None)
+    def zero(k: int, prior: bool = False, device: torch.device = CPU) -> "SplitMoments":
+        """No tokens seen yet; those that come are on the device."""
+        fit, selection = Moments.zero(k, device), Moments.zero(k, device)
+        return SplitMoments(fit, selection, Moments.zero(k, device) if prior else None)
 
     def add(self, x: Tensor, token_rows: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens x [T, K] of the given calibration rows [T] with weights [T]."""
-        selection = is_selection(token_rows)
+        selection = is_selection(token_rows).to(x.device)
         for part, mask in ((self.fit, ~selection), (self.selection, selection)):
             part.add(x[mask], None if weights is None else weights[mask])
 

@@ -20,7 +20,8 @@ class ResidualMoments:
     """
 
     def __init__(self, inputs: SplitMoments, k: int, n: int) -> None:
-        self.inputs, self.fit, self.selection = inputs, torch.zeros(n, k), torch.zeros(n, k)
+        like = inputs.fit.matrix
+        self.inputs, self.fit, self.selection = inputs, like.new_zeros(n, k), like.new_zeros(n, k)
 
     def add(self, x: Tensor, missing: Tensor, token_rows: Tensor, routing: Tensor | None = None) -> None:
         """Add tokens that are in `inputs` too.
@@ -33,7 +34,7 @@ class ResidualMoments:
                 `inputs`; None: 1 each.
         """
         scaled = missing if routing is None else missing * routing[:, None]
-        selection = is_selection(token_rows)
+        selection = is_selection(token_rows).to(x.device)
         for total, mask in ((self.fit, ~selection), (self.selection, selection)):
-            with rounded_products():
+            with rounded_products(x.device):
                 total.addmm_(scaled[mask].T, x[mask])

@@ -41,14 +41,14 @@ def hessian(moments: Moments, prior: Moments | None, shrinkage: Shrinkage) -> Te
     An expert that saw no tokens at all gets the prior alone; without a prior, the identity.
     """
     k = moments.matrix.shape[0]
-    result = moments.matrix / moments.weight if moments.weight else torch.zeros(k, k)
+    result = moments.matrix / moments.weight if moments.weight else torch.zeros_like(moments.matrix)
     own = own_share(moments, prior, shrinkage)
     if prior is not None and own < 1:
         result.mul_(own).add_(prior.matrix, alpha=(1 - own) / prior.weight)
     diagonal = result.diagonal().clone()
     mean = float(diagonal.mean())
     if mean <= 0:
-        return torch.eye(k)
+        return torch.eye(k, device=result.device)
     result.mul_(1 - shrinkage.damping)
     # A channel that is (nearly) dead on the calibration text must still not be free to take any value.
     result.diagonal().copy_(diagonal.clamp_min(1e-6 * mean) + 1e-4 * mean)

@@ -75,7 +75,7 @@ def draw(
     """
     n, k = weight.shape
     stored = padded_columns(n)
-    columns = spread_columns(n, SAMPLE_COLUMNS)
+    columns = spread_columns(n, SAMPLE_COLUMNS, weight.device)
     share = n / len(columns)
     ordered = weight[columns].T[prepared.permutation].contiguous()
     importance = column_weights[columns].contiguous()
@@ -107,7 +107,7 @@ def feedback_factors(
     trained weights), many bits round a little better. Linears with the same inputs and experts of one role
     have the same factors within 2 % (standard deviation, trained weights, up to 6 bits).
     """
-    columns = spread_columns(weight.shape[0], SAMPLE_COLUMNS)
+    columns = spread_columns(weight.shape[0], SAMPLE_COLUMNS, weight.device)
     trial = weight[columns].T[prepared.permutation].contiguous()
     weights, rows = column_weights[columns].contiguous(), min(FEEDBACK_ROWS, trial.shape[0])
     predicted = error_table(trial, prepared.factor.pivots, weights, FEEDBACK_WIDTHS, rows).sum(1)
@@ -115,6 +115,6 @@ def feedback_factors(
     for width, expected in zip(FEEDBACK_WIDTHS, predicted.tolist(), strict=True):
         groups = uniform_groups(trial.shape[0], width, rows)
         solved = quantize_matrix(trial, prepared.factor, groups, weights, effort=effort)
-        actual = float((solved.loss_per_column * weights.double()).sum())
+        actual = float((solved.loss_per_column * weights.cpu().double()).sum())
         factors.append(actual / expected if expected > 0 else 1.0)
     return tuple(np.interp(WIDTHS, FEEDBACK_WIDTHS, factors).tolist())

@@ -71,14 +71,15 @@ class Predictor:
             if not cost:
                 return output
             error = cost / measured.price * measured.held_out_ratio  # squared, sum over channels
-            noise = torch.randn(output.shape, generator=generator)
+            noise = torch.randn(output.shape, generator=generator).to(output.device)  # the same on all
             return output + noise.mul_((error / output.shape[-1]) ** 0.5)
 
         with torch.no_grad():
             if not self._original.exists():
                 self._run(self._original, unchanged)
             self._run(self._noisy, noisy)
-            exact, disturbed = open_states(self._original), open_states(self._noisy)
+            device = self._model.device
+            exact, disturbed = open_states(self._original, device), open_states(self._noisy, device)
             head = self._model.architecture.head
             weight = self._model.dense(head)
             scores = distance(

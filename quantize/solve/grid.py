@@ -92,7 +92,7 @@ def error_table(
     """Rounding error of every run of `group_rows` rows at every width, the input of bit allocation.
 
     Args:
-        weight: [K, N] float32, rows in packed order. N may be a sample of the columns.
+        weight: [K, N] float32, rows in packed order, on any device, as all. N may be a sample of the columns.
         pivots: [K] float32, the rows' weights.
         column_weights: [N] float32 or None.
         bits: the widths.
@@ -109,7 +109,8 @@ def error_table(
         raise ValueError(f"group_rows is {group_rows}, must be positive")
     if pivots.shape != weight.shape[:1]:
         raise ValueError(f"{weight.shape[0]} rows need one pivot each, got {tuple(pivots.shape)}")
-    weight, pivots, column_weights = weight.contiguous(), pivots.contiguous(), _contiguous(column_weights)
+    weight, pivots = weight.cpu().contiguous(), pivots.cpu().contiguous()
+    column_weights = None if column_weights is None else column_weights.cpu().contiguous()
     if backend == "native":
         return native.error_table(weight, pivots, column_weights, bits, group_rows)
     starts = range(0, len(weight), group_rows)

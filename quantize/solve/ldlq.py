@@ -31,6 +31,7 @@ from dbrx_quant.quantize.solve.grid import (
     search_group_torch,
 )
 from dbrx_quant.runtime.exl2.format import GroupMap, check_groups
+from dbrx_quant.runtime.kernels.device import download
 
 _PANEL_COLUMNS = 128  # of the factorization
 _BLOCK_ROWS = 256  # rows between two matrix products of the feedback, more where groups ask for it
@@ -114,9 +115,8 @@ def factorize(hessian: Tensor, overwrite: bool = False) -> Factor:
         root = flipped.flip(0, 1)
         corner.copy_(root)
         if start:
-            inverse = torch.linalg.solve_triangular(
-                root, torch.eye(end - start, dtype=root.dtype), upper=True
-            )
+            identity = torch.eye(end - start, dtype=root.dtype, device=root.device)
+            inverse = torch.linalg.solve_triangular(root, identity, upper=True)
             panel[:start] = panel[:start] @ inverse.mT.float()
     roots = upper.diagonal().clone()
     upper.div_(roots).triu_()
@@ -156,6 +156,9 @@ def quantize_matrix(
         overwrite: use the weight's memory for the errors, and keep no dequantized weights; saves 6 bytes a
             weight, which is gigabytes for a head.
 
+    Weight and factor are on one device, which makes the products of the feedback; codes and scales are
+    searched on the host, where the solution stays.
+
     Raises:
         ValueError: shapes disagree, the groups are not legal for K rows, or a weight is not finite.
 
@@ -186,7 +189,9 @@ def quantize_matrix(
     blocks = [
         (first, last, sum(group.rows for group in groups[first:last])) for first, last in _blocks(groups)
     ]
-    targets_of = torch.empty(max(rows for *_, rows in blocks), n)
+    targets_of = torch.empty(max(rows for *_, rows in blocks), n, device=errors.device)
+    pivots = factor.pivots.cpu()
+    column_weights = None if column_weights is None else column_weights.cpu()
     solved = SolvedLinear(
         codes=torch.empty(k, n, dtype=torch.uint8),
         scale_codes=torch.empty(len(groups), n, dtype=torch.uint8),
@@ -201,22 +206,23 @@ def quantize_matrix(
         start, end = end, end + rows
         targets = targets_of[:rows]
         torch.addmm(errors[start:end], factor.unit_upper[:start, start:end].T, errors[:start], out=targets)
+        near = download(targets)  # targets, and then errors
         solve(
-            errors[start:end],
-            factor.unit_upper[start:end, start:end].T.contiguous(),
-            factor.pivots[start:end].contiguous(),
+            download(errors[start:end]),
+            factor.unit_upper[start:end, start:end].T.contiguous().cpu(),
+            pivots[start:end].contiguous(),
             column_weights,
             [group.bits for group in groups[first:last]],
             [group.rows for group in groups[first:last]],
             EFFORTS.index(effort),
-            targets,
+            near,
             solved.codes[start:end],
             solved.scale_codes[first:last],
             solved.scale_max[first:last],
             unkept[:rows] if overwrite else solved.dequantized[start:end],
             solved.loss_per_column,
         )
-        errors[start:end] = targets
+        errors[start:end].copy_(near, non_blocking=True)  # the next targets wait for it, the host need not
     return solved
 
 

@@ -101,20 +101,19 @@ def solve_linear(
         effort: of the solver.
 
     Returns:
-        Its tensors as stored (N padded to a multiple of 32), and tr(E^T H E).
+        Its tensors as stored (N padded to a multiple of 32), on the host, and tr(E^T H E).
     """
     ordered = _ordered(weight, prepared.permutation)
     solved = quantize_matrix(ordered, prepared.factor, groups, effort=effort, overwrite=True)
-    unpacked = UnpackedLinear(
-        solved.codes, solved.scale_codes, solved.scale_max, groups, prepared.permutation
-    )
+    permutation = prepared.permutation.cpu()
+    unpacked = UnpackedLinear(solved.codes, solved.scale_codes, solved.scale_max, groups, permutation)
     return pack_linear(unpacked, _pack_codes), solved.loss
 
 
 def _ordered(weight: Tensor, permutation: Tensor) -> Tensor:
     """A weight [N, K] as rows in packed order, [K, N'] with N padded by zeros."""
     n, k = weight.shape
-    ordered = torch.empty(k, padded_columns(n))
+    ordered = torch.empty(k, padded_columns(n), device=weight.device)
     ordered[:, n:] = 0
     for start in range(0, n, _OUTPUTS):  # turned first, so that whole rows move: a seventh of the time
         part = weight[start : start + _OUTPUTS].T.contiguous()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.quantize.solve.ldlq import Factor, factorize
+from dbrx_quant.runtime.kernels.device import CPU
 
 SAMPLE_COLUMNS = 128  # columns that stand for all where an estimate is enough
 
@@ -28,9 +29,9 @@ def prepare(matrix: Tensor) -> Prepared:
     return Prepared(permutation, factorize(ordered, overwrite=True))
 
 
-def spread_columns(n: int, count: int) -> Tensor:
+def spread_columns(n: int, count: int, device: torch.device = CPU) -> Tensor:
     """`count` columns spread evenly over N, all of them where there are no more."""
-    return torch.arange(n) if n <= count else torch.linspace(0, n - 1, count).long()
+    return (torch.arange(n) if n <= count else torch.linspace(0, n - 1, count).long()).to(device)
 
 
 def energy(weight: Tensor, matrix: Tensor) -> float:
@@ -45,5 +46,5 @@ def product_sum(a: Tensor, b: Tensor) -> float:
 
 def sampled_energy(weight: Tensor, matrix: Tensor) -> float:
     """tr(W^T H W) for W [N, K] and H [K, K], from at most SAMPLE_COLUMNS of its columns."""
-    columns = spread_columns(weight.shape[0], SAMPLE_COLUMNS)
+    columns = spread_columns(weight.shape[0], SAMPLE_COLUMNS, weight.device)
     return energy(weight[columns], matrix) * weight.shape[0] / len(columns)

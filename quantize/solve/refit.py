@@ -23,6 +23,7 @@ from dbrx_quant.calibration.statistics.moments import Moments
 from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, own_share
 from dbrx_quant.quantize.solve.prepare import energy
 from dbrx_quant.runtime.exl2.format import read_groups
+from dbrx_quant.runtime.kernels.device import repeatable
 from dbrx_quant.runtime.kernels.ops import dequantize_op
 from dbrx_quant.runtime.kernels.stored import Stored
 
@@ -71,18 +72,20 @@ def refitted(tensors: Mapping[str, Tensor], matrix: Tensor, cross: Tensor) -> Te
     """The new maxima of a linear, [G] float16.
 
     Args:
-        tensors: of the linear as stored, keyed by suffix.
+        tensors: of the linear as stored, keyed by suffix, on the host, as what is returned.
         matrix: [K, K] float32, H.
         cross: [N, K] float32, C.
     """
-    weight, maxima = _weight(tensors, cross.shape[0]), tensors["q_scale_max"]
+    weight, maxima = _weight(tensors, cross), tensors["q_scale_max"]
     groups = read_groups(tensors["q_groups"], tensors["q_weight"].shape[0], weight.shape[1])
     rows = torch.tensor([group.rows for group in groups])
     group = torch.arange(len(groups)).repeat_interleave(rows)[tensors["q_invperm"].long()]  # of each channel
+    group = group.to(weight.device)
 
     def by_group(values: Tensor) -> Tensor:
-        sums = torch.zeros(len(groups), *values.shape[1:], dtype=torch.float64)
-        return sums.index_add_(0, group, values.double())
+        sums = torch.zeros(len(groups), *values.shape[1:], dtype=torch.float64, device=values.device)
+        with repeatable():
+            return sums.index_add_(0, group, values.double())
 
     aims = by_group(torch.einsum("nk,nk->k", weight, cross))  # without a third matrix of that size
     products = (weight.T @ weight).mul_(matrix)  # <Q_c, Q_d H> of channels c and d
@@ -92,20 +95,21 @@ def refitted(tensors: Mapping[str, Tensor], matrix: Tensor, cross: Tensor) -> Te
     if mean <= 0:
         return maxima
     energies.diagonal().add_(RIDGE * mean)
-    factors: Tensor = 1 + torch.linalg.solve(energies, left)
+    factors: Tensor = 1 + torch.linalg.solve(energies, left).cpu()
     return (maxima.double() * factors.clamp(1 / MOST, MOST)).half()
 
 
 def _columns_by_group(values: Tensor, group: Tensor, count: int) -> Tensor:
-    return torch.zeros(len(values), count).index_add_(1, group, values)
+    with repeatable():
+        return values.new_zeros(len(values), count).index_add_(1, group, values)
 
 
 def loss_of(tensors: Mapping[str, Tensor], weight: Tensor, matrix: Tensor) -> float:
     """tr(E^T H E) of a linear as stored, for its weight [N, K] and H [K, K]."""
-    return energy(_weight(tensors, weight.shape[0]).sub_(weight), matrix)
+    return energy(_weight(tensors, weight).sub_(weight), matrix)
 
 
-def _weight(tensors: Mapping[str, Tensor], n: int) -> Tensor:
-    """The float32 weight [N, K]; maxima that became infinite give an infinite loss, and are not taken."""
-    weight: Tensor = dequantize_op(*Stored.of(tensors), n).t().float()
+def _weight(tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """The float32 weight [N, K], where `like` [N, ...] is; infinite maxima give an infinite loss, and are not taken."""
+    weight: Tensor = dequantize_op(*Stored.of(tensors), len(like)).t().to(like.device).float()
     return weight

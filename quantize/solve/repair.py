@@ -79,7 +79,7 @@ def repaired(weight: Tensor, moments: ResidualMoments, repair: Repair) -> Tensor
     fit, selection = moments.inputs.fit, moments.inputs.selection
     if not moments.inputs.can_choose or not fit.matrix.any():  # then nothing is repaired
         return weight
-    outputs = spread_columns(len(weight), _JUDGED_OUTPUTS)
+    outputs = spread_columns(len(weight), _JUDGED_OUTPUTS, weight.device)
     change = _least_squares(moments.fit[outputs], fit.matrix, fit.weight, repair)
     gain, cost = product_sum(change, moments.selection[outputs]), energy(change, selection.matrix)
     if gain <= 0 or cost <= 0:

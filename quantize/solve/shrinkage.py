@@ -49,10 +49,10 @@ def trial_error(weight: Tensor, prepared: Prepared) -> tuple[Tensor, float]:
         weight: [N, K] float32.
         prepared: its Hessian's factor.
     """
-    columns = spread_columns(weight.shape[0], SAMPLE_COLUMNS)
+    columns = spread_columns(weight.shape[0], SAMPLE_COLUMNS, weight.device)
     ordered = weight[columns].T[prepared.permutation].contiguous()
     groups = uniform_groups(ordered.shape[0], 3, 64)
     solved = quantize_matrix(ordered, prepared.factor, groups, effort="fast")
     error = torch.empty_like(ordered)
-    error[prepared.permutation] = ordered - solved.dequantized.float()
+    error[prepared.permutation] = ordered - solved.dequantized.to(ordered.device).float()
     return error, solved.loss

@@ -1,12 +1,13 @@
-"""Faster matrix products on CPUs: exact ones where torch's default library is slow, and rounded ones.
+"""Faster matrix products: exact ones where torch's default library for CPUs is slow, and rounded ones.
 
 torch multiplies float32 matrices through MKL, which on AMD CPUs reaches less than half of what oneDNN does
 (216 against 506 GFLOPS on two Zen 5 cores). torch takes oneDNN only where the product may be rounded to
 bfloat16; whether oneDNN then really rounds depends on the CPU and is found out by a trial.
 
-Statistics of a text need no exact products: where the CPU multiplies bfloat16 itself, activations are rounded
-to it, sums stay float32. On two cores with AMX the products of an expert, 2,048 tokens at DBRX's shapes, take
-331 GFLOPS exactly, 908 with float32 tensors that oneDNN rounds, 2,183 with bfloat16 tensors.
+Statistics of a text need no exact products: where the device multiplies bfloat16 itself, activations are
+rounded to it, sums stay float32. On two cores with AMX the products of an expert, 2,048 tokens at DBRX's
+shapes, take 331 GFLOPS exactly, 908 with float32 tensors that oneDNN rounds, 2,183 with bfloat16 tensors.
+GPUs round float32 tensors to TF32, which keeps three bits more than bfloat16.
 """
 
 import functools
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EXACT = 1e-5  # relative error that float32 stays far below, and bfloat16 far above
+from dbrx_quant.runtime.kernels.device import CPU, EXACT
 
+_ROUNDS_TO = {"cpu": ("mkldnn", "bf16"), "cuda": ("cuda", "tf32")}  # torch's setting for float32 tensors
 _ASKED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def rounded_dtype() -> torch.dtype:
-    """What activations are rounded to where products need not be exact: bfloat16, if the CPU multiplies it.
+def rounded_dtype(device: torch.device = CPU) -> torch.dtype:
+    """What activations are rounded to where products need not be exact: bfloat16, if the device multiplies it.
 
     Else float32, which is no rounding. `DBRXQ_PRODUCTS` (float32 or bfloat16) overrides it.
 
@@ -33,20 +35,24 @@ def rounded_dtype() -> torch.dtype:
     """
     asked = os.environ.get("DBRXQ_PRODUCTS")
     if not asked:
-        return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
     if asked not in _ASKED:
         raise ValueError(f"DBRXQ_PRODUCTS is {asked!r}; expected {' or '.join(_ASKED)}")
     return _ASKED[asked]
 
 
 @functools.cache
-def _multiplies_bfloat16() -> bool:
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def narrowed(weight: Tensor) -> Tensor:
     """A weight for `product`: in `rounded_dtype`, which is what most originals are stored in."""
-    return weight.to(rounded_dtype())
+    return weight.to(rounded_dtype(weight.device))
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -55,15 +61,15 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def rounded_products() -> Iterator[None]:
-    """Inside the `with` block float32 products round what they multiply to `rounded_dtype`.
+def rounded_products(device: torch.device = CPU) -> Iterator[None]:
+    """Inside the `with` block float32 products may round what they multiply, where `rounded_dtype` does.
 
     The setting is torch's own and holds for the whole process.
     """
-    if rounded_dtype() == torch.float32:
+    if rounded_dtype(device) == torch.float32 or device.type not in _ROUNDS_TO:
         yield
     else:
-        with _may_round():
+        with _precision(*_ROUNDS_TO[device.type]):
             yield
 
 
@@ -75,7 +81,7 @@ def fast_products() -> Iterator[bool]:
     threads, too: left to choose (MKL_DYNAMIC) it may take fewer, and that can mean other last bits.
     """
     torch.set_num_threads(torch.get_num_threads())
-    with _may_round():
+    with _precision(*_ROUNDS_TO["cpu"]):
         exact = _error() < EXACT
         if exact:
             yield True
@@ -84,12 +90,31 @@ def fast_products() -> Iterator[bool]:
 
 
 @contextmanager
-def _may_round() -> Iterator[None]:
-    """Inside the `with` block torch multiplies float32 by oneDNN, which may round to bfloat16."""
-    settings: Any = vars(torch.backends)["mkldnn"].matmul  # not in torch's type stubs
+def exact_on_gpus() -> Iterator[None]:
+    """Inside the `with` block GPUs multiply float32 as float32, and sum up products of bfloat16 in it.
+
+    The settings are torch's own and hold for the whole process.
+    """
+    settings: Any = vars(torch.backends)["cuda"].matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    try:
+        settings.allow_bf16_reduced_precision_reduction = False
+        with _precision("cuda", "ieee"):
+            yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
+
+
+@contextmanager
+def _precision(backend: str, kind: str) -> Iterator[None]:
+    """Inside the `with` block float32 products of a backend are of a kind: `ieee`, or what they may round to.
+
+    On CPUs anything but `ieee` also has oneDNN multiply, where it may.
+    """
+    settings: Any = vars(torch.backends)[backend].matmul  # not in torch's type stubs
     before = settings.fp32_precision
     try:
-        settings.fp32_precision = "bf16"
+        settings.fp32_precision = kind
         yield
     finally:
         settings.fp32_precision = before

@@ -204,6 +204,7 @@ def _value(declared: Declared) -> dict[str, Any]:
     if declared.kind == "choice":
         return {"type": type(declared.choices[0]), "choices": declared.choices}
     kinds: dict[str, Callable[[str], Any]] = {
+        "device": str,
         "whole": positive if declared.least else natural,
         "size": size,
         "text": str,

@@ -1,0 +1,139 @@
+"""A device that is none: tensors on it compute on the CPU, and meet tensors of the host in no operation.
+
+    with far_device() as memory:
+        far = tensor.to(FAR)       # allowed, as .cpu(), copy_ and the assignment of slices are
+        far + tensor               # MixedDevices, as on a GPU; 0-dimensional tensors of the host may take part
+        memory.peak                # bytes
+
+torch knows a device type "lazy", which nothing implements on a CPU build; here a tensor on it wraps one on the
+CPU. It is as strict as a GPU or stricter: indices have to be where what they index is.
+"""
+
+import weakref
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+FAR = torch.device("lazy")
+# What torch would compute from other operations, with other last bits, on a device that has no kernel for it.
+_KERNELS = torch.library.Library("aten", "IMPL", "Lazy")
+_KERNELS.impl("silu_backward", lambda *_: NotImplemented)
+_WAYS = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)  # between devices
+
+
+class MixedDevices(RuntimeError):
+    """An operation got tensors of both devices."""
+
+
+@dataclass
+class Memory:
+    """Bytes on the device, now and at most."""
+
+    now: int = 0
+    peak: int = 0
+    _holders: Counter = field(default_factory=Counter)
+
+    def hold(self, owner, near):
+        """Count the memory of `near` for as long as `owner` lives; tensors that share it are counted once."""
+        storage = near.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        self._holders[address] += 1
+        if self._holders[address] == 1:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        weakref.finalize(owner, self._release, address, size)
+
+    def _release(self, address, size):
+        self._holders[address] -= 1
+        if not self._holders[address]:
+            del self._holders[address]
+            self.now -= size
+
+
+class FarTensor(Tensor):
+    """A tensor on the device; its values are in `near`."""
+
+    @staticmethod
+    def __new__(cls, near):
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            near.shape,
+            strides=near.stride(),
+            storage_offset=near.storage_offset(),
+            dtype=near.dtype,
+            device=FAR,
+        )
+
+    def __init__(self, near):
+        self.near = near
+
+    def __repr__(self):
+        return f"FarTensor({self.near})"
+
+    def __deepcopy__(self, memo):
+        return self.detach().clone().requires_grad_(self.requires_grad)
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        raise AssertionError(f"{operation}: a tensor on the device has outlived it")
+
+
+class _Far(TorchDispatchMode):
+    def __init__(self, memory):
+        super().__init__()
+        self._memory = memory
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        far = {id(tensor.near): tensor for tensor in tensors if isinstance(tensor, FarTensor)}
+        asked = kwargs.get("device")
+        if far and operation not in _WAYS:
+            _refuse_mixed(operation, tensors)
+        there = bool(far)
+        if asked is not None:
+            there = torch.device(asked) == FAR
+            kwargs = {**kwargs, "device": torch.device("cpu") if there else asked}
+        if operation is torch.ops.aten.copy_.default:
+            there = isinstance(args[0], FarTensor)
+        result = operation(*tree_map(_near, args), **tree_map(_near, kwargs))
+        return tree_map(lambda leaf: self._wrapped(leaf, far) if there else leaf, result)
+
+    def _wrapped(self, leaf, far):
+        """A result on the device; what was changed in place is who it was."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) in far:
+            return far[id(leaf)]
+        wrapped = FarTensor(leaf)
+        self._memory.hold(wrapped, leaf)
+        return wrapped
+
+
+def _near(leaf):
+    return leaf.near if isinstance(leaf, FarTensor) else leaf
+
+
+def _refuse_mixed(operation, tensors):
+    """Raise MixedDevices if tensors of the host with dimensions meet those on the device."""
+    host = [tensor for tensor in tensors if not isinstance(tensor, FarTensor)]
+    big = any(tensor.dim() for tensor in tensors if isinstance(tensor, FarTensor))
+    if any(tensor.dim() or not big for tensor in host):
+        places = ", ".join(f"{tensor.device.type} {list(tensor.shape)}" for tensor in tensors)
+        raise MixedDevices(f"{operation}: tensors of two devices: {places}")
+
+
+@contextmanager
+def far_device():
+    """The device is there inside the `with` block; yields its `Memory`."""
+    memory = Memory()
+    # what torch.norm computes by its faster way where it knows the device, with other last bits of gradients
+    with patch.object(backend_registration, "_privateuse1_backend_name", FAR.type), _Far(memory):
+        yield memory
