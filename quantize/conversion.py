@@ -23,7 +23,7 @@ from dbrx_quant.quantize.budget.strategy import (
     write_strategy,
 )
 from dbrx_quant.quantize.declared import plain_name
-from dbrx_quant.quantize.estimate.memory import DeviceRows, check_device_memory, check_disk, check_memory
+from dbrx_quant.quantize.estimate.memory import DeviceNeeds, check_device_memory, check_disk, check_memory
 from dbrx_quant.quantize.estimate.sizes import check_channels, shape_range, total_bytes
 from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.quantize.measurement import (
@@ -122,7 +122,7 @@ def convert(options: ConvertOptions) -> list[Converted]:
             _check_place(options, target)
         rows = _rows(options, model)
         check_memory(model.architecture, rows.count, options.max_memory)
-        check_device_memory(device, model.architecture, _device_rows(model, rows))
+        check_device_memory(device, model.architecture, _device_needs(options, model, rows))
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
         measured = given is not None or (options.work / MEASUREMENT_NAME).exists()
         limit = options.max_shard_bytes
@@ -144,7 +144,7 @@ def measure_model(options: ConvertOptions, output: Path) -> Path:
     with open_job(options.work, _facts(options, device), options.resume):
         rows = _rows(options, model)
         check_memory(model.architecture, rows.count, options.max_memory)
-        check_device_memory(device, model.architecture, _device_rows(model, rows))
+        check_device_memory(device, model.architecture, _device_needs(options, model, rows))
         check_disk(model.architecture, rows.count, options.work, None)
         measurement = _measurement(options, model, rows)
         model.check_unchanged()
@@ -170,10 +170,15 @@ def _rows(options: ConvertOptions, model: StreamedModel) -> Rows:
     return rows
 
 
-def _device_rows(model: StreamedModel, rows: Rows) -> DeviceRows:
+def _device_needs(options: ConvertOptions, model: StreamedModel, rows: Rows) -> DeviceNeeds:
     held_out = 0 if rows.held_out is None else rows.held_out.numel()
-    heads: int = model.config.num_attention_heads
-    return DeviceRows(rows.calibration.shape[1], heads, held_out, held_out or rows.calibration.numel())
+    return DeviceNeeds(
+        length=rows.calibration.shape[1],
+        heads=model.config.num_attention_heads,
+        measured=held_out,
+        predicted=held_out or rows.calibration.numel(),
+        refit=options.refit,
+    )
 
 
 def _check_side_files(model: StreamedModel) -> None:

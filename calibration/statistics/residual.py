@@ -3,7 +3,6 @@
 Axes: T tokens, K input channels, N output channels.
 """
 
-import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.statistics.moments import SplitMoments, is_selection

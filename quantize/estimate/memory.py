@@ -19,26 +19,28 @@ from dbrx_quant.runtime.kernels.device import free_bytes
 BASE_BYTES = 900_000_000  # Python, torch and transformers
 DEVICE_BASE_BYTES = 300_000_000  # workspaces of libraries; what a process takes at its start is not free then
 _FRAGMENTS = 1.1  # what an allocator takes for what is asked of it
-_IN_ATTENTION = 3  # values that a token has in attention and its gradients, per channel of its linears
-_SCORES = 6  # matrices of attention scores at a time, gradients included
+_IN_ATTENTION = 2  # values that a token has in attention and its gradients, per channel of its linears
+_SCORES = 4  # matrices of attention scores at a time, gradients included
 _IN_EXPERT = 8  # values that a token has in an expert and its gradients, per channel of its gate
 
 
 @dataclass(frozen=True)
-class DeviceRows:
-    """What of the rows of a conversion decides how much of them is on a device at a time.
+class DeviceNeeds:
+    """What of a conversion, beside the model's shapes, decides how much is on a device at a time.
 
     Attributes:
         length: tokens of a row.
         heads: of attention.
         measured: held-out tokens, whose inputs are kept while an expert is measured.
         predicted: tokens that an allocation is predicted on; an expert's go through it at once.
+        refit: whether scales are fitted once more.
     """
 
     length: int
     heads: int
     measured: int
     predicted: int
+    refit: bool
 
 
 def states_bytes(architecture: Architecture, tokens: int) -> int:
@@ -87,49 +89,51 @@ def _solving(spec: LinearSpec) -> int:
     return max(repairing, solving)
 
 
-def device_bytes(architecture: Architecture, rows: DeviceRows) -> int:
+def device_bytes(architecture: Architecture, needs: DeviceNeeds) -> int:
     """Estimate of the peak memory on a device that computes: of what grows with tokens, a batch or span.
 
     One block's attention (or whole dense block) in float32 is there, or beside it one expert, in float32 and
     as its products take it, with the moments and the factor of the linear being solved; or the head.
     """
-    most, batch = 0, max(ROWS_TOKENS, rows.length)
-    held = min(rows.measured, HELD_OUT_TOKENS)
+    most, batch = 0, max(ROWS_TOKENS, needs.length)
+    held = min(needs.measured, HELD_OUT_TOKENS)
     for block in architecture.blocks[:1] + architecture.blocks[-1:]:
         linears = [spec for stage in block.stages for spec in stage]
         dense = 4 * sum(math.prod(spec.shape) for spec in linears)
         moments = sum(
             (8 + 4) * stage[0].shape[0] ** 2 + 4 * held * stage[0].shape[0] for stage in block.stages
         )
-        passing = 4 * batch * (_IN_ATTENTION * sum(sum(spec.shape) for spec in linears))
-        passing += 4 * _SCORES * batch * rows.length * rows.heads
-        largest = max(_solving_there(stage) for stage in block.stages)
-        most = max(most, 2 * dense + moments + max(passing, largest))
-        for gate, up, down in block.experts.linears[:1] if block.experts else ():
+        passing = 4 * batch * _IN_ATTENTION * sum(sum(spec.shape) for spec in linears)
+        passing += 4 * _SCORES * batch * needs.length * needs.heads
+        largest = max(_solving_there(stage, needs.refit) for stage in block.stages)
+        most = max(most, dense + moments + max(dense, passing, largest))
+        if block.experts:
+            gate, up, down = block.experts.linears[0]
             weights = 6 * sum(math.prod(spec.shape) for spec in (gate, up, down))
             moments = sum(12 * spec.shape[0] ** 2 + 4 * held * spec.shape[0] for spec in (gate, down))
             active, count = block.experts.active, block.experts.count
-            at_once = max(EXPERT_TOKENS, min(rows.predicted, 2 * rows.predicted * active // count))
-            passing = 4 * at_once * (_IN_EXPERT * sum(gate.shape))
-            solving = max(_solving_there((gate, up)), _solving_there((down,)))
+            at_once = max(EXPERT_TOKENS, min(needs.predicted, 2 * needs.predicted * active // count))
+            passing = 4 * at_once * _IN_EXPERT * sum(gate.shape)
+            solving = max(_solving_there((gate, up), needs.refit), _solving_there((down,), needs.refit))
             most = max(most, dense + weights + moments + max(passing, solving))
     k, n = architecture.head.shape
-    logits = 4 * n * max(5 * TOKENS_AT_ONCE, 3 * rows.length)
-    head = max(_solving_there((architecture.head,)), 8 * k * n) + 12 * k * k + logits
+    scoring = max(4 * k * n + 20 * n * TOKENS_AT_ONCE, 8 * k * n + 16 * n * needs.length)
+    head = 12 * k * k + max(_solving_there((architecture.head,), needs.refit), scoring)
     return DEVICE_BASE_BYTES + math.ceil(_FRAGMENTS * max(most, head))
 
 
-def _solving_there(stage: Sequence[LinearSpec]) -> int:
-    """Of linears with the same inputs: Hessian, its ordered copy, the factor; weights, ordered ones, targets."""
+def _solving_there(stage: Sequence[LinearSpec], refit: bool) -> int:
+    """Of linears with the same inputs: Hessian, ordered copy, factor; weights, ordered ones, targets."""
     k, n = stage[0].shape[0], max(spec.shape[1] for spec in stage)
     weights = sum(4 * k * spec.shape[1] for spec in stage)
     repairing = 12 * k * k + 24 * k * n if stage[0].writes_stream else 0
-    return weights + max(repairing, 12 * k * k + 4 * k * n) + 8 * 256 * n
+    fitting = 16 * k * k + 12 * k * n if refit else 0  # cross moments; quantized weights, their errors
+    return weights + max(repairing, 12 * k * k + 4 * k * n, fitting) + 8 * 256 * n
 
 
-def check_device_memory(device: torch.device, architecture: Architecture, rows: DeviceRows) -> None:
+def check_device_memory(device: torch.device, architecture: Architecture, needs: DeviceNeeds) -> None:
     """Raise ValueError if a conversion is expected to take more memory of a GPU than is free there."""
-    free, needed = free_bytes(device), device_bytes(architecture, rows)
+    free, needed = free_bytes(device), device_bytes(architecture, needs)
     if free is not None and needed > free:
         raise ValueError(
             f"device {device}: about {needed / 1e9:.2f} GB of its memory are needed at the peak, "

@@ -110,6 +110,6 @@ def loss_of(tensors: Mapping[str, Tensor], weight: Tensor, matrix: Tensor) -> fl
 
 
 def _weight(tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """The float32 weight [N, K], where `like` [N, ...] is; infinite maxima give an infinite loss, and are not taken."""
+    """The float32 weight [N, K] where `like` [N, K] is; infinite maxima give an infinite loss: not taken."""
     weight: Tensor = dequantize_op(*Stored.of(tensors), len(like)).t().to(like.device).float()
     return weight

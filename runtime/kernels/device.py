@@ -84,7 +84,7 @@ def repeatable() -> Iterator[None]:
 
 
 def _trial_error(device: torch.device) -> float:
-    """Relative error of a float32 product on the device; what a conversion needs beside it is tried as well."""
+    """Relative error of a float32 product on the device; what else a conversion needs is tried as well."""
     x = torch.randn(192, 320, generator=torch.Generator().manual_seed(0))
     there = x.to(device)
     truth = there.double() @ there.double().T

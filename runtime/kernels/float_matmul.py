@@ -26,7 +26,7 @@ _ASKED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def rounded_dtype(device: torch.device = CPU) -> torch.dtype:
-    """What activations are rounded to where products need not be exact: bfloat16, if the device multiplies it.
+    """What activations are rounded to where products need not be exact: bfloat16 if the device multiplies it.
 
     Else float32, which is no rounding. `DBRXQ_PRODUCTS` (float32 or bfloat16) overrides it.
 

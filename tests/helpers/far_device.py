@@ -2,11 +2,11 @@
 
     with far_device() as memory:
         far = tensor.to(FAR)       # allowed, as .cpu(), copy_ and the assignment of slices are
-        far + tensor               # MixedDevices, as on a GPU; 0-dimensional tensors of the host may take part
+        far + tensor               # MixedDevices, as on a GPU; 0-dimensional tensors of the host may meet it
         memory.peak                # bytes
 
-torch knows a device type "lazy", which nothing implements on a CPU build; here a tensor on it wraps one on the
-CPU. It is as strict as a GPU or stricter: indices have to be where what they index is.
+torch knows a device type "lazy", which no build for CPUs has; here a tensor on it wraps one on the CPU.
+It is as strict as a GPU or stricter: indices have to be where what they index is.
 """
 
 import weakref
