@@ -1,4 +1,4 @@
-"""Another device computes what the CPU does, gets every tensor that it needs, and is asked for nothing else."""
+"""Another device computes what the CPU does, and meets no tensor that is still on the host."""
 
 import dataclasses
 import json
@@ -98,9 +98,7 @@ def test_the_equipment_refuses_tensors_of_two_devices():
         assert float((there * torch.tensor(2.0)).sum()) == 18
         here[1:] = there[1:] * 2
         assert here.sum() == 3 + 12
-        assert far.now == 36
-        del there
-        assert far.peak >= 72
+        assert (far.now, far.peak) == (36, 72), "views are no memory of their own"
     with pytest.raises(NotImplementedError):
         torch.ones(3).to(FAR)
 
@@ -317,10 +315,11 @@ def test_work_is_not_resumed_on_another_device(small, tmp_path, monkeypatch, fir
         raise KeyboardInterrupt
 
     with far_device():
-        with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as stopping:
             stopping.setattr(conversion, "_strategies", stop)
-            convert(chosen)
-        with pytest.raises(ValueError, match="holds work of another conversion: device was .*'?lazy"):
+            with pytest.raises(KeyboardInterrupt):
+                convert(chosen)
+        with pytest.raises(ValueError, match=r"holds work of another conversion: device was .*lazy"):
             convert(dataclasses.replace(chosen, device=then))
         convert(chosen)
 
