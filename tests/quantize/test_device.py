@@ -98,7 +98,11 @@ def test_the_equipment_refuses_tensors_of_two_devices():
         assert float((there * torch.tensor(2.0)).sum()) == 18
         here[1:] = there[1:] * 2
         assert here.sum() == 3 + 12
-        assert (far.now, far.peak) == (36, 72), "views are no memory of their own"
+        view = there[1:]
+        assert far.now == 36, "a view is no memory of its own"
+        assert far.peak >= 72
+        del there, view
+        assert far.now == 0
     with pytest.raises(NotImplementedError):
         torch.ones(3).to(FAR)
 
