@@ -115,12 +115,17 @@ def _print_plan(planned: "Plan") -> None:
         [
             ["bits per weight within reach", f"{planned.lowest_bpw:.3f} to {planned.highest_bpw:.3f}"],
             ["peak memory", bytes_text(planned.peak_bytes)],
+            *([] if planned.device_bytes is None else [["of the device", bytes_text(planned.device_bytes)]]),
             ["work folder", bytes_text(planned.disk_bytes)],
-            ["measuring, once", seconds_text(planned.measure_seconds)],
-            ["quantizing, each target", seconds_text(planned.quantize_seconds)],
+            ["measuring, once", _time_text(planned.measure_seconds)],
+            ["quantizing, each target", _time_text(planned.quantize_seconds)],
         ],
         note="Times assume an otherwise idle machine and may be off by a factor of two.",
     )
+
+
+def _time_text(seconds: float | None) -> str:
+    return "not known on this device" if seconds is None else seconds_text(seconds)
 
 
 VERB = Verb(
