@@ -213,6 +213,7 @@ def test_a_block_and_its_experts_are_the_cpus(tmp_path, family):
         x = torch.empty_like(states.flatten(0, 1))
         routing = route(live, states, output, x, middle)
         assert routing.x.device == routing.index.device == routing.weight.device == CPU
+        assert routing.device == live.routing.device == device
         for turn in turns(routing, live.spec.experts):
             turn.add_to(output.flatten(0, 1), turn.narrowed(model))
             found += [*turn.others(), turn.whole().x]
