@@ -137,3 +137,22 @@ def far_device():
     # what torch.norm computes by its faster way where it knows the device, with other last bits of gradients
     with patch.object(backend_registration, "_privateuse1_backend_name", FAR.type), _Far(memory):
         yield memory
+
+
+def both(compute):
+    """What `compute` gives from tensors on the CPU, and from tensors on the device, brought back."""
+    here = compute(torch.device("cpu"))
+    with far_device():
+        there = compute(FAR)
+        back = [t.cpu() if isinstance(t, torch.Tensor) else t for t in there]
+    return here, back
+
+
+def same(here, there):
+    assert len(here) == len(there)
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
