@@ -129,13 +129,16 @@ def test_a_stop_that_a_library_turns_into_another_error_is_a_stop(number):
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.parametrize("given", [None, "AVX2"])
-def test_products_add_up_in_one_order_unless_the_user_says_otherwise(given, monkeypatch):
-    monkeypatch.setenv("MKL_CBWR", given or "")
+@pytest.mark.parametrize(
+    ("setting", "ours"), [("MKL_CBWR", "AUTO"), ("THP_MEM_ALLOC_ENABLE", "1")], ids=["order", "pages"]
+)
+@pytest.mark.parametrize("given", [None, "0"], ids=["unset", "set"])
+def test_libraries_get_settings_unless_the_user_has_made_them(setting, ours, given, monkeypatch):
+    monkeypatch.setenv(setting, given or "")
     if given is None:
-        monkeypatch.delenv("MKL_CBWR")
+        monkeypatch.delenv(setting)
     assert main(["completion", "bash"]) == 0
-    assert os.environ["MKL_CBWR"] == (given or "AUTO")
+    assert os.environ[setting] == (given or ours)
 
 
 def test_figures_for_people_have_units():
