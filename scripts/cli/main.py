@@ -139,10 +139,10 @@ def _let_waiting_threads_sleep() -> None:
 def _set_up_libraries() -> None:
     """Settings that torch and MKL read once, unless the user has made them (docs/python.md).
 
-    MKL multiplies matrices on Intel's processors. Unless it is asked for one order, it takes cache sizes as it
-    finds them, and threads add up in the order in which they finish. And torch's large tensors, which a
-    conversion gets from the system and gives back all the time, are mapped in pages of 2 MB: in pages of 4 KB
-    that took up to half of the time.
+    MKL multiplies matrices on Intel's processors. Unless it is asked for one order, it takes cache sizes as
+    it finds them, and threads add up in the order in which they finish. And torch's large tensors, which a
+    conversion gets from the system and gives back all the time, are mapped in pages of 2 MB: in pages of
+    4 KB that took up to half of the time.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
