@@ -159,6 +159,7 @@ def mirror(matrix: Tensor) -> None:
     for begin in range(0, len(matrix), _COLUMNS):
         end = begin + _COLUMNS
         for row in range(begin, min(end, len(matrix)), _TILE):
+            rows = slice(row, min(row + _TILE, end))
             for column in range(end, len(matrix), _TILE):
-                tile = matrix[row : min(row + _TILE, end), column : column + _TILE]
-                matrix[column : column + _TILE, row : min(row + _TILE, end)] = tile.T.contiguous()
+                columns = slice(column, column + _TILE)
+                matrix[columns, rows] = matrix[rows, columns].T.contiguous()
