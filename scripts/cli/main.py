@@ -128,12 +128,12 @@ def make_parser() -> argparse.ArgumentParser:
 def _set_up_libraries() -> None:
     """Settings that torch and its libraries read once, unless the user has made them (docs/python.md).
 
-    * libgomp lets waiting threads look for work 300,000 times before they sleep: where other programs hold the
-      cores, a conversion would take several times its processor time. Here they sleep after 20 microseconds.
-    * MKL, which multiplies matrices on Intel's processors, takes cache sizes as it finds them, and threads add
-      up in the order in which they finish, unless it is asked for one order.
-    * torch's large tensors, which a conversion gets from the system and gives back all the time, are mapped in
-      pages of 2 MB: in pages of 4 KB that took up to half of the time.
+    * libgomp lets waiting threads look for work 300,000 times before they sleep: where other programs hold
+      the cores, a conversion would take several times its processor time. Here they sleep after 20 µs.
+    * MKL, which multiplies matrices on Intel's processors, takes cache sizes as it finds them, and threads
+      add up in the order in which they finish, unless it is asked for one order.
+    * torch's large tensors, which a conversion gets from the system and gives back all the time, are mapped
+      in pages of 2 MB: in pages of 4 KB that took up to half of the time.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
