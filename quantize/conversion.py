@@ -249,7 +249,7 @@ def _strategies(
     """The allocation for each target, with its predicted KL, which is kept in the work folder."""
     folder = options.work / "predict"
     shown = rows.calibration if rows.held_out is None else rows.held_out
-    predictor = Predictor(model, measurement, shown, folder, options.seed)
+    predictor = Predictor(model, measurement, shown, folder, options.seed, options.quiet)
     strategies = []
     for target in options.targets:
         strategy = allocate(measurement, target, options.head_bits)

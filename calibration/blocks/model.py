@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dbrx_quant.runtime.exl2.finite import all_finite
 from dbrx_quant.runtime.families.facts import (
     BlockSpec,
     LinearSpec,
@@ -224,12 +225,13 @@ class StreamedModel:
         for watched in self._read:
             watched.check()
 
-    def dense(self, spec: LinearSpec) -> Tensor:
-        """The float32 weight [N, K] of a linear, as the source has it."""
-        weight = load_linear(self.checkpoint, spec).to(self.device).to(torch.float32, copy=True)
-        self.checkpoint.release(find_source(self.checkpoint, spec).tensor)
-        if not all(bool(end.isfinite()) for end in torch.aminmax(weight)):  # a tenth of the time of isfinite
+    def dense(self, spec: LinearSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K] of a linear, as the source has it, in that type."""
+        weight = load_linear(self.checkpoint, spec)
+        if not all_finite(weight):
             raise CheckpointError(f"{self.folder}: {spec.name}: the weight contains NaN or infinity")
+        weight = weight.to(self.device).to(dtype, copy=self.device == CPU)
+        self.checkpoint.release(find_source(self.checkpoint, spec).tensor)
         return weight
 
     def embed(self, input_ids: Tensor) -> Tensor:

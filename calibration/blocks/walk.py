@@ -25,7 +25,7 @@ from dbrx_quant.calibration.blocks.routing import ExpertTokens, tokens_of
 from dbrx_quant.calibration.blocks.states import States, new_states, scratch
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 from dbrx_quant.runtime.kernels.device import download, upload
-from dbrx_quant.runtime.kernels.float_matmul import narrowed, product
+from dbrx_quant.runtime.kernels.float_matmul import product, rounded_dtype
 
 ROWS_TOKENS = 2048  # tokens that go through a block's attention at a time
 EXPERT_TOKENS = 2048  # tokens that go through an expert, or the head, at a time
@@ -169,7 +169,7 @@ class Turn:
 
     def narrowed(self, model: StreamedModel) -> Weights:
         """Its weights as the source has them, for products that need not be exact."""
-        gate, up, down = (narrowed(model.dense(spec)) for spec in self.linears)
+        gate, up, down = (model.dense(spec, rounded_dtype(model.device)) for spec in self.linears)
         return gate, up, down
 
     def spans(self, begin: int = 0, end: int | None = None) -> Iterator[Span]:

@@ -18,6 +18,7 @@ from dbrx_quant.runtime.kernels.float_matmul import rounded_products
 SELECTION_EVERY = 8  # one calibration row in so many is a selection row
 MIN_SELECTION_TOKENS = 64  # with fewer of them, or fewer to fit on, nothing can be chosen
 _COLUMNS = 1024  # whose products with each other and those behind them are made at once
+_TILE = 256  # mirrored at once: 1024 take two and a half times as long
 
 
 def is_selection(token_rows: Tensor) -> Tensor:
@@ -33,10 +34,18 @@ class Moments:
         weight: sum of w.
         squares: sum of w^2.
         tokens: number of tokens.
+        mirrored: whether the matrix holds anything left of its diagonal.
     """
 
-    def __init__(self, matrix: Tensor, weight: float = 0.0, squares: float = 0.0, tokens: int = 0) -> None:
-        self._sum, self._mirrored = matrix, True
+    def __init__(
+        self,
+        matrix: Tensor,
+        weight: float = 0.0,
+        squares: float = 0.0,
+        tokens: int = 0,
+        mirrored: bool = True,
+    ) -> None:
+        self._sum, self._mirrored = matrix, mirrored
         self.weight, self.squares, self.tokens = weight, squares, tokens
 
     @staticmethod
@@ -47,11 +56,14 @@ class Moments:
     @property
     def matrix(self) -> Tensor:
         """[K, K] float32, sum of w x x^T."""
-        if not self._mirrored:  # only what is right of the diagonal, in blocks, has been summed up
-            for start in range(0, len(self._sum), _COLUMNS):
-                end = start + _COLUMNS
-                self._sum[end:, start:end] = self._sum[start:end, end:].T
+        if not self._mirrored:
+            mirror(self._sum)
             self._mirrored = True
+        return self._sum
+
+    @property
+    def upper(self) -> Tensor:
+        """The same, valid at the diagonal and right of it; `mirror` completes it, or what is made of it."""
         return self._sum
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
@@ -136,8 +148,20 @@ class SplitMoments:
     def joined(self) -> Moments:
         """Fitted and selection tokens together (takes over the fit moments' memory)."""
         return Moments(
-            self.fit.matrix.add_(self.selection.matrix),
+            self.fit.upper.add_(self.selection.upper),
             self.fit.weight + self.selection.weight,
             self.fit.squares + self.selection.squares,
             self.fit.tokens + self.selection.tokens,
+            mirrored=False,
         )
+
+
+def mirror(matrix: Tensor) -> None:
+    """Complete a symmetric matrix [K, K] of which the part right of the diagonal has been summed up."""
+    for begin in range(0, len(matrix), _COLUMNS):
+        end = begin + _COLUMNS
+        for row in range(begin, min(end, len(matrix)), _TILE):
+            rows = slice(row, min(row + _TILE, end))
+            for column in range(end, len(matrix), _TILE):
+                columns = slice(column, column + _TILE)
+                matrix[columns, rows] = matrix[rows, columns].T.contiguous()

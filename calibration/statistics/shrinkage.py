@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.statistics.moments import Moments
+from dbrx_quant.calibration.statistics.moments import Moments, mirror
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def own_share(moments: Moments, prior: Moments | None, shrinkage: Shrinkage) -> 
     own = moments.effective
     if prior is None or not prior.weight or (own and not shrinkage.prior):
         return 1.0
-    pseudo = max(shrinkage.prior * moments.matrix.shape[0], 1.0)
+    pseudo = max(shrinkage.prior * len(moments.upper), 1.0)
     return own / (own + pseudo)
 
 
@@ -40,16 +40,16 @@ def hessian(moments: Moments, prior: Moments | None, shrinkage: Shrinkage) -> Te
 
     An expert that saw no tokens at all gets the prior alone; without a prior, the identity.
     """
-    k = moments.matrix.shape[0]
-    result = moments.matrix / moments.weight if moments.weight else torch.zeros_like(moments.matrix)
+    k = len(moments.upper)
+    result = moments.upper / moments.weight if moments.weight else torch.zeros_like(moments.upper)
     own = own_share(moments, prior, shrinkage)
     if prior is not None and own < 1:
-        result.mul_(own).add_(prior.matrix, alpha=(1 - own) / prior.weight)
+        result.mul_(own).add_(prior.upper, alpha=(1 - own) / prior.weight)
     diagonal = result.diagonal().clone()
     mean = float(diagonal.mean())
     if mean <= 0:
         return torch.eye(k, device=result.device)
-    result.mul_(1 - shrinkage.damping)
+    mirror(result.mul_(1 - shrinkage.damping))
     # A channel that is (nearly) dead on the calibration text must still not be free to take any value.
     result.diagonal().copy_(diagonal.clamp_min(1e-6 * mean) + 1e-4 * mean)
     return result

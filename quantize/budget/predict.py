@@ -21,6 +21,7 @@ from dbrx_quant.calibration.blocks.walk import Through, batches, route, turns, u
 from dbrx_quant.quantize.budget.strategy import Strategy
 from dbrx_quant.quantize.measurement import Measurement
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
+from dbrx_quant.runtime.progress import bar
 
 # KL of finished models over that of noise, mean of two models on text that was not calibrated on. Errors of
 # rounding lean against the weights, which costs more than noise does; the repair takes something off.
@@ -43,6 +44,7 @@ class Predictor:
         tokens: [R, L] int64 ids of rows to run.
         folder: for hidden states.
         seed: of the noise.
+        quiet: show no progress.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class Predictor:
         tokens: Tensor,
         folder: Path,
         seed: int = 0,
+        quiet: bool = True,
     ) -> None:
         self._model, self._linears, self._tokens = model, measurement.linears, tokens
-        self._seed = seed
+        self._seed, self._quiet = seed, quiet
         self._original, self._noisy = folder / "original.safetensors", folder / "noisy.safetensors"
 
     def kl(self, strategy: Strategy, repaired: bool) -> tuple[float, float | None]:
@@ -96,11 +99,14 @@ class Predictor:
 
     def _run(self, path: Path, noise: Through) -> None:
         """Write the states after the last block."""
-        hidden = self._model.architecture.hidden
-        with new_states(path, (*self._tokens.shape, hidden)) as states:
+        blocks, hidden = self._model.architecture.blocks, self._model.architecture.hidden
+        with (
+            new_states(path, (*self._tokens.shape, hidden)) as states,
+            bar(len(blocks), "predict", self._quiet) as progress,
+        ):
             for part in batches(states):
                 states[part] = self._model.embed(self._tokens[part])
-            for block in self._model.architecture.blocks:
+            for block in blocks:
                 live = self._model.block(block.index)
                 _disturb(live, noise)
                 if block.experts:
@@ -108,6 +114,7 @@ class Predictor:
                 else:
                     for part in batches(states):
                         states[part] = live(states[part])[0]
+                progress.step(f"{'original' if noise is unchanged else 'with noise'}, block {block.index}")
 
     def _run_experts(self, live: LiveBlock, experts: ExpertsSpec, states: Tensor, noise: Through) -> None:
         stream = states.view(-1, states.shape[-1])

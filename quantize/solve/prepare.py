@@ -11,6 +11,7 @@ from torch import Tensor
 from dbrx_quant.quantize.solve.ldlq import Factor, factorize
 from dbrx_quant.runtime.kernels.device import CPU
 
+_ROWS = 128  # ordered at once, so that they stay in the cache in between
 SAMPLE_COLUMNS = 128  # columns that stand for all where an estimate is enough
 
 
@@ -25,8 +26,15 @@ class Prepared:
 def prepare(matrix: Tensor) -> Prepared:
     """Order channels by falling variance (act-order) and factorise; takes over the Hessian's memory."""
     permutation = torch.argsort(matrix.diagonal(), descending=True, stable=True)
-    ordered = matrix[permutation[:, None], permutation[None, :]]
-    return Prepared(permutation, factorize(ordered, overwrite=True))
+    return Prepared(permutation, factorize(_reordered(matrix, permutation), overwrite=True))
+
+
+def _reordered(matrix: Tensor, permutation: Tensor) -> Tensor:
+    ordered = torch.empty_like(matrix)
+    for begin in range(0, len(matrix), _ROWS):
+        rows = matrix[permutation[begin : begin + _ROWS]]
+        torch.gather(rows, 1, permutation.expand(len(rows), -1), out=ordered[begin : begin + _ROWS])
+    return ordered
 
 
 def spread_columns(n: int, count: int, device: torch.device = CPU) -> Tensor:

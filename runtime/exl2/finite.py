@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
 
@@ -17,8 +18,14 @@ def first_not_finite(checkpoint: Checkpoint, name: str) -> str | None:
     step = _CHUNK_BYTES // flat.element_size()
     for begin in range(0, flat.numel(), step):
         part = flat[begin : begin + step]
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()):
+        if not all_finite(part):
             at = int((~torch.isfinite(part)).nonzero()[0])
             place = list(map(int, np.unravel_index(begin + at, checkpoint.info(name).shape)))
             return f"element {place} is {part[at].item()}"
     return None
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: one pass, in the order of memory where that is the transposed."""
+    stored = values if values.is_contiguous() else values.T  # against the order it takes seven times as long
+    return all(bool(end.isfinite()) for end in torch.aminmax(stored))

@@ -49,7 +49,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "conversion",
         "publish",
     ),
-    "scripts": ("terminal", "report", "folders", "cli", "dev", "full_size"),
+    "scripts": ("terminal", "report", "folders", "cli", "dev", "full_size", "faults"),
 }
 
 

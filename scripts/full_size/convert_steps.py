@@ -55,7 +55,7 @@ def moments(call: Call) -> float:
 def hessian(call: Call) -> float:
     """Bytes of reading moments and writing a Hessian."""
     read = 1 + (call["prior"] is not None)
-    return 4.0 * (read + 1) * int(call["moments"].matrix.numel())
+    return 4.0 * (read + 1) * int(call["moments"].upper.numel())
 
 
 def stored(call: Call) -> float:

@@ -14,7 +14,7 @@ from dbrx_quant.calibration.statistics.moments import (
     SplitMoments,
     is_selection,
 )
-from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, hessian
+from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, hessian, own_share
 from dbrx_quant.quantize.solve.ldlq import factorize
 from dbrx_quant.runtime.families.facts import LinearSpec
 
@@ -214,6 +214,25 @@ def test_the_prior_counts_as_many_tokens_a_channel_as_asked_for():
     off = ~torch.eye(8, dtype=torch.bool)
     torch.testing.assert_close(result[off], expected[off])
     assert torch.equal(hessian(own, prior, Shrinkage(0.0, 0.0)), hessian(own, None, Shrinkage(0.0)))
+
+
+@pytest.mark.parametrize("mirrored_before", [False, True])
+def test_hessians_of_sums_right_of_the_diagonal_are_those_of_whole_sums(mirrored_before):
+    count, k, rows = 24, 2600, torch.arange(24)  # more than two spans of columns, and tiles that are cut
+    split = SplitMoments.zero(k, prior=True)
+    split.add(tokens(count, k), rows)
+    split.add_prior(tokens(count, k, 1))
+    if mirrored_before:
+        assert torch.equal(split.selection.matrix, split.selection.matrix.T)
+    x, rest = tokens(count, k), is_selection(rows)
+    own, prior = filled(x[~rest]).matrix + filled(x[rest]).matrix, filled(tokens(count, k, 1)).matrix
+    joined = split.joined()
+    share = own_share(joined, split.prior, Shrinkage(0.1, 0.5))
+    expected = ((own / count).mul(share).add(prior, alpha=(1 - share) / count)).mul(1 - 0.1)
+    result = hessian(joined, split.prior, Shrinkage(0.1, 0.5))
+    off = ~torch.eye(k, dtype=torch.bool)
+    assert torch.equal(result[off], expected[off])
+    assert torch.equal(joined.matrix, own)
 
 
 def test_making_a_hessian_leaves_the_moments_as_they_are():

@@ -200,6 +200,20 @@ def test_several_paths_have_less_loss_than_the_nearest_values_alone(bits, margin
     assert solved.loss < (1 - margin) * trace(weight - torch.from_numpy(values).float(), hessian)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rounded_feedback_costs_nothing_and_is_in_the_loss(bits, monkeypatch):
+    generator = torch.Generator().manual_seed(bits)
+    hessian = oracle.damped(oracle.strong_hessian(1024, 3000, generator, decay=2.0), 0.02)
+    weight = oracle.weights(1024, 256, generator)
+    factor, groups = factorize(hessian), uniform_groups(1024, bits, 32)
+    exact = quantize_matrix(weight, factor, groups)
+    monkeypatch.setenv("DBRXQ_PRODUCTS", "bfloat16")
+    rounded = quantize_matrix(weight, factor, groups)
+    true = trace(weight - rounded.dequantized.float(), hessian)
+    assert rounded.loss == pytest.approx(float(true), rel=1e-3)
+    assert rounded.loss == pytest.approx(exact.loss, rel=0.02)
+
+
 def exl2_scales(targets, bits, _pivots):
     return oracle.stored_scales(*oracle.exl2_search(targets, bits))
 

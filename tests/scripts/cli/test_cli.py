@@ -3,8 +3,6 @@
 import argparse
 import json
 import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,6 @@ from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.folder.inspect import inspect_folder
 from dbrx_quant.scripts.cli import doctor
-from dbrx_quant.scripts.cli import main as main_module
 from dbrx_quant.scripts.cli.main import main
 from dbrx_quant.scripts.terminal.arguments import bpw_list, size
 from dbrx_quant.scripts.terminal.output import bytes_text, seconds_text
@@ -96,46 +93,6 @@ def test_bad_usage_exits_with_2(arguments, capsys):
     captured = capsys.readouterr()
     assert "usage: dbrx-quant" in captured.err
     assert captured.out == ""
-
-
-@pytest.mark.parametrize(
-    ("given", "spins"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
-)
-def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, spins, monkeypatch, capsys):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, "")  # so that it is put back as it was
-        monkeypatch.delenv(name)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    assert main(["completion", "bash"]) == 0
-    assert os.environ.get("GOMP_SPINCOUNT") == spins
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_that_a_library_turns_into_another_error_is_a_stop(number):
-    def read():
-        try:
-            os.kill(os.getpid(), number)
-            time.sleep(60)
-        except BaseException as stop:
-            raise RuntimeError("the shape of what was read is unknown") from stop
-
-    before = signal.getsignal(number)
-    with pytest.raises((KeyboardInterrupt, main_module._Terminated)), main_module._terminable():
-        read()
-    with pytest.raises(RuntimeError), main_module._terminable():
-        raise RuntimeError("of the program itself")
-    assert signal.getsignal(number) == before
-
-
-@pytest.mark.parametrize("given", [None, "AVX2"])
-def test_products_add_up_in_one_order_unless_the_user_says_otherwise(given, monkeypatch):
-    monkeypatch.setenv("MKL_CBWR", given or "")
-    if given is None:
-        monkeypatch.delenv("MKL_CBWR")
-    assert main(["completion", "bash"]) == 0
-    assert os.environ["MKL_CBWR"] == (given or "AUTO")
 
 
 def test_figures_for_people_have_units():

@@ -1,0 +1,282 @@
+"""Injects faults into real conversions, resumes them, and compares the results with an undisturbed one's.
+
+    python -m dbrx_quant.scripts.faults.inject MODEL --log faults.jsonl [--faults 200] [CONVERT'S OPTIONS]
+
+A trial is a conversion in a folder of its own that one fault happens to (`faults.py`): a kill, a stop, an
+error of one call to the system or of all later ones, a disk that is full, a file of the work folder or of
+the result that is damaged. Then the same command runs undisturbed, as its user would run it again.
+
+    sound      the result has the bytes of an undisturbed conversion
+    refused    the second run named a damaged file, and without that file the result has those bytes
+    LOST       it never came to a result
+    WRONG      a result with other bytes was called finished or verified, or an error was no proper one
+
+A proper error says what went wrong, without a traceback and with a documented exit code. A full disk is a
+small file system in memory, which takes the right to mount one; without it these trials are left out, and
+said to be.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dbrx_quant.scripts.faults.faults import CALLS, Fault, Reference, bytes_below, damage_a_file, draw_fault
+from dbrx_quant.scripts.terminal.arguments import positive
+from dbrx_quant.scripts.terminal.output import print_table, quiet_on_closed_pipe, say
+
+SHARES = {"kill": 25, "stop": 8, "error": 37, "full": 6, "work": 16, "result": 8}  # of a hundred trials
+DOCUMENTED = (0, 1, 2, 3, 75, 130)
+TIMEOUT = 600  # seconds of a run
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: exit code, and what it said on stderr."""
+
+    code: int
+    said: str
+
+    @property
+    def proper(self) -> bool:
+        """Whether it ended as documented, with no traceback."""
+        return self.code in DOCUMENTED and "Traceback" not in self.said and bool(not self.code or self.said)
+
+
+class Bench:
+    """Trials of one conversion.
+
+    Args:
+        model: the original.
+        options: of `convert`, without the folders.
+        root: for the folders of the trials.
+    """
+
+    def __init__(self, model: Path, options: Sequence[str], root: Path) -> None:
+        self._model, self._options, self._root = model, options, root
+        self._library = build(root)
+        folder = root / "reference"
+        folder.mkdir()
+        started, peak = 0.0, 0
+        process = self._start(folder, self._preload(folder, FAULTS_LOG=str(root / "calls")))
+        while process.poll() is None:
+            if not started and _work(folder).exists():
+                started = time.monotonic()
+            peak = max(peak, bytes_below(folder))
+            time.sleep(0.005)
+        seconds = time.monotonic() - started
+        ended = _end_of(process)
+        if ended.code:
+            raise RuntimeError(f"the undisturbed conversion failed: {ended.said}")
+        letters = Counter((root / "calls").read_text())
+        calls = {call: letters[chr(ord("a") + number)] for number, call in enumerate(CALLS)}
+        self.reference = Reference(seconds, calls, peak)
+        self._expected = _contents(folder / "out")
+
+    def trial(self, fault: Fault, number: int) -> dict[str, object]:
+        """What came of a fault, JSON-ready."""
+        folder = self._root / f"trial-{number}"
+        folder.mkdir()
+        with _disk(folder, fault.size) as full:
+            verdict, said = self._judged(folder, fault, full)
+        if verdict in ("sound", "refused"):
+            shutil.rmtree(folder)
+        return {"trial": number, "kind": fault.kind, "fault": str(fault), "verdict": verdict, "said": said}
+
+    def _judged(self, folder: Path, fault: Fault, full: "_Disk | None") -> tuple[str, str]:
+        first, damaged = self._disturbed(folder, fault)
+        if not first.proper and fault.kind not in ("kill", "work"):
+            return "WRONG", first.said
+        if first.code == 0 and fault.kind != "result" and not self._same(folder):
+            return "WRONG", "finished with other bytes"
+        if damaged and fault.kind == "result" and (wrong := self._unseen(folder, damaged)):
+            return "WRONG", wrong
+        if full:
+            full.grow()
+        again = _end_of(self._start(folder, {}))
+        if again.code == 0:
+            return ("sound" if self._same(folder) else "WRONG"), first.said or again.said
+        if not again.proper:
+            return "WRONG", again.said
+        if damaged is None or damaged.name not in again.said:
+            return "LOST", again.said
+        shutil.rmtree(damaged) if damaged.is_dir() else damaged.unlink(missing_ok=True)
+        last = _end_of(self._start(folder, {}))
+        if last.code:
+            return "LOST", last.said
+        return ("refused" if self._same(folder) else "WRONG"), again.said
+
+    def _disturbed(self, folder: Path, fault: Fault) -> tuple[Ended, Path | None]:
+        """The run that the fault happens to, and the file that was damaged after it."""
+        process = self._start(folder, self._preload(folder, **fault.environment) if fault.environment else {})
+        if fault.kind in ("kill", "stop", "work"):
+            while process.poll() is None and not _work(folder).exists():
+                time.sleep(0.002)
+            try:
+                process.wait(fault.after)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM if fault.kind == "stop" else signal.SIGKILL)
+        ended = _end_of(process)
+        if fault.kind == "work" and _work(folder).exists():
+            return ended, damage_a_file(_work(folder), fault)
+        if fault.kind == "result":
+            return ended, damage_a_file(folder / "out", fault)
+        return ended, None
+
+    def _unseen(self, folder: Path, damaged: Path) -> str:
+        """What is wrong if `verify` calls a damaged result sound, or ends improperly; else nothing."""
+        ended = _end_of(_process(["verify", str(folder / "out"), "--quiet"], {}))
+        if not ended.proper:
+            return ended.said
+        if ended.code == 0 and damaged.suffix in (".safetensors", ".json"):
+            return f"verify calls a result sound whose {damaged.name} is damaged"
+        return ""
+
+    def _same(self, folder: Path) -> bool:
+        return _contents(folder / "out") == self._expected
+
+    def _start(self, folder: Path, environment: dict[str, str]) -> "subprocess.Popen[str]":
+        arguments = ["convert", str(self._model), str(folder / "out"), *self._options, "--quiet"]
+        return _process(arguments, environment)
+
+    def _preload(self, folder: Path, **environment: str) -> dict[str, str]:
+        return {"LD_PRELOAD": str(self._library), "FAULTS_ROOT": str(folder), **environment}
+
+
+class _Disk:
+    """A small file system in memory."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self._folder = folder
+        options = f"size={size},mode=700"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "faults", str(folder)], check=True)
+
+    def grow(self) -> None:
+        """Make room, as somebody would who finds the disk full."""
+        subprocess.run(["mount", "-o", "remount,size=4g", str(self._folder)], check=True)
+
+    def close(self) -> None:
+        """Remove it with what is in it."""
+        subprocess.run(["umount", str(self._folder)], check=True)
+
+
+@contextmanager
+def _disk(folder: Path, size: int) -> Iterator[_Disk | None]:
+    """A disk of that size at the folder; none where the size is 0."""
+    if not size:
+        yield None
+        return
+    disk = _Disk(folder, size)
+    try:
+        yield disk
+    finally:
+        disk.close()
+
+
+def _may_mount() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with _disk(Path(folder), 65536):
+                return True
+        except (OSError, subprocess.CalledProcessError):
+            return False
+
+
+def build(root: Path) -> Path:
+    """The library that makes calls fail."""
+    source, library = Path(__file__).with_name("faulty_io.c"), root / "faulty_io.so"
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    return library
+
+
+def _work(folder: Path) -> Path:
+    return folder / "out.work"
+
+
+def _process(arguments: Sequence[str], environment: dict[str, str]) -> "subprocess.Popen[str]":
+    """The command as a process of its own, with one thread."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dbrx_quant.scripts.cli.main", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def _end_of(process: "subprocess.Popen[str]") -> Ended:
+    try:
+        _, said = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, said = process.communicate()
+        return Ended(-1, f"still running after {TIMEOUT} s; {said}")
+    return Ended(process.returncode, said.strip())
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Checksums of all files below a folder, by name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def kinds(count: int) -> list[str]:
+    """The kinds of so many faults, in their shares, the rarest first."""
+    names = sorted(SHARES, key=lambda kind: SHARES[kind])
+    due: list[str] = []
+    for kind in names:
+        due += [kind] * max(1, round(count * SHARES[kind] / sum(SHARES.values())))
+    return due
+
+
+@quiet_on_closed_pipe
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the trials; 1 if one was lost or wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a small model's folder")
+    parser.add_argument("--faults", metavar="N", type=positive, default=200, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--jobs", metavar="N", type=positive, default=1, help="trials side by side")
+    parser.add_argument("--log", metavar="FILE", type=Path, required=True, help="gets a line for each trial")
+    parser.add_argument(
+        "--folder", metavar="DIR", type=Path, help="for the trials (default: a temporary one)"
+    )
+    arguments, options = parser.parse_known_args(argv)
+    chosen = kinds(arguments.faults)
+    if not _may_mount():
+        say("no disks of a chosen size: mounting them is not allowed here; these trials are left out")
+        chosen = [kind for kind in chosen if kind != "full"]
+    root = Path(tempfile.mkdtemp(prefix="faults-", dir=arguments.folder))
+    bench, counts = Bench(arguments.model, options, root), Counter[tuple[str, str]]()
+    say(f"undisturbed: {bench.reference}")
+    faults = [draw_fault(kind, bench.reference, arguments.seed + n) for n, kind in enumerate(chosen)]
+    with ThreadPoolExecutor(arguments.jobs) as pool, arguments.log.open("a", encoding="utf-8") as log:
+        for result in pool.map(bench.trial, faults, range(len(faults))):
+            log.write(json.dumps(result) + "\n")
+            log.flush()
+            counts[str(result["kind"]), str(result["verdict"])] += 1
+    verdicts = ("sound", "refused", "LOST", "WRONG")
+    rows = [[kind, *(str(counts[kind, verdict]) for verdict in verdicts)] for kind in dict.fromkeys(chosen)]
+    print_table(f"{len(faults)} faults", ["fault", *verdicts], rows)
+    bad = sum(counts[kind, verdict] for kind in SHARES for verdict in ("LOST", "WRONG"))
+    if not bad:
+        shutil.rmtree(root)
+    else:
+        say(f"the folders of the {bad} bad trials are in {root}")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
