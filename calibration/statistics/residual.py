@@ -19,7 +19,7 @@ class ResidualMoments:
     """
 
     def __init__(self, inputs: SplitMoments, k: int, n: int) -> None:
-        like = inputs.fit.matrix
+        like = inputs.fit.upper
         self.inputs, self.fit, self.selection = inputs, like.new_zeros(n, k), like.new_zeros(n, k)
 
     def add(self, x: Tensor, missing: Tensor, token_rows: Tensor, routing: Tensor | None = None) -> None:

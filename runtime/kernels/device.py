@@ -25,7 +25,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
-        error = 0.0 if device == CPU else _trial_error(device)
+        if device.type == "cpu":
+            return CPU
+        error = _trial_error(device)
     except (RuntimeError, NotImplementedError, AssertionError, TypeError, ModuleNotFoundError) as refused:
         why = str(refused).strip().splitlines() or [type(refused).__name__]
         raise ValueError(

@@ -175,3 +175,7 @@ def test_work_of_versions_that_knew_no_device_goes_on(small, tmp_path):
     facts = json.loads((tmp_path / "out.work" / "job.json").read_text())["facts"]
     assert facts["device"] is None
     assert os.environ["DBRXQ_PRODUCTS"] == facts["products (DBRXQ_PRODUCTS)"]
+
+
+def test_every_name_of_the_cpu_is_the_cpu():
+    assert find_device("cpu") == find_device("cpu:0") == CPU

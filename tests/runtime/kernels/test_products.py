@@ -56,3 +56,31 @@ def test_rounding_ends_with_its_block(monkeypatch):
     with pytest.raises(KeyError), float_matmul.rounded_products():
         raise KeyError
     assert torch.equal(x @ x, before)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)]
+)
+def test_a_gpu_rounds_to_bfloat16_where_it_multiplies_it(monkeypatch, capability, dtype):
+    monkeypatch.delenv("DBRXQ_PRODUCTS")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    float_matmul._multiplies_bfloat16.cache_clear()
+    assert float_matmul.rounded_dtype(torch.device("cuda")) == dtype
+    float_matmul._multiplies_bfloat16.cache_clear()
+
+
+def test_gpus_are_exact_but_where_products_may_round(monkeypatch):
+    monkeypatch.setenv("DBRXQ_PRODUCTS", "bfloat16")
+    settings, cuda = torch.backends.cuda.matmul, torch.device("cuda")
+    before = settings.fp32_precision, settings.allow_bf16_reduced_precision_reduction
+    with float_matmul.exact_on_gpus(), float_matmul.fast_products():
+        assert settings.fp32_precision == "ieee"
+        assert not settings.allow_bf16_reduced_precision_reduction
+        with float_matmul.rounded_products():
+            assert settings.fp32_precision == "ieee", "those of the CPU"
+        with float_matmul.rounded_products(cuda):
+            assert settings.fp32_precision == "tf32"
+        monkeypatch.setenv("DBRXQ_PRODUCTS", "float32")
+        with float_matmul.rounded_products(cuda):
+            assert settings.fp32_precision == "ieee"
+    assert before == (settings.fp32_precision, settings.allow_bf16_reduced_precision_reduction)
