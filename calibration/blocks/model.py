@@ -296,7 +296,7 @@ class StreamedModel:
         return self._kwargs_cache[key]
 
 
-def _attention_of(device: torch.device) -> AbstractContextManager[None]:
+def _attention_of(device: torch.device) -> AbstractContextManager[Any]:
     """On GPUs the attention of plain products, whose gradients are the same at every run."""
     return nullcontext() if device == CPU else sdpa_kernel(SDPBackend.MATH)
 

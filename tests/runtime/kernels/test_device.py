@@ -16,6 +16,7 @@ from dbrx_quant.quantize.conversion import convert, measure_model
 from dbrx_quant.quantize.options import ConvertOptions
 from dbrx_quant.quantize.output.record import read_record
 from dbrx_quant.runtime.kernels import float_matmul
+from dbrx_quant.runtime.kernels.device import CPU, find_device
 
 
 def test_the_equipment_refuses_tensors_of_two_devices():
