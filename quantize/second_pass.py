@@ -2,7 +2,8 @@
 
 Inside a block the stages follow the data: query, key and value are solved on the block's input, the output
 projection on what their quantized weights make of it, and so on; an expert's down projection sees its
-quantized gate and up projections. Every finished linear is a file before the next one starts.
+quantized gate and up projections, and no expert anything of another one. Every finished linear is a file
+before the next one starts.
 
 The original's states run beside the quantized model's: the linears that write into the residual stream are
 changed so that they also repair what the quantized linears before them have spoilt (`repair`). Rows that are
@@ -19,16 +20,25 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.blocks.head import distance
-from dbrx_quant.calibration.blocks.model import StreamedModel
-from dbrx_quant.calibration.blocks.stages import Goals, HeadStage, Stage, block_stages
-from dbrx_quant.calibration.blocks.states import States, new_states, open_states
-from dbrx_quant.calibration.blocks.walk import check_states, embed_rows, run_dense_block
+from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
+from dbrx_quant.calibration.blocks.shares import Missing, add_shares, dense_shares
+from dbrx_quant.calibration.blocks.stages import Goals, HeadStage, Stage, block_stages, expert_stages
+from dbrx_quant.calibration.blocks.states import States, new_states, open_states, scratch
+from dbrx_quant.calibration.blocks.walk import (
+    batches,
+    check_states,
+    embed_rows,
+    route,
+    run_dense_block,
+    token_rows,
+    turns,
+)
 from dbrx_quant.quantize.entries import REMEDY
 from dbrx_quant.quantize.measurement import Measurement
 from dbrx_quant.quantize.solve.ldlq import Effort
 from dbrx_quant.quantize.solve.linear import Solver
 from dbrx_quant.quantize.solve.repair import DEFAULT_REPAIR, Repair
-from dbrx_quant.runtime.families.facts import LinearSpec, load_bias
+from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias
 from dbrx_quant.runtime.files.json_file import VERSION_KEY, JsonFile
 from dbrx_quant.runtime.files.sealed import remove
 from dbrx_quant.runtime.progress import Progress
@@ -190,11 +200,39 @@ def _quantize_block(job: QuantizeJob, index: int) -> None:
     goals = _run_original(job, index) if job.original_tokens is not None else None
     states = open_states(job.states(index))
     with new_states(job.states(index + 1), states.shape) as output:
-        live, count = job.model.block(index), len(job.tokens)
+        live = job.model.block(index)
         compared = goals if job.repair.needs_original else None
-        for stage in block_stages(live, job.model, states, output, count, compared, job.folder):
+        for stage in block_stages(live, job.model, job.calibration(states), compared):
             _quantize_stage(job, stage)
+        if live.spec.experts is None:
+            for part in batches(states):
+                output[part] = live(states[part])[0]
+        else:
+            _quantize_experts(job, live, live.spec.experts, states, output, compared)
         check_states(output, f"output of quantized block {index}")
+
+
+def _quantize_experts(
+    job: QuantizeJob,
+    live: LiveBlock,
+    experts: ExpertsSpec,
+    states: States,
+    output: Tensor,
+    goals: Goals | None,
+) -> None:
+    """Quantize a block's experts; `output` [R, L, D] is filled with the states after it."""
+    tokens, calibrated = states.shape[0] * states.shape[1], job.tokens.numel()
+    x, stream = scratch(job.folder, (tokens, states.shape[-1])), output.view(tokens, -1)
+    routing, rows, missing = route(live, states, output, x), token_rows(states), None
+    if goals is not None:
+        seen, goal = routing.part(slice(calibrated)), open_states(goals.after).flat.part(slice(calibrated))
+        dense = dense_shares(job.model, turns(seen, experts), job.folder)
+        missing = Missing.behind(dense, seen.weight, stream, goal, job.folder)
+    for turn in turns(routing, experts):
+        gate_up, down = expert_stages(job.model, turn, calibrated, rows, missing)
+        _quantize_stage(job, gate_up)
+        _quantize_stage(job, down)
+        add_shares(stream, turn, down.shares(job.folder))
 
 
 def _run_original(job: QuantizeJob, index: int) -> Goals:

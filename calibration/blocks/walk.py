@@ -115,12 +115,14 @@ class Span:
         x: [T, D] inputs.
         weight: [T] routing weights.
         slot: [T] which of the token's A choices the expert is.
+        part: where they are among the expert's tokens.
     """
 
     index: Tensor
     x: Tensor
     weight: Tensor
     slot: Tensor
+    part: slice
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Turn:
 
     def _span(self, part: slice) -> Span:
         index = self.tokens.index[part]
-        return Span(index, self.routing.x[index], self.tokens.weight[part], self.tokens.slot[part])
+        return Span(index, self.routing.x[index], self.tokens.weight[part], self.tokens.slot[part], part)
 
 
 def turns(routing: Routing, experts: ExpertsSpec) -> Iterator[Turn]:
@@ -280,43 +282,3 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
     function: Any = ACT2FN[name]
     return lambda x: function(x)
-
-
-class DenseShares:
-    """What each expert would add to the stream unquantized: added at first, taken away when its turn comes.
-
-    So the stream misses, at an expert's turn, what those before it have spoilt and not what those after it
-    will add. The shares are kept on disk, in 16 bits: what is taken away is what was added. A resumed run
-    repeats the same sums and ends with the same bits.
-
-    Args:
-        folder: for the file.
-        model: for the dense weights.
-        experts: of a block.
-        routing: of all tokens, with the experts' inputs.
-        stream: [T, D] states, changed in place.
-    """
-
-    def __init__(
-        self, folder: Path, model: StreamedModel, experts: ExpertsSpec, routing: Routing, stream: Tensor
-    ) -> None:
-        self._stream, self._next = stream, 0
-        self._shares = States.scratch(folder, (routing.index.numel(), stream.shape[1]))
-        for turn in turns(routing, experts):
-            if not turn.count:
-                continue
-            for index, share in turn.shares(turn.narrowed(model)):
-                part = self._part(index)
-                self._shares[part] = share
-                stream[index] += self._shares[part]
-        self._next = 0
-
-    def take_away(self, turn: Turn) -> None:
-        """Take the share of an expert out of the states; experts come in order."""
-        for span in turn.spans():
-            self._stream[span.index] -= self._shares[self._part(span.index)]
-
-    def _part(self, index: Tensor) -> slice:
-        """Where the shares of the next tokens are."""
-        begin, self._next = self._next, self._next + len(index)
-        return slice(begin, self._next)

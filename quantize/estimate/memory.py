@@ -22,11 +22,11 @@ def states_bytes(architecture: Architecture, tokens: int) -> int:
 def quantizing_bytes(architecture: Architecture, tokens: int) -> int:
     """States that are on disk while it is quantized: both models' before and after a block and inside it.
 
-    While a block is at work, its stream and its experts' inputs are there in 32 bits, and the shares of its
-    experts; before that, the original's stream is, at three points.
+    While a block is at work, its stream, its experts' inputs and what the stream misses are there in 32 bits,
+    and the shares of its experts; before that, the original's stream is, at three points.
     """
     active = max((block.experts.active for block in architecture.blocks if block.experts), default=0)
-    return (2 * 6 + max(4 * 3 + 4, 4 + 4 + 2 * active)) * tokens * architecture.hidden
+    return (2 * 6 + max(4 * 3 + 4, 4 + 4 + 4 + 2 * active)) * tokens * architecture.hidden
 
 
 def peak_bytes(architecture: Architecture, tokens: int) -> int:

@@ -1,0 +1,100 @@
+"""What a block's experts add to the stream: made one expert at a time, kept in 16 bits, added in their order.
+
+The experts of a block get their inputs before any of them adds to the stream, so each can be made by itself.
+What the stream will miss of the original's behind all of them is known before the first one is quantized:
+it is compared with all their shares unquantized in it, and each expert repairs its part of that.
+
+Axes: T tokens, D hidden.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.blocks.states import States, scratch
+from dbrx_quant.calibration.blocks.walk import Span, Turn, Weights, token_spans
+
+
+def shares_of(turn: Turn, weights: Weights, folder: Path) -> States:
+    """What an expert adds to the stream, for its tokens in order.
+
+    Args:
+        turn: the expert's.
+        weights: of the expert, [N, K].
+        folder: for the file that they are in.
+    """
+    made, end = States.scratch(folder, (turn.count, turn.down.shape[1])), 0
+    for index, share in turn.shares(weights):
+        begin, end = end, end + len(index)
+        made[begin:end] = share
+    return made
+
+
+def dense_shares(model: StreamedModel, turns: Iterable[Turn], folder: Path) -> Iterator[tuple[Turn, States]]:
+    """What each expert adds to the stream unquantized."""
+    for turn in turns:
+        yield turn, shares_of(turn, turn.narrowed(model), folder)
+
+
+def add_shares(stream: Tensor, turn: Turn, shares: States, sign: int = 1) -> None:
+    """Add an expert's shares to states [T, D], or take them away."""
+    index = turn.tokens.index
+    for part in token_spans(len(index)):
+        stream.index_add_(0, index[part], shares[part], alpha=sign)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What the stream will miss of the original's behind a block's experts if these are not quantized.
+
+    Attributes:
+        states: [T, D] of the tokens to calibrate on.
+        squares: [T] sum of the squared routing weights of a token's experts.
+        shares: what each expert adds unquantized, by its number.
+    """
+
+    states: States
+    squares: Tensor
+    shares: dict[int, States] = field(default_factory=dict)
+
+    @staticmethod
+    def behind(
+        dense: Iterable[tuple[Turn, States]], weight: Tensor, stream: Tensor, goal: States, folder: Path
+    ) -> "Missing":
+        """What is missing at tokens with a goal.
+
+        Args:
+            dense: the experts' turns with these tokens, and their unquantized shares.
+            weight: [T, A] routing weights.
+            stream: [T, D] without any expert's share.
+            goal: [T, D] the original's after the block.
+            folder: for files.
+        """
+        gap, shares = scratch(folder, goal.shape), dict[int, States]()
+        for part in token_spans(len(gap)):
+            gap[part] = goal[part] - stream[part]
+        for turn, share in dense:
+            add_shares(gap, turn, share, -1)
+            shares[turn.expert] = share
+        states = States.scratch(folder, gap.shape)
+        for part in token_spans(len(gap)):
+            states[part] = gap[part]
+        return Missing(states, weight.float().square().sum(1), shares)
+
+    def aim(self, expert: int, span: Span, share: Tensor) -> Tensor:
+        """[T, D] what an expert is to repair: its part of what is missing, and what it has spoilt itself.
+
+        A token's experts take part as w^2 / sum of w^2 of their routing weights w, as they would in the
+        solution with the least change: what all of them add up to is what is missing.
+
+        Args:
+            expert: its number.
+            span: some of its tokens.
+            share: [T, D] what it adds with all its weights but the last quantized.
+        """
+        part = span.weight.square() / self.squares[span.index].clamp_min(torch.finfo(torch.float32).tiny)
+        return part[:, None] * self.states[span.index] + (self.shares[expert][span.part] - share)
