@@ -10,19 +10,20 @@ changed so that they also repair what the quantized linears before them have spo
 not calibrated on go through both, and tell at the end how far the quantized model is from the original.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dbrx_quant.calibration.blocks.crew import Alone, Crew
 from dbrx_quant.calibration.blocks.head import distance
 from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
-from dbrx_quant.calibration.blocks.shares import Missing, add_shares, dense_shares
-from dbrx_quant.calibration.blocks.stages import Goals, HeadStage, Stage, block_stages, expert_stages
+from dbrx_quant.calibration.blocks.shares import DenseShares, Missing, add_shares, shared_out
+from dbrx_quant.calibration.blocks.stages import Goals, HeadStage, Stage, block_stages
 from dbrx_quant.calibration.blocks.states import States, new_states, open_states, scratch
 from dbrx_quant.calibration.blocks.walk import (
     batches,
@@ -30,15 +31,16 @@ from dbrx_quant.calibration.blocks.walk import (
     embed_rows,
     route,
     run_dense_block,
-    token_rows,
     turns,
 )
 from dbrx_quant.quantize.entries import REMEDY
 from dbrx_quant.quantize.measurement import Measurement
+from dbrx_quant.quantize.solve.expert import SolvedExperts
 from dbrx_quant.quantize.solve.ldlq import Effort
 from dbrx_quant.quantize.solve.linear import Solver
 from dbrx_quant.quantize.solve.repair import DEFAULT_REPAIR, Repair
-from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, load_bias
+from dbrx_quant.quantize.solve.stage import StageSolver
+from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 from dbrx_quant.runtime.files.json_file import VERSION_KEY, JsonFile
 from dbrx_quant.runtime.files.sealed import remove
 from dbrx_quant.runtime.progress import Progress
@@ -64,6 +66,7 @@ class QuantizeJob:
         held_out: [H, L] int64 token ids that measure the distance to the original; None: it is not measured.
         refit: whether the maxima of each linear's groups are fitted once more when its codes are fixed.
         shards: of the result, which finished linears move into; None: they stay files in the folder.
+        crew: who takes the experts.
     """
 
     model: StreamedModel
@@ -77,6 +80,7 @@ class QuantizeJob:
     held_out: Tensor | None = None
     refit: bool = False
     shards: FillingShards | None = None
+    crew: Crew = field(default_factory=Alone)
 
     @property
     def all_tokens(self) -> Tensor:
@@ -119,12 +123,13 @@ class QuantizeJob:
         return LinearFiles(self.folder / "linears") if self.shards is None else self.shards
 
     @property
-    def solver(self) -> Solver:
+    def stages(self) -> StageSolver:
         """What quantizes and writes linears."""
         measured = self.measurement.linears
-        return Solver(
+        solver = Solver(
             self.linears, self.groups, lambda name: measured[name].shrinkage, self.effort, self.refit
         )
+        return StageSolver(self.model, solver, self.repair)
 
     @property
     def next_block(self) -> int:
@@ -223,16 +228,19 @@ def _quantize_experts(
     """Quantize a block's experts; `output` [R, L, D] is filled with the states after it."""
     tokens, calibrated = states.shape[0] * states.shape[1], job.tokens.numel()
     x, stream = scratch(job.folder, (tokens, states.shape[-1])), output.view(tokens, -1)
-    routing, rows, missing = route(live, states, output, x), token_rows(states), None
+    routing, index, missing = route(live, states, output, x), live.spec.index, None
     if goals is not None:
-        seen, goal = routing.part(slice(calibrated)), open_states(goals.after).flat.part(slice(calibrated))
-        dense = dense_shares(job.model, turns(seen, experts), job.folder)
-        missing = Missing.behind(dense, seen.weight, stream, goal, job.folder)
-    for turn in turns(routing, experts):
-        gate_up, down = expert_stages(job.model, turn, calibrated, rows, missing)
-        _quantize_stage(job, gate_up)
-        _quantize_stage(job, down)
-        add_shares(stream, turn, down.shares(job.folder))
+        goal = open_states(goals.after).flat.part(slice(calibrated))
+        dense = DenseShares(job.model, index, routing, calibrated, job.folder)
+        shares = job.crew.each(dense, turns(routing, experts))
+        missing = Missing.behind(shares, routing.weight[:calibrated], stream, goal, job.folder)
+    length = states.shape[1]
+    task = SolvedExperts(job.stages, index, experts, routing, length, calibrated, missing, job.folder)
+    under_way = {spec.name for linears in experts.linears for spec in linears}
+    for turn, result in job.crew.each(task, turns(routing, experts)):
+        add_shares(stream, turn, States(**result))
+        under_way.difference_update(spec.name for spec in turn.linears)
+        _finished(job, turn.linears, under_way)
 
 
 def _run_original(job: QuantizeJob, index: int) -> Goals:
@@ -244,25 +252,20 @@ def _run_original(job: QuantizeJob, index: int) -> Goals:
     if not all(path.exists() for path in paths):
         states = open_states(job.original(index))
         with ExitStack() as opened:
-            after, *between = (opened.enter_context(new_states(path, states.shape)) for path in paths)
-            run_dense_block(job.model, index, states, after, job.folder, *between)
+            after, middle, *more = (opened.enter_context(new_states(path, states.shape)) for path in paths)
+            between, add = more[0] if more else None, shared_out(job.crew, index, job.folder)
+            run_dense_block(job.model, index, states, after, job.folder, middle, between, add)
     return goals
 
 
 def _quantize_stage(job: QuantizeJob, stage: Stage) -> None:
-    """Quantize the linears of a stage that are not finished yet, and continue with what all decode to."""
-    if todo := job.linears.unfinished(stage.specs):
-        _solve(job, stage, todo)
-    stage.finish(job.linears.weight)
+    job.stages.quantize(stage)
+    _finished(job, stage.specs)
+
+
+def _finished(job: QuantizeJob, specs: Sequence[LinearSpec], under_way: Collection[str] = ()) -> None:
+    """Tell of finished linears, and write the shards that they fill, but for those that others work on."""
     if job.shards is not None:
-        job.shards.fill()
-    for spec in stage.specs:
+        job.shards.fill(under_way)
+    for spec in specs:
         job.progress.step(spec.name)
-
-
-def _solve(job: QuantizeJob, stage: Stage, todo: Sequence[LinearSpec]) -> None:
-    dense, inputs, residual = stage.collect(todo)
-    weights, target = job.repair.aim(dense, residual, job.refit)
-    del dense, residual  # big, and used up
-    biases = [load_bias(job.model.checkpoint, spec) for spec in todo]
-    job.solver.solve(todo, weights, biases, inputs.joined(), inputs.prior, target)

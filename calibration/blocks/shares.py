@@ -7,16 +7,19 @@ it is compared with all their shares unquantized in it, and each expert repairs 
 Axes: T tokens, D hidden.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.blocks.crew import Crew, Description, Result
+from dbrx_quant.calibration.blocks.model import Routing, StreamedModel
 from dbrx_quant.calibration.blocks.states import States, scratch
-from dbrx_quant.calibration.blocks.walk import Span, Turn, Weights, token_spans
+from dbrx_quant.calibration.blocks.walk import AddExperts, Span, Turn, Weights, token_spans, turns
+from dbrx_quant.runtime.families.facts import ExpertsSpec
 
 
 def shares_of(turn: Turn, weights: Weights, folder: Path) -> States:
@@ -34,15 +37,60 @@ def shares_of(turn: Turn, weights: Weights, folder: Path) -> States:
     return made
 
 
-def dense_shares(model: StreamedModel, turns: Iterable[Turn], folder: Path) -> Iterator[tuple[Turn, States]]:
-    """What each expert adds to the stream unquantized."""
-    for turn in turns:
-        yield turn, shares_of(turn, turn.narrowed(model), folder)
+@dataclass(frozen=True)
+class DenseShares:
+    """A task: what an expert adds to the stream unquantized, the fields of `States` by name.
+
+    Attributes:
+        model: the source.
+        block: whose experts they are.
+        routing: of all tokens, with the experts' inputs.
+        tokens: for how many of them, the first ones.
+        folder: for files.
+    """
+
+    KIND: ClassVar[str] = "dense"
+
+    model: StreamedModel
+    block: int
+    routing: Routing
+    tokens: int
+    folder: Path
+
+    def do(self, turn: Turn) -> Result:
+        """An expert's shares."""
+        turn = turn.part(slice(self.tokens))
+        if not turn.count:
+            return vars(States.scratch(self.folder, (0, turn.down.shape[1])))
+        return vars(shares_of(turn, turn.narrowed(self.model), self.folder))
+
+    def products(self, turn: Turn) -> Sequence[Path]:
+        """It leaves no files."""
+        return ()
+
+    def only_here(self, turn: Turn) -> bool:
+        """Anybody can do it."""
+        return False
+
+    def described(self) -> Description:
+        """What others make it of."""
+        return Description(self.KIND, self.block, {"tokens": self.tokens})
+
+
+def shared_out(crew: Crew, block: int, folder: Path) -> AddExperts:
+    """A function that adds to a stream [T, D] what a crew makes of a block's unquantized experts."""
+
+    def add(stream: Tensor, model: StreamedModel, experts: ExpertsSpec, routing: Routing) -> None:
+        task = DenseShares(model, block, routing, len(stream), folder)
+        for turn, result in crew.each(task, turns(routing, experts)):
+            add_shares(stream, turn, States(**result))
+
+    return add
 
 
 def add_shares(stream: Tensor, turn: Turn, shares: States, sign: int = 1) -> None:
-    """Add an expert's shares to states [T, D], or take them away."""
-    index = turn.tokens.index
+    """Add an expert's shares of its first tokens, or of all, to states [T, D], or take them away."""
+    index = turn.tokens.index[: len(shares)]
     for part in token_spans(len(index)):
         stream.index_add_(0, index[part], shares[part], alpha=sign)
 
@@ -63,12 +111,12 @@ class Missing:
 
     @staticmethod
     def behind(
-        dense: Iterable[tuple[Turn, States]], weight: Tensor, stream: Tensor, goal: States, folder: Path
+        dense: Iterable[tuple[Turn, Result]], weight: Tensor, stream: Tensor, goal: States, folder: Path
     ) -> "Missing":
         """What is missing at tokens with a goal.
 
         Args:
-            dense: the experts' turns with these tokens, and their unquantized shares.
+            dense: the experts' turns, and their unquantized shares of these tokens.
             weight: [T, A] routing weights.
             stream: [T, D] without any expert's share.
             goal: [T, D] the original's after the block.
@@ -77,9 +125,9 @@ class Missing:
         gap, shares = scratch(folder, goal.shape), dict[int, States]()
         for part in token_spans(len(gap)):
             gap[part] = goal[part] - stream[part]
-        for turn, share in dense:
+        for turn, result in dense:
+            shares[turn.expert] = share = States(**result)
             add_shares(gap, turn, share, -1)
-            shares[turn.expert] = share
         states = States.scratch(folder, gap.shape)
         for part in token_spans(len(gap)):
             states[part] = gap[part]

@@ -31,6 +31,7 @@ EXPERT_TOKENS = 2048  # tokens that go through an expert, or the head, at a time
 
 Weights = tuple[Tensor, Tensor, Tensor]  # gate, up and down of an expert, [N, K]
 Through = Callable[[Tensor, LinearSpec], Tensor]  # what happens to a linear's output [T, N] on its way
+AddExperts = Callable[[Tensor, StreamedModel, ExpertsSpec, Routing], None]  # to the stream [T, D]
 
 
 def unchanged(output: Tensor, spec: LinearSpec) -> Tensor:
@@ -247,6 +248,7 @@ def run_dense_block(
     folder: Path,
     middle: Tensor | None = None,
     shared: Tensor | None = None,
+    add_experts: AddExperts = add_dense_experts,
 ) -> Routing | None:
     """Take states [R, L, D] through an unquantized block.
 
@@ -258,6 +260,7 @@ def run_dense_block(
         folder: for the experts' inputs while it runs.
         middle: filled with those after its attention, if given.
         shared: filled with those before its routed experts, if given.
+        add_experts: adds what the routed experts add.
 
     Returns:
         Where each token went, if the block has experts; their inputs stay on disk as long as this lives.
@@ -272,7 +275,7 @@ def run_dense_block(
     routing = route(live, states, output, x, middle)
     if shared is not None:
         shared.copy_(output)
-    add_dense_experts(output.view(-1, hidden), model, live.spec.experts, routing)
+    add_experts(output.view(-1, hidden), model, live.spec.experts, routing)
     return routing
 
 

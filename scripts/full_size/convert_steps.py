@@ -77,7 +77,7 @@ STEPS = (
     Step("attention backward", "torch.autograd:backward"),
     _step("experts forward", "calibration.blocks.walk:Turn.inner"),
     _step("experts forward", "calibration.blocks.walk:Turn.shares"),
-    _step("experts forward and backward", "quantize.first_pass:_backward_span"),
+    _step("experts forward and backward", "quantize.budget.expert:MeasuredExperts._back"),
     _step(
         "squared gradients",
         "calibration.statistics.fisher:GradientSum.add",
@@ -141,7 +141,6 @@ STEPS = (
     _step("triangular solves", "quantize.solve.repair:solve"),
     _step("shares on disk", "calibration.blocks.shares:shares_of"),
     _step("shares added", "calibration.blocks.shares:add_shares"),
-    _step("shares added", "calibration.blocks.walk:Turn.add_to"),
     _step("outputs compared", "calibration.blocks.shares:Missing.behind"),
     _step(
         "states written",

@@ -4,8 +4,9 @@ import pytest
 import torch
 from small_models import EXPERTS, random_tokens, save_model
 
+from dbrx_quant.calibration.blocks.crew import Alone
 from dbrx_quant.calibration.blocks.model import StreamedModel
-from dbrx_quant.calibration.blocks.shares import Missing, add_shares, dense_shares, shares_of
+from dbrx_quant.calibration.blocks.shares import DenseShares, Missing, add_shares, shares_of
 from dbrx_quant.calibration.blocks.states import States
 from dbrx_quant.calibration.blocks.walk import add_dense_experts, route, turns
 
@@ -30,12 +31,17 @@ def block(request, tmp_path):
         yield model, live.spec.experts, routing, stream.view(64, 64)
 
 
+def dense_shares(block, folder):
+    model, experts, routing, stream = block
+    return Alone().each(DenseShares(model, 0, routing, len(stream), folder), turns(routing, experts))
+
+
 def test_shares_kept_in_16_bits_add_up_to_what_the_experts_add(block, tmp_path):
     model, experts, routing, stream = block
     expected, found = stream.clone(), stream.clone()
     add_dense_experts(expected, model, experts, routing)
-    for turn, shares in dense_shares(model, turns(routing, experts), tmp_path):
-        add_shares(found, turn, shares)
+    for turn, result in dense_shares(block, tmp_path):
+        add_shares(found, turn, States(**result))
     assert (found - expected).abs().max() <= 2**-9 * (expected - stream).abs().max()
     for turn in turns(routing, experts):
         add_shares(found, turn, shares_of(turn, turn.narrowed(model), tmp_path), -1)
@@ -45,7 +51,7 @@ def test_shares_kept_in_16_bits_add_up_to_what_the_experts_add(block, tmp_path):
 def test_what_a_tokens_experts_are_to_repair_adds_up_to_what_the_stream_misses(block, tmp_path):
     model, experts, routing, stream = block
     goal = torch.randn(stream.shape, generator=RANDOM)
-    dense = dense_shares(model, turns(routing, experts), tmp_path)
+    dense = dense_shares(block, tmp_path)
     missing = Missing.behind(dense, routing.weight, stream, coded(goal, tmp_path), tmp_path)
     whole = stream.clone()
     add_dense_experts(whole, model, experts, routing)
@@ -66,7 +72,7 @@ def test_what_a_tokens_experts_are_to_repair_adds_up_to_what_the_stream_misses(b
 def test_a_token_whose_experts_have_no_weight_asks_nothing_of_them(block, tmp_path):
     _, experts, routing, stream = block
     weightless = type(routing)(routing.x, routing.index, torch.zeros_like(routing.weight))
-    none = [(turn, coded(torch.zeros(turn.count, 64), tmp_path)) for turn in turns(weightless, experts)]
+    none = [(turn, vars(coded(torch.zeros(turn.count, 64), tmp_path))) for turn in turns(weightless, experts)]
     goal = coded(torch.randn(stream.shape, generator=RANDOM), tmp_path)
     missing = Missing.behind(none, weightless.weight, stream, goal, tmp_path)
     for turn in turns(weightless, experts):
