@@ -29,6 +29,12 @@ def quantizing_bytes(architecture: Architecture, tokens: int) -> int:
     return (2 * 6 + max(4 * 3 + 4, 4 + 4 + 4 + 2 * active)) * tokens * architecture.hidden
 
 
+def exchange_bytes(architecture: Architecture, tokens: int) -> int:
+    """What several workers give each other at a time: inputs of a block's experts, misses, and shares."""
+    active = max((block.experts.active for block in architecture.blocks if block.experts), default=0)
+    return (4 + 2 + 2 * active) * tokens * architecture.hidden
+
+
 def peak_bytes(architecture: Architecture, tokens: int) -> int:
     """Estimate of the peak memory of a conversion.
 
@@ -108,6 +114,7 @@ def check_disk(
     results: Sequence[int] = (),
     max_shard_bytes: int = 0,
     measured: bool = False,
+    several: bool = False,
 ) -> None:
     """Raise ValueError if the disk has no room for a conversion, before hours have gone into it.
 
@@ -119,8 +126,10 @@ def check_disk(
         results: bytes of each.
         max_shard_bytes: limit of a shard of the results.
         measured: whether the measurement is there already.
+        several: whether several workers give each other files.
     """
     needed, there = work_bytes(architecture, tokens, results, max_shard_bytes, measured), _bytes_in(work)
+    needed += exchange_bytes(architecture, tokens) if several else 0
     folder = _existing(work)
     free = shutil.disk_usage(folder).free + there
     if needed > free:
