@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dbrx_quant.calibration.blocks.crew import Crew, NotedProgress
 from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.calibration.text.tokens import HELD_OUT_EVERY
 from dbrx_quant.quantize.budget.allocate import allocate, check_targets
@@ -43,6 +44,8 @@ from dbrx_quant.quantize.rows import Rows, load_rows
 from dbrx_quant.quantize.second_pass import QuantizeJob, quantize_model
 from dbrx_quant.quantize.solve.repair import NO_REPAIR
 from dbrx_quant.quantize.work_folder import check_apart, open_job
+from dbrx_quant.quantize.workers.joining import crew_of, help_out
+from dbrx_quant.quantize.workers.ranks import rank, size
 from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
 from dbrx_quant.runtime.exl2.group_text import parse_groups
 from dbrx_quant.runtime.families.config import read_config
@@ -98,13 +101,19 @@ class Converted:
 def convert(options: ConvertOptions) -> list[Converted]:
     """Convert a model to each target; one measurement serves them all.
 
+    Of several workers, rank 0 does this; the others help, and return nothing.
+
     Raises:
         CheckpointError: the source is incomplete or unknown.
         ValueError: targets out of reach, earlier work that differs, too little memory, no such device.
+        WorkerError: another worker has failed, or gives no sign.
     """
+    device = find_device(options.device)
+    if rank():
+        help_out(options.work, options.model, device)
+        return []
     if not options.targets:
         raise ValueError("no target given")
-    device = find_device(options.device)
     model = open_model(options.model, device)
     _check_side_files(model)
     check_channels(model.architecture)
@@ -126,17 +135,25 @@ def convert(options: ConvertOptions) -> list[Converted]:
         sizes = [total_bytes(model.architecture, bpw, options.head_bits) for bpw in options.targets]
         measured = given is not None or (options.work / MEASUREMENT_NAME).exists()
         limit = options.max_shard_bytes
-        check_disk(model.architecture, rows.count, options.work, options.out, sizes, limit, measured)
-        measurement = given or _measurement(options, model, rows)
-        strategies = _strategies(options, model, rows, measurement)
-        return [_one_target(options, model, rows, measurement, s) for s in strategies]
+        several = size() > 1
+        check_disk(model.architecture, rows.count, options.work, options.out, sizes, limit, measured, several)
+        with crew_of(options.work, options.model, device, options.quiet) as crew:
+            measurement = given or _measurement(options, model, rows, crew)
+            strategies = _strategies(options, model, rows, measurement, crew)
+            return [_one_target(options, model, rows, measurement, s, crew) for s in strategies]
 
 
 @exact_on_gpus()
 @fast_products()
 def measure_model(options: ConvertOptions, output: Path) -> Path:
-    """Measure a model and write the measurement to `output`, which is returned."""
+    """Measure a model and write the measurement to `output`, which is returned.
+
+    Of several workers, rank 0 does this; the others help.
+    """
     device = find_device(options.device)
+    if rank():
+        help_out(options.work, options.model, device)
+        return output
     model = open_model(options.model, device)
     check_channels(model.architecture)
     check_place(output)
@@ -145,8 +162,9 @@ def measure_model(options: ConvertOptions, output: Path) -> Path:
         rows = _rows(options, model)
         check_memory(model.architecture, rows.count, options.max_memory)
         check_device_memory(device, model.architecture, _device_needs(options, model, rows))
-        check_disk(model.architecture, rows.count, options.work, None)
-        measurement = _measurement(options, model, rows)
+        check_disk(model.architecture, rows.count, options.work, None, several=size() > 1)
+        with crew_of(options.work, options.model, device, options.quiet) as crew:
+            measurement = _measurement(options, model, rows, crew)
         model.check_unchanged()
         write_measurement(output, measurement)
     return output
@@ -216,17 +234,19 @@ def _facts(options: ConvertOptions, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows) -> Measurement:
+def _measurement(options: ConvertOptions, model: StreamedModel, rows: Rows, crew: Crew) -> Measurement:
     path = options.work / MEASUREMENT_NAME
     if not path.exists():
         folder = options.work / "measure"
         folder.mkdir(exist_ok=True)
+        crew.note("checking the model's values")
         check_values(model.architecture, model.checkpoint, options.quiet)
         blocks = model.architecture.blocks
         steps = 2 * len(blocks) + 1 + sum(b.experts.count for b in blocks if b.experts)
-        with bar(steps, "measure", options.quiet) as progress:
+        with bar(steps, "measure", options.quiet) as shown:
+            progress = NotedProgress(shown, crew)
             job = MeasureJob(
-                model, rows.calibration, folder, progress, options.seed, options.effort, rows.held_out
+                model, rows.calibration, folder, progress, options.seed, options.effort, rows.held_out, crew
             )
             found = measure(job)
         described = {k: _public(v) for k, v in rows.tokens.description.items() if k != "notices"}
@@ -244,7 +264,7 @@ def _public(value: Any) -> Any:
 
 
 def _strategies(
-    options: ConvertOptions, model: StreamedModel, rows: Rows, measurement: Measurement
+    options: ConvertOptions, model: StreamedModel, rows: Rows, measurement: Measurement, crew: Crew
 ) -> list[Strategy]:
     """The allocation for each target, with its predicted KL, which is kept in the work folder."""
     folder = options.work / "predict"
@@ -256,6 +276,7 @@ def _strategies(
         file = _target_work(options, target) / "predicted.json"
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
+            crew.note(f"predicting {target} bits per weight")
             kl, stderr = predictor.kl(strategy, options.repair != NO_REPAIR)
             _PREDICTED.write(file, {"kl": kl, "kl_stderr": stderr})
         predicted = _PREDICTED.read(file)
@@ -293,6 +314,7 @@ def _one_target(
     rows: Rows,
     measurement: Measurement,
     strategy: Strategy,
+    crew: Crew,
 ) -> Converted:
     started = time.monotonic()
     out = options.output(strategy.target_bpw)
@@ -317,21 +339,23 @@ def _one_target(
             options.max_shard_bytes,
             _REPLACED,
         )
-        with bar(len(groups), title, options.quiet) as progress:
+        with bar(len(groups), title, options.quiet) as shown:
             job = QuantizeJob(
                 model,
                 rows.calibration,
                 work,
                 measurement,
                 groups,
-                progress,
+                NotedProgress(shown, crew),
                 options.effort,
                 options.repair,
                 rows.held_out,
                 options.refit,
                 shards,
+                crew,
             )
             measured = quantize_model(job)
+        crew.note(f"writing {out.name}")
         side_files = _write_output(options, model, rows, strategy, measured, shards, out)
         write_measurement(out / MEASUREMENT_NAME, measurement)
         report = verify(out)

@@ -25,23 +25,20 @@ class Entry:
     Attributes:
         linear: with errors of its output, not yet in nats.
         gradient: sum over all calibration tokens of its squared output gradients, mean over its channels.
-        step: tokens per channel, in steps of four times as many.
     """
 
     linear: LinearMeasurement
     gradient: float
-    step: int
 
     def write(self, path: Path) -> None:
         """Write the file, atomically."""
-        _FILE.write(path, {"gradient": self.gradient, "step": self.step, "linear": self.linear.to_json()})
+        _FILE.write(path, {"gradient": self.gradient, "linear": self.linear.to_json()})
 
     @staticmethod
     def read(path: Path) -> "Entry":
         """The entry in a file."""
         fields = _FILE.read(path)
-        step = int(fields.number("step"))
-        return Entry(read_linear(fields.object("linear")), fields.number("gradient", 0), step)
+        return Entry(read_linear(fields.object("linear")), fields.number("gradient", 0))
 
 
 def priced(

@@ -7,23 +7,20 @@ Finished linears and the gradients before the last passed block are files, so th
 the first one stopped.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dbrx_quant.calibration.blocks.crew import Alone, Crew
 from dbrx_quant.calibration.blocks.head import head_gradients
 from dbrx_quant.calibration.blocks.hooks import Watch
 from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
 from dbrx_quant.calibration.blocks.routing import ExpertCoverage, coverage
+from dbrx_quant.calibration.blocks.shares import shared_out
 from dbrx_quant.calibration.blocks.states import States, new_states, open_states, scratch
 from dbrx_quant.calibration.blocks.walk import (
-    Span,
-    Turn,
-    Weights,
     batches,
     check_states,
     embed_rows,
@@ -33,21 +30,19 @@ from dbrx_quant.calibration.blocks.walk import (
     token_spans,
     turns,
 )
-from dbrx_quant.calibration.statistics.fisher import GradientSum
 from dbrx_quant.calibration.statistics.held_out import HELD_OUT_TOKENS, HeldOutInputs
 from dbrx_quant.calibration.statistics.moments import SplitMoments
-from dbrx_quant.calibration.statistics.shrinkage import Shrinkage, hessian
-from dbrx_quant.quantize.budget.curve import draw, feedback_factors, held_out_ratio
+from dbrx_quant.quantize.budget.expert import MeasuredExperts, RoutedGradients, effective_tokens
+from dbrx_quant.quantize.budget.measure import Measurer
 from dbrx_quant.quantize.entries import REMEDY, Entry, priced
-from dbrx_quant.quantize.measurement import LinearMeasurement, Measurement, read_coverage
+from dbrx_quant.quantize.measurement import Measurement, read_coverage
 from dbrx_quant.quantize.solve.ldlq import Effort
-from dbrx_quant.quantize.solve.prepare import prepare, sampled_energy, spread_columns
-from dbrx_quant.quantize.solve.shrinkage import choose_shrinkage
-from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
+from dbrx_quant.quantize.solve.prepare import spread_columns
+from dbrx_quant.runtime.families.facts import ExpertsSpec
 from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.sealed import remove
-from dbrx_quant.runtime.kernels.device import download, upload
-from dbrx_quant.runtime.kernels.float_matmul import narrowed, product, rounded_products
+from dbrx_quant.runtime.kernels.device import upload
+from dbrx_quant.runtime.kernels.float_matmul import rounded_products
 from dbrx_quant.runtime.progress import Progress
 
 GRADIENT_TOKENS = 2048  # from twice as many on, only a part of the rows goes backward as well
@@ -68,6 +63,7 @@ class MeasureJob:
         seed: of the labels that the gradients are of.
         effort: what the linears will be solved with.
         held_out: [H, L] int64 token ids that nothing is chosen on; what errors cost there is measured too.
+        crew: who takes the experts.
     """
 
     model: StreamedModel
@@ -77,6 +73,7 @@ class MeasureJob:
     seed: int = 0
     effort: Effort = "default"
     held_out: Tensor | None = None
+    crew: Crew = field(default_factory=Alone)
 
     @property
     def _stride(self) -> int:
@@ -122,24 +119,16 @@ class MeasureJob:
 
     def entry(self, name: str) -> Path:
         """What was measured of one linear."""
-        return self.folder / "linears" / f"{name}.json"
+        return self.measurer.entry(name)
+
+    @property
+    def measurer(self) -> Measurer:
+        """What measures and writes linears."""
+        return Measurer(self.folder / "linears", self.effort, len(self.tokens) / self.backward_rows)
 
     def coverage(self, block: int) -> Path:
         """How many tokens each expert of a block saw."""
         return self.folder / f"coverage-{block:03}.json"
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """Results shared by similar linears of a block, so that they are computed for the first expert alone.
-
-    Attributes:
-        shrinkage: per role and tokens per channel, in steps of four times as many.
-        feedback: per role, its factor at each width.
-    """
-
-    shrinkage: dict[tuple[str, int], Shrinkage]
-    feedback: dict[str, Sequence[float]]
 
 
 def backward_stride(tokens: int) -> int:
@@ -177,7 +166,8 @@ def _forward(job: MeasureJob) -> None:
 def _forward_block(job: MeasureJob, index: int) -> None:
     states = open_states(job.states(index), job.model.device)
     with new_states(job.states(index + 1), states.shape) as output:
-        routing = run_dense_block(job.model, index, states, output, job.folder)
+        add = shared_out(job.crew, index, job.folder)
+        routing = run_dense_block(job.model, index, states, output, job.folder, add_experts=add)
         if routing is not None:
             experts = job.model.architecture.blocks[index].experts
             assert experts is not None
@@ -207,59 +197,7 @@ def _head(job: MeasureJob) -> None:
         moments.add(job.model.final_norm(flat[part]), rows[part])
     for part in token_spans(len(flat) - seen):
         held_out.add(job.model.final_norm(flat.part(slice(seen, None))[part]))
-    _measure_linears(job, [head], moments, held_out, {head.name: total}, lambda _: weight, _Shared({}, {}))
-
-
-def _measure_linears(
-    job: MeasureJob,
-    specs: list[LinearSpec],
-    moments: SplitMoments,
-    held_out: HeldOutInputs,
-    gradients: dict[str, GradientSum],
-    weight_of: Callable[[LinearSpec], Tensor],
-    shared: _Shared,
-) -> None:
-    """Draw the curves of linears that share their inputs, and write them."""
-    role, todo = specs[0].role, [spec for spec in specs if not job.entry(spec.name).exists()]
-    if not todo:
-        entry = Entry.read(job.entry(specs[0].name))
-        shared.shrinkage[(role, entry.step)] = entry.linear.shrinkage
-        shared.feedback[role] = entry.linear.feedback
-        return
-    moments.check(specs[0].name)
-    own, weight = moments.fit.effective + moments.selection.effective, weight_of(specs[0])
-    step = round(math.log2(max(own, 1.0) / specs[0].shape[0]) / 2)
-    if (role, step) not in shared.shrinkage:
-        shared.shrinkage[(role, step)] = choose_shrinkage(weight, moments)
-    shrinkage = shared.shrinkage[(role, step)]
-    joined = moments.joined()
-    matrix = hessian(joined, moments.prior, shrinkage)
-    energies = {spec.name: sampled_energy(weight_of(spec), matrix) for spec in todo}
-    prepared = prepare(matrix)
-    if role not in shared.feedback:
-        columns = gradients[specs[0].name].column_weights()
-        shared.feedback[role] = feedback_factors(weight, prepared, columns, job.effort)
-    ratio = held_out_ratio(weight, prepared, held_out)
-    for spec in todo:
-        total = gradients[spec.name]
-        columns = total.column_weights()
-        curve = draw(
-            weight_of(spec), prepared, columns, energies[spec.name], shared.feedback[role], spec.bias
-        )
-        measured = LinearMeasurement(
-            role=spec.role,
-            shape=spec.shape,
-            options=curve.options,
-            energy=curve.energy,
-            tokens=joined.tokens,
-            effective_tokens=joined.effective,
-            weight=joined.weight,
-            held_out_ratio=ratio,
-            shrinkage=shrinkage,
-            feedback=curve.feedback,
-        )
-        gradient = total.total * len(job.tokens) / job.backward_rows
-        Entry(measured, gradient, step).write(job.entry(spec.name))
+    job.measurer.measure([head], moments, held_out, {head.name: total}, lambda _: weight)
 
 
 def _backward(job: MeasureJob, index: int) -> None:
@@ -268,10 +206,9 @@ def _backward(job: MeasureJob, index: int) -> None:
     device = job.model.device
     states, upstream = (open_states(path, device) for path in (job.states(index), job.gradients(index + 1)))
     live = job.model.block(index)
-    shared = _Shared({}, {})
-    routed: _RoutedGradients | None = None
+    routed: RoutedGradients | None = None
     if spec.experts:
-        routed = _backward_experts(job, live, states, upstream, spec.experts, shared)
+        routed = _backward_experts(job, live, states, upstream, spec.experts)
     watch, length, rows = Watch(live), states.shape[1], token_rows(states).view(states.shape[:2])
     with new_states(job.gradients(index), upstream.shape) as gradients:
         for part in batches(upstream):
@@ -299,128 +236,34 @@ def _backward(job: MeasureJob, index: int) -> None:
         watch.close()
         check_states(gradients, f"gradients before block {index}")
         for stage, moments, inputs in zip(spec.stages, watch.moments, watch.held_out, strict=True):
-            _measure_linears(job, list(stage), moments, inputs, watch.gradients, job.model.dense, shared)
-
-
-@dataclass(frozen=True)
-class _RoutedGradients:
-    """Gradients with respect to the experts' inputs [T, D] and the routing weights [T, A], on the host."""
-
-    x: Tensor
-    weight: Tensor
+            job.measurer.measure(stage, moments, inputs, watch.gradients, job.model.dense)
 
 
 def _backward_experts(
-    job: MeasureJob,
-    live: LiveBlock,
-    states: States,
-    upstream: States,
-    experts: ExpertsSpec,
-    shared: _Shared,
-) -> _RoutedGradients:
-    x = scratch(job.folder, (states.shape[0] * states.shape[1], states.shape[-1]))
-    routing, flat = route(live, states, None, x), upstream.flat
-    result = _RoutedGradients(
-        scratch(job.folder, flat.shape), torch.zeros(len(flat), routing.weight.shape[1])
+    job: MeasureJob, live: LiveBlock, states: States, upstream: States, experts: ExpertsSpec
+) -> RoutedGradients:
+    index, (rows, length, hidden) = live.spec.index, states.shape
+    routing = route(live, states, None, scratch(job.folder, (rows * length, hidden)))
+    seen = job.tokens.numel()
+    task = MeasuredExperts(
+        job.model,
+        index,
+        experts,
+        routing,
+        length,
+        seen,
+        effective_tokens(routing.part(slice(seen)), experts, length),
+        upstream.flat,
+        job.gradients(index + 1),
+        job.measurer,
+        job.folder,
+        job.crew,
     )
-    rows, count = token_rows(states), job.tokens.numel()
-    for turn in turns(routing, experts):
-        _measure_expert(
-            job, turn.part(slice(count)), turn.part(slice(count, None)), rows, flat, result, shared
-        )
-        job.progress.step(f"block {live.spec.index}, expert {turn.expert}")
-    return result
-
-
-@dataclass(frozen=True)
-class _ExpertSums:
-    """Sums over the tokens of an expert.
-
-    Attributes:
-        rows: the calibration row of each token of the block, on the host.
-        inputs: moments of what gate and up get.
-        inner: moments of what the down projection gets.
-        gradients: of each linear's output, by its name.
-    """
-
-    rows: Tensor
-    inputs: SplitMoments
-    inner: SplitMoments
-    gradients: dict[str, GradientSum]
-
-    @staticmethod
-    def zero(turn: Turn, rows: Tensor) -> "_ExpertSums":
-        """No tokens seen yet."""
-        device = turn.routing.device
-        inputs = SplitMoments.zero(turn.gate.shape[0], prior=True, device=device)
-        inner = SplitMoments.zero(turn.down.shape[0], prior=True, device=device)
-        gradients = {spec.name: GradientSum.zero(spec.shape[1], device) for spec in turn.linears}
-        return _ExpertSums(rows, inputs, inner, gradients)
-
-    def add(self, span: Span, inner: Tensor) -> None:
-        """Add tokens with what the down projection gets of them."""
-        rows, square = self.rows[span.index], span.weight.square()
-        self.inputs.add(span.x.detach(), rows, square)
-        self.inner.add(inner.detach(), rows, square)
-
-
-def _measure_expert(
-    job: MeasureJob,
-    seen: Turn,
-    held_out: Turn,
-    rows: Tensor,
-    upstream: States,
-    result: _RoutedGradients,
-    shared: _Shared,
-) -> None:
-    """Take an expert's tokens through it, those of `upstream` [T, D] backward as well, and draw its curves.
-
-    Args:
-        job: where and with what.
-        seen: the expert's turn with the tokens to calibrate on, those that go backward first.
-        held_out: its turn with the held-out tokens.
-        rows: the calibration row of each token.
-        upstream: gradients with respect to the block's output.
-        result: gradients with respect to what the expert got are added to it.
-        shared: what linears of this block have in common.
-    """
-    weights = seen.dense(job.model)
-    gate, up, down = (narrowed(weight) for weight in weights)
-    sums = _ExpertSums.zero(seen, rows)
-    backward = int((seen.tokens.index < len(upstream)).sum())
-    for span in seen.spans(end=backward):
-        _backward_span(seen, span, (gate, up, down), upstream, result, sums)
-    for span in seen.spans(begin=backward):
-        sums.add(span, seen.inner(span.x, gate, up))
-    for x in seen.others():
-        sums.inputs.add_prior(x)
-        sums.inner.add_prior(seen.inner(x, gate, up))
-    held_out_inputs, held_out_inner, span = HeldOutInputs(), HeldOutInputs(), held_out.whole()
-    held_out_inputs.add(span.x, span.weight.square())
-    held_out_inner.add(seen.inner(span.x, gate, up), span.weight.square())
-    dense = dict(zip(seen.linears, weights, strict=True)).__getitem__
-    _measure_linears(job, [seen.gate, seen.up], sums.inputs, held_out_inputs, sums.gradients, dense, shared)
-    _measure_linears(job, [seen.down], sums.inner, held_out_inner, sums.gradients, dense, shared)
-
-
-def _backward_span(
-    turn: Turn, span: Span, weights: Weights, upstream: States, result: _RoutedGradients, sums: _ExpertSums
-) -> None:
-    """Take some tokens through an expert and back."""
-    gate, up, down = weights
-    x, index = span.x.requires_grad_(), span.index
-    with torch.enable_grad():
-        g, u = product(x, gate), product(x, up)
-        h = turn.activate(g) * u
-    above = upstream[index]
-    y_gradient = span.weight[:, None] * above
-    y = product(h.detach(), down)
-    result.weight[index, span.slot] = (y * above).sum(-1).cpu()
-    g_gradient, u_gradient, x_gradient = torch.autograd.grad(h, (g, u, x), product(y_gradient, down.T))
-    result.x[index] += download(x_gradient)
-    for spec, gradient in zip(turn.linears, (g_gradient, u_gradient, y_gradient), strict=True):
-        sums.gradients[spec.name].add(gradient)
-    sums.add(span, h)
+    gradients = RoutedGradients.of(task)
+    for turn, result in job.crew.each(task, turns(task.routing, experts)):
+        gradients.add(turn, result)
+        job.progress.step(f"block {index}, expert {turn.expert}")
+    return gradients
 
 
 def assemble(job: MeasureJob) -> Measurement:

@@ -2,33 +2,45 @@
 
 Inside a block the stages follow the data: query, key and value are solved on the block's input, the output
 projection on what their quantized weights make of it, and so on; an expert's down projection sees its
-quantized gate and up projections. Every finished linear is a file before the next one starts.
+quantized gate and up projections, and no expert anything of another one. Every finished linear is a file
+before the next one starts.
 
 The original's states run beside the quantized model's: the linears that write into the residual stream are
 changed so that they also repair what the quantized linears before them have spoilt (`repair`). Rows that are
 not calibrated on go through both, and tell at the end how far the quantized model is from the original.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dbrx_quant.calibration.blocks.crew import Alone, Crew
 from dbrx_quant.calibration.blocks.head import distance
-from dbrx_quant.calibration.blocks.model import StreamedModel
+from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
+from dbrx_quant.calibration.blocks.shares import DenseShares, Missing, add_shares, shared_out
 from dbrx_quant.calibration.blocks.stages import Goals, HeadStage, Stage, block_stages
-from dbrx_quant.calibration.blocks.states import States, new_states, open_states
-from dbrx_quant.calibration.blocks.walk import check_states, embed_rows, run_dense_block
+from dbrx_quant.calibration.blocks.states import States, new_states, open_states, scratch
+from dbrx_quant.calibration.blocks.walk import (
+    batches,
+    check_states,
+    embed_rows,
+    route,
+    run_dense_block,
+    turns,
+)
 from dbrx_quant.quantize.entries import REMEDY
 from dbrx_quant.quantize.measurement import Measurement
+from dbrx_quant.quantize.solve.expert import SolvedExperts
 from dbrx_quant.quantize.solve.ldlq import Effort
 from dbrx_quant.quantize.solve.linear import Solver
 from dbrx_quant.quantize.solve.repair import DEFAULT_REPAIR, Repair
-from dbrx_quant.runtime.families.facts import LinearSpec, load_bias
+from dbrx_quant.quantize.solve.stage import StageSolver
+from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 from dbrx_quant.runtime.files.json_file import VERSION_KEY, JsonFile
 from dbrx_quant.runtime.files.sealed import remove
 from dbrx_quant.runtime.progress import Progress
@@ -54,6 +66,7 @@ class QuantizeJob:
         held_out: [H, L] int64 token ids that measure the distance to the original; None: it is not measured.
         refit: whether the maxima of each linear's groups are fitted once more when its codes are fixed.
         shards: of the result, which finished linears move into; None: they stay files in the folder.
+        crew: who takes the experts.
     """
 
     model: StreamedModel
@@ -67,6 +80,7 @@ class QuantizeJob:
     held_out: Tensor | None = None
     refit: bool = False
     shards: FillingShards | None = None
+    crew: Crew = field(default_factory=Alone)
 
     @property
     def all_tokens(self) -> Tensor:
@@ -109,12 +123,13 @@ class QuantizeJob:
         return LinearFiles(self.folder / "linears") if self.shards is None else self.shards
 
     @property
-    def solver(self) -> Solver:
+    def stages(self) -> StageSolver:
         """What quantizes and writes linears."""
         measured = self.measurement.linears
-        return Solver(
+        solver = Solver(
             self.linears, self.groups, lambda name: measured[name].shrinkage, self.effort, self.refit
         )
+        return StageSolver(self.model, solver, self.repair)
 
     @property
     def next_block(self) -> int:
@@ -192,11 +207,42 @@ def _quantize_block(job: QuantizeJob, index: int) -> None:
     goals = _run_original(job, index) if job.original_tokens is not None else None
     states = open_states(job.states(index), job.model.device)
     with new_states(job.states(index + 1), states.shape) as output:
-        live, count = job.model.block(index), len(job.tokens)
+        live = job.model.block(index)
         compared = goals if job.repair.needs_original else None
-        for stage in block_stages(live, job.model, states, output, count, compared, job.folder):
+        for stage in block_stages(live, job.model, job.calibration(states), compared):
             _quantize_stage(job, stage)
+        if live.spec.experts is None:
+            for part in batches(states):
+                output[part] = live(states[part])[0]
+        else:
+            _quantize_experts(job, live, live.spec.experts, states, output, compared)
         check_states(output, f"output of quantized block {index}")
+
+
+def _quantize_experts(
+    job: QuantizeJob,
+    live: LiveBlock,
+    experts: ExpertsSpec,
+    states: States,
+    output: Tensor,
+    goals: Goals | None,
+) -> None:
+    """Quantize a block's experts; `output` [R, L, D] is filled with the states after it."""
+    tokens, calibrated = states.shape[0] * states.shape[1], job.tokens.numel()
+    x, stream = scratch(job.folder, (tokens, states.shape[-1])), output.view(tokens, -1)
+    routing, index, missing = route(live, states, output, x), live.spec.index, None
+    if goals is not None:
+        goal = open_states(goals.after).flat.part(slice(calibrated))
+        dense = DenseShares(job.model, index, routing, calibrated, job.folder)
+        shares = job.crew.each(dense, turns(routing, experts))
+        missing = Missing.behind(shares, routing.weight[:calibrated], stream, goal, job.folder)
+    length = states.shape[1]
+    task = SolvedExperts(job.stages, index, experts, routing, length, calibrated, missing, job.folder)
+    under_way = {spec.name for linears in experts.linears for spec in linears}
+    for turn, result in job.crew.each(task, turns(routing, experts)):
+        add_shares(stream, turn, States.of(result))
+        under_way.difference_update(spec.name for spec in turn.linears)
+        _finished(job, turn.linears, under_way)
 
 
 def _run_original(job: QuantizeJob, index: int) -> Goals:
@@ -208,25 +254,20 @@ def _run_original(job: QuantizeJob, index: int) -> Goals:
     if not all(path.exists() for path in paths):
         states = open_states(job.original(index), job.model.device)
         with ExitStack() as opened:
-            after, *between = (opened.enter_context(new_states(path, states.shape)) for path in paths)
-            run_dense_block(job.model, index, states, after, job.folder, *between)
+            after, middle, *more = (opened.enter_context(new_states(path, states.shape)) for path in paths)
+            between, add = more[0] if more else None, shared_out(job.crew, index, job.folder)
+            run_dense_block(job.model, index, states, after, job.folder, middle, between, add)
     return goals
 
 
 def _quantize_stage(job: QuantizeJob, stage: Stage) -> None:
-    """Quantize the linears of a stage that are not finished yet, and continue with what all decode to."""
-    if todo := job.linears.unfinished(stage.specs):
-        _solve(job, stage, todo)
-    stage.finish(job.linears.weight)
+    job.stages.quantize(stage)
+    _finished(job, stage.specs)
+
+
+def _finished(job: QuantizeJob, specs: Sequence[LinearSpec], under_way: Collection[str] = ()) -> None:
+    """Tell of finished linears, and write the shards that they fill, but for those that others work on."""
     if job.shards is not None:
-        job.shards.fill()
-    for spec in stage.specs:
+        job.shards.fill(under_way)
+    for spec in specs:
         job.progress.step(spec.name)
-
-
-def _solve(job: QuantizeJob, stage: Stage, todo: Sequence[LinearSpec]) -> None:
-    dense, inputs, residual = stage.collect(todo)
-    weights, target = job.repair.aim(dense, residual, job.refit)
-    del dense, residual  # big, and used up
-    biases = [load_bias(job.model.checkpoint, spec) for spec in todo]
-    job.solver.solve(todo, weights, biases, inputs.joined(), inputs.prior, target)

@@ -21,7 +21,8 @@ from dbrx_quant.runtime.files.watched import ChangedError
 Resume = Literal["auto", "never", "must"]
 
 JOB_NAME = "job.json"
-_OWN = (LOCK_NAME, f".{JOB_NAME}.")  # what a start that was killed leaves
+EXCHANGE = ".exchange"  # for the files of one run that several workers give each other
+_OWN = (LOCK_NAME, f".{JOB_NAME}.", ".worker-")  # what a start or a worker that was killed leaves
 _FILE = JsonFile("a job file", version=1, remedy="start over with --resume never", sealed=True)
 
 
@@ -54,6 +55,7 @@ def open_job(folder: Path, facts: Mapping[str, Any], resume: Resume) -> Iterator
         if resume == "never":
             _empty(folder)
         _refuse_links(folder)
+        shutil.rmtree(folder / EXCHANGE, ignore_errors=True)
         resumed = (path.exists() or was_sealed(path)) and _is_same(path, facts)
         if resume == "must" and not resumed:
             raise ValueError(f"{folder}: no earlier work to resume")
@@ -111,8 +113,8 @@ def _tell(path: Path, fault: str) -> None:
 def _has_work(folder: Path) -> bool:
     """Whether there is more in a work folder than a start that failed leaves."""
     trifles = {JOB_NAME, *ROW_FILES}
-    files = (name for _, _, names in os.walk(folder) for name in names)
-    return any(not name.startswith(".") and name not in trifles for name in files)
+    files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return any(path.name not in trifles and all(not p.startswith(".") for p in path.parts) for path in files)
 
 
 def _refuse_links(folder: Path) -> None:

@@ -45,6 +45,11 @@ class Routing:
     weight: Tensor
     device: torch.device = CPU
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {"x": self.x, "index": self.index, "weight": self.weight}
+
     def part(self, tokens: slice) -> "Routing":
         """That of some tokens."""
         return Routing(self.x[tokens], self.index[tokens], self.weight[tokens], self.device)

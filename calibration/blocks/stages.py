@@ -1,6 +1,6 @@
 """A block's linears stage by stage, in the order of the data, for whoever gives them new weights.
 
-    for stage in block_stages(...):
+    for stage in (*block_stages(...), *expert_stages(...)):
         dense, inputs, residual = stage.collect(stage.specs)
         ...                                    # new weights of its linears
         stage.finish(weight_of)                # which all stages after it see
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from dbrx_quant.calibration.blocks.model import LiveBlock, StreamedModel
-from dbrx_quant.calibration.blocks.states import States, open_states, scratch
-from dbrx_quant.calibration.blocks.walk import DenseShares, Span, Turn, batches, route, token_rows, turns
+from dbrx_quant.calibration.blocks.shares import Missing, shares_of
+from dbrx_quant.calibration.blocks.states import States, open_states
+from dbrx_quant.calibration.blocks.walk import Turn, batches, token_rows
 from dbrx_quant.calibration.statistics.moments import Moments, SplitMoments
 from dbrx_quant.calibration.statistics.residual import ResidualMoments
 from dbrx_quant.runtime.families.facts import LinearSpec
-from dbrx_quant.runtime.kernels.device import upload
 from dbrx_quant.runtime.kernels.float_matmul import narrowed, product
 
 WeightOf = Callable[[LinearSpec], Tensor]  # the float32 weight [N, K] of a linear
@@ -84,12 +84,12 @@ class Stage(ABC):
     def finish(self, weight_of: WeightOf) -> None:
         """Continue with these weights, on the host, of all its linears."""
 
-    def _narrowed(self, weight_of: WeightOf, spec: LinearSpec) -> Tensor:
-        return narrowed(weight_of(spec).to(self.model.device))
-
     @abstractmethod
     def _look(self, dense: Sequence[Tensor]) -> tuple[Moments | SplitMoments, ResidualMoments | None]:
         """Moments of the inputs, and what the stream misses, if known; `dense` are the source's weights."""
+
+    def _narrowed(self, weight_of: WeightOf, spec: LinearSpec) -> Tensor:
+        return narrowed(weight_of(spec).to(self.model.device))
 
 
 class HeadStage(Stage):
@@ -208,105 +208,68 @@ class DownStage(Stage):
     Args:
         before: the stage before, finished.
         turn: the expert's, with all tokens.
-        stream: [T, D] states that it adds to.
+        missing: what the stream misses behind the experts, if it is compared with the original's.
     """
 
-    def __init__(self, before: GateUpStage, turn: Turn, stream: Tensor) -> None:
+    def __init__(self, before: GateUpStage, turn: Turn, missing: Missing | None) -> None:
         super().__init__(before.model, (turn.down,))
-        self._before, self._turn, self._stream = before, turn, stream
+        self._before, self._turn, self._missing = before, turn, missing
 
     def finish(self, weight_of: WeightOf) -> None:
-        """Add the expert's share to the stream."""
-        weights = self._before.gate, self._before.up, self._narrowed(weight_of, self._turn.down)
-        self._turn.add_to(self._stream, weights)
+        """Keep the weight for the shares."""
+        self._weights = self._before.gate, self._before.up, self._narrowed(weight_of, self._turn.down)
+
+    def shares(self, folder: Path) -> States:
+        """What the expert adds to the stream, once the stage is finished; `folder` is for their file."""
+        return shares_of(self._turn, self._weights, folder)
 
     def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, ResidualMoments | None]:
-        inputs = SplitMoments.zero(self._turn.down.shape[0], prior=True, device=self.model.device)
-        self._see(inputs, lambda span, h, rows: None)
-        return inputs, None
-
-    def _see(self, inputs: SplitMoments, also: Callable[[Span, Tensor, Tensor], None]) -> None:
-        """Sum up the inputs; `also` is shown each span, its inputs [T, K] and calibration rows [T]."""
         turn, gate, up = self._before.turn, self._before.gate, self._before.up
+        (k, n), device = turn.down.shape, self.model.device
+        inputs = SplitMoments.zero(k, prior=True, device=device)
+        residual = ResidualMoments(inputs, k, n) if self._missing else None
+        (weight,) = [narrowed(one) for one in dense]
         for span in turn.spans():
             h, rows = turn.inner(span.x, gate, up), self._before.rows[span.index]
             inputs.add(h, rows, span.weight.square())
-            also(span, h, rows)
+            if self._missing and residual:
+                share = span.weight[:, None] * product(h, weight)
+                residual.add(h, self._missing.aim(turn.expert, span, share), rows, span.weight)
         for x in turn.others():
             inputs.add_prior(turn.inner(x, gate, up))
         inputs.check(turn.down.name)
-
-
-class ComparedDownStage(DownStage):
-    """A down projection that is compared with the original's stream.
-
-    Args:
-        before: the stage before, finished.
-        turn: the expert's, with all tokens.
-        stream: [T, D] states, with the unquantized shares of the experts after this one in them.
-        goal: [T, D] the original's after the block.
-    """
-
-    def __init__(self, before: GateUpStage, turn: Turn, stream: Tensor, goal: States) -> None:
-        super().__init__(before, turn, stream)
-        self._goal = goal
-
-    def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, ResidualMoments]:
-        (weight,), shape = [narrowed(one) for one in dense], self._turn.down.shape
-        inputs = SplitMoments.zero(shape[0], prior=True, device=self.model.device)
-        residual = ResidualMoments(inputs, *shape)
-
-        def miss(span: Span, h: Tensor, rows: Tensor) -> None:
-            share = span.weight[:, None] * product(h, weight)
-            stream = upload(self._stream[span.index], share.device)
-            residual.add(h, self._goal[span.index] - stream - share, rows, span.weight)
-
-        self._see(inputs, miss)
         return inputs, residual
 
 
 def block_stages(
-    live: LiveBlock,
-    model: StreamedModel,
-    states: States,
-    output: Tensor,
-    calibrated: int,
-    goals: Goals | None,
-    folder: Path,
+    live: LiveBlock, model: StreamedModel, states: States, goals: Goals | None
 ) -> Iterator[Stage]:
-    """The stages of a block, its routed experts included; at the end `output` [R, L, D] is filled.
+    """The stages of a block, its routed experts aside.
 
     Args:
         live: the block.
         model: the source.
-        states: [R, L, D] before the block, the rows to calibrate on first.
-        output: filled with the states after it.
-        calibrated: how many rows are calibrated on.
+        states: [R, L, D] before the block, the rows to calibrate on.
         goals: the original's states, where the stream is compared with them.
-        folder: for files while it runs.
     """
-    block, seen = live.spec, states.part(slice(calibrated))
-    for specs in block.stages:
+    for specs in live.spec.stages:
         if goals and specs[0].writes_stream:
-            yield ComparedStage(model, specs, live, seen, goals.behind(specs[0], model.device))
+            yield ComparedStage(model, specs, live, states, goals.behind(specs[0], model.device))
         else:
-            yield DenseStage(model, specs, live, seen)
-    if block.experts is None:
-        for part in batches(states):
-            output[part] = live(states[part])[0]
-        return
-    length, hidden = states.shape[1:]
-    x = scratch(folder, (states.shape[0] * length, hidden))
-    routing, rows = route(live, states, output, x), token_rows(states)
-    stream, calibration = output.view(-1, hidden), slice(calibrated * length)
-    if goals is None:
-        for turn in turns(routing, block.experts):
-            yield (before := GateUpStage(model, turn.part(calibration), rows))
-            yield DownStage(before, turn, stream)
-    else:
-        goal = open_states(goals.after, model.device).flat
-        shares = DenseShares(folder, model, block.experts, routing, stream)
-        for turn in turns(routing, block.experts):
-            yield (before := GateUpStage(model, turn.part(calibration), rows))
-            shares.take_away(turn)
-            yield ComparedDownStage(before, turn, stream, goal)
+            yield DenseStage(model, specs, live, states)
+
+
+def expert_stages(
+    model: StreamedModel, turn: Turn, calibrated: int, rows: Tensor, missing: Missing | None
+) -> tuple[GateUpStage, DownStage]:
+    """The two stages of an expert, which no other expert of its block has a part in.
+
+    Args:
+        model: the source.
+        turn: the expert's, with all tokens.
+        calibrated: how many of all tokens are calibrated on, the first ones.
+        rows: [T] each token's calibration row.
+        missing: what the stream misses behind the experts, if it is compared with the original's.
+    """
+    before = GateUpStage(model, turn.part(slice(calibrated)), rows)
+    return before, DownStage(before, turn, missing)

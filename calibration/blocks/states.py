@@ -8,7 +8,7 @@ is beside it (`runtime/files/sealed.py`), compared when it is opened.
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,16 @@ class States:
     halves: Tensor
     exponents: Tensor
     device: torch.device = CPU
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        return {"halves": self.halves, "exponents": self.exponents}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> "States":
+        """States of such tensors, read to the host; others may be among them."""
+        return States(tensors["halves"], tensors["exponents"])
 
     @property
     def shape(self) -> torch.Size:
@@ -118,7 +128,7 @@ def new_states(path: Path, shape: Sequence[int]) -> Iterator[Tensor]:
     step = max(1, _VALUES_AT_ONCE // max(1, states[:1].numel()))
     for start in range(0, len(states), step):
         coded[start : start + step] = states[start : start + step]
-    save_tensors(path, {"halves": coded.halves, "exponents": coded.exponents})
+    save_tensors(path, coded.tensors)
     seal(path)
 
 

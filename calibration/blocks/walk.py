@@ -32,6 +32,7 @@ EXPERT_TOKENS = 2048  # tokens that go through an expert, or the head, at a time
 
 Weights = tuple[Tensor, Tensor, Tensor]  # gate, up and down of an expert, [N, K]
 Through = Callable[[Tensor, LinearSpec], Tensor]  # what happens to a linear's output [T, N] on its way
+AddExperts = Callable[[Tensor, StreamedModel, ExpertsSpec, Routing], None]  # to the stream [T, D]
 
 
 def unchanged(output: Tensor, spec: LinearSpec) -> Tensor:
@@ -116,12 +117,14 @@ class Span:
         x: [T, D] inputs, on the expert's device.
         weight: [T] routing weights, likewise.
         slot: [T] which of the token's A choices the expert is, on the host.
+        part: where they are among the expert's tokens.
     """
 
     index: Tensor
     x: Tensor
     weight: Tensor
     slot: Tensor
+    part: slice
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ class Turn:
     def _span(self, part: slice) -> Span:
         index = self.tokens.index[part]
         weight = self.tokens.weight[part].to(self.routing.device)
-        return Span(index, self._inputs(index), weight, self.tokens.slot[part])
+        return Span(index, self._inputs(index), weight, self.tokens.slot[part], part)
 
     def _inputs(self, index: Tensor) -> Tensor:
         return upload(self.routing.x[index], self.routing.device)
@@ -250,6 +253,7 @@ def run_dense_block(
     folder: Path,
     middle: Tensor | None = None,
     shared: Tensor | None = None,
+    add_experts: AddExperts = add_dense_experts,
 ) -> Routing | None:
     """Take states [R, L, D] through an unquantized block.
 
@@ -261,6 +265,7 @@ def run_dense_block(
         folder: for the experts' inputs while it runs.
         middle: filled with those after its attention, if given.
         shared: filled with those before its routed experts, if given.
+        add_experts: adds what the routed experts add.
 
     Returns:
         Where each token went, if the block has experts; their inputs stay on disk as long as this lives.
@@ -275,7 +280,7 @@ def run_dense_block(
     routing = route(live, states, output, x, middle)
     if shared is not None:
         shared.copy_(output)
-    add_dense_experts(output.view(-1, hidden), model, live.spec.experts, routing)
+    add_experts(output.view(-1, hidden), model, live.spec.experts, routing)
     return routing
 
 
@@ -285,43 +290,3 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
     function: Any = ACT2FN[name]
     return lambda x: function(x)
-
-
-class DenseShares:
-    """What each expert would add to the stream unquantized: added at first, taken away when its turn comes.
-
-    So the stream misses, at an expert's turn, what those before it have spoilt and not what those after it
-    will add. The shares are kept on disk, in 16 bits: what is taken away is what was added. A resumed run
-    repeats the same sums and ends with the same bits.
-
-    Args:
-        folder: for the file.
-        model: for the dense weights.
-        experts: of a block.
-        routing: of all tokens, with the experts' inputs.
-        stream: [T, D] states, changed in place.
-    """
-
-    def __init__(
-        self, folder: Path, model: StreamedModel, experts: ExpertsSpec, routing: Routing, stream: Tensor
-    ) -> None:
-        self._stream, self._next = stream, 0
-        self._shares = States.scratch(folder, (routing.index.numel(), stream.shape[1]))
-        for turn in turns(routing, experts):
-            if not turn.count:
-                continue
-            for index, share in turn.shares(turn.narrowed(model)):
-                part = self._part(index)
-                self._shares[part] = share
-                stream[index] += self._shares[part]
-        self._next = 0
-
-    def take_away(self, turn: Turn) -> None:
-        """Take the share of an expert out of the states; experts come in order."""
-        for span in turn.spans():
-            self._stream[span.index] -= self._shares[self._part(span.index)]
-
-    def _part(self, index: Tensor) -> slice:
-        """Where the shares of the next tokens are."""
-        begin, self._next = self._next, self._next + len(index)
-        return slice(begin, self._next)

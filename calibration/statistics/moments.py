@@ -109,6 +109,12 @@ class Moments:
         return self.weight**2 / self.squares if self.squares else 0.0
 
 
+def effective(weights: Tensor) -> float:
+    """The same of tokens with weights [T] float64 that are not summed up yet."""
+    squares = float(weights.square().sum())
+    return float(weights.sum()) ** 2 / squares if squares else 0.0
+
+
 @dataclass
 class SplitMoments:
     """Moments of fitted and selection tokens apart, and of tokens that serve as a prior (experts only)."""

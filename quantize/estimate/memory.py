@@ -52,11 +52,17 @@ def states_bytes(architecture: Architecture, tokens: int) -> int:
 def quantizing_bytes(architecture: Architecture, tokens: int) -> int:
     """States that are on disk while it is quantized: both models' before and after a block and inside it.
 
-    While a block is at work, its stream and its experts' inputs are there in 32 bits, and the shares of its
-    experts; before that, the original's stream is, at three points.
+    While a block is at work, its stream, its experts' inputs and what the stream misses are there in 32 bits,
+    and the shares of its experts; before that, the original's stream is, at three points.
     """
     active = max((block.experts.active for block in architecture.blocks if block.experts), default=0)
-    return (2 * 6 + max(4 * 3 + 4, 4 + 4 + 2 * active)) * tokens * architecture.hidden
+    return (2 * 6 + max(4 * 3 + 4, 4 + 4 + 4 + 2 * active)) * tokens * architecture.hidden
+
+
+def exchange_bytes(architecture: Architecture, tokens: int) -> int:
+    """What several workers give each other at a time: inputs of a block's experts, misses, and shares."""
+    active = max((block.experts.active for block in architecture.blocks if block.experts), default=0)
+    return (4 + 2 + 2 * active) * tokens * architecture.hidden
 
 
 def peak_bytes(architecture: Architecture, tokens: int) -> int:
@@ -191,6 +197,7 @@ def check_disk(
     results: Sequence[int] = (),
     max_shard_bytes: int = 0,
     measured: bool = False,
+    several: bool = False,
 ) -> None:
     """Raise ValueError if the disk has no room for a conversion, before hours have gone into it.
 
@@ -202,8 +209,10 @@ def check_disk(
         results: bytes of each.
         max_shard_bytes: limit of a shard of the results.
         measured: whether the measurement is there already.
+        several: whether several workers give each other files.
     """
     needed, there = work_bytes(architecture, tokens, results, max_shard_bytes, measured), _bytes_in(work)
+    needed += exchange_bytes(architecture, tokens) if several else 0
     folder = _existing(work)
     free = shutil.disk_usage(folder).free + there
     if needed > free:

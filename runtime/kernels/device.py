@@ -5,6 +5,7 @@ copied into pinned memory first and the host goes on while it travels, so the ne
 GPU works on this one.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,7 +25,7 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
+            device = torch.device("cuda", _next_gpu())
         if device.type == "cpu":
             return CPU
         error = _trial_error(device)
@@ -40,6 +41,14 @@ def find_device(name: str) -> torch.device:
             "TF32 forced on by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE? Else give --device cpu"
         )
     return device
+
+
+def _next_gpu() -> int:
+    """The GPU of this process: of several that torchrun has started on a machine, each takes the next one."""
+    worker = os.environ.get("LOCAL_RANK", "")
+    if not worker.isdecimal():
+        return torch.cuda.current_device()
+    return int(worker) % torch.cuda.device_count()
 
 
 def device_name(device: torch.device) -> str:

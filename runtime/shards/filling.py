@@ -13,7 +13,7 @@ were: the linears after them were solved on what they decoded to.
 
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,15 +148,21 @@ class FillingShards(LinearFiles):
                         tensors[tensor.suffix] = opened.get_tensor(tensor.name)
         return tensors
 
-    def fill(self) -> None:
+    def fill(self, under_way: Collection[str] = ()) -> None:
         """Write every shard whose linears are all finished, and remove their files.
+
+        Args:
+            under_way: names of linears whose files others may be writing or reading; their shards wait.
 
         Raises:
             CheckpointError: a file is not as it was written.
             OSError: the disk is full.
         """
         for shard in self._missing():
-            if all(self._is_finished(spec) for spec in reversed(shard.linears)):  # the last come last
+            if not any(spec.name in under_way for spec in shard.linears) and all(
+                self._is_finished(spec)
+                for spec in reversed(shard.linears)  # the last come last
+            ):
                 self._write(shard)
                 self._leave(shard)
 

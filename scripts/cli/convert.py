@@ -52,10 +52,15 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.quantize.estimate.plan import plan
     from dbrx_quant.quantize.estimate.sizes import bpw_for_size, bpw_for_vram
     from dbrx_quant.quantize.measurement import MEASUREMENT_NAME
+    from dbrx_quant.quantize.workers.ranks import rank
 
     options = options_of(
         arguments, find_model(arguments.model, arguments), arguments.out, targets=arguments.bpw or ()
     )
+    if rank():
+        if not arguments.dry_run:
+            convert(options)
+        return 0
     if arguments.size is not None:
         options = _aim(options, bpw_for_size(options, arguments.size))
     if arguments.vram is not None:

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from dbrx_quant.quantize.workers.ranks import is_helper, speaker
 from dbrx_quant.scripts.cli import (
     chat,
     completion,
@@ -86,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (SystemExit, BrokenPipeError):
             raise
         except (KeyboardInterrupt, _Terminated) as stop:
-            say(f"dbrx-quant: {_interrupted(arguments)}")
+            if not is_helper():
+                say(f"dbrx-quant: {_interrupted(arguments)}")
             return TERMINATED if isinstance(stop, _Terminated) else CTRL_C
         except UsageError as error:
             say(f"dbrx-quant {given[0]}: error: {_one_line(error)}")
@@ -96,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "--debug" in given:
                 traceback.print_exception(error)
             elif expected:
-                say(f"dbrx-quant: error: {_one_line(error)}")
+                say(f"dbrx-quant: error: {speaker()}{_one_line(error)}")
             else:
-                say(f"dbrx-quant: internal error: {fault_line(error, given)}")
+                say(f"dbrx-quant: internal error: {speaker()}{fault_line(error, given)}")
             return FAILED if expected else FAULT
 
 

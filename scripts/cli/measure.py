@@ -19,9 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write the file."""
     from dbrx_quant.quantize.conversion import measure_model
+    from dbrx_quant.quantize.workers.ranks import rank
 
     options = options_of(arguments, find_model(arguments.model, arguments), arguments.output)
     written = measure_model(options, arguments.output)
+    if rank():
+        return 0
     if arguments.json:
         print_json({"measurement": str(written)})
     else:

@@ -46,6 +46,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "estimate",
         "output",
         "work_folder",
+        "workers",
         "conversion",
         "publish",
     ),

@@ -34,7 +34,7 @@ Allocation = Callable[
 LENGTH = 256  # tokens of a row made from --calibration-text
 MEASURE, CURVE, SHRINKAGE, SOLVE = (
     f"dbrx_quant.quantize.{name}"
-    for name in ("first_pass", "budget.curve", "solve.shrinkage", "solve.linear")
+    for name in ("budget.measure", "budget.curve", "solve.shrinkage", "solve.linear")
 )
 
 

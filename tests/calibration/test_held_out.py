@@ -11,7 +11,8 @@ from small_models import random_tokens, save_model, whole_model
 from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.calibration.statistics.held_out import HeldOutInputs
 from dbrx_quant.calibration.text.tokens import load_tokens
-from dbrx_quant.quantize import first_pass as measuring
+from dbrx_quant.quantize import first_pass
+from dbrx_quant.quantize.budget import measure as measuring
 from dbrx_quant.quantize.budget.curve import held_out_ratio
 from dbrx_quant.quantize.conversion import convert
 from dbrx_quant.quantize.first_pass import MeasureJob, measure
@@ -97,7 +98,7 @@ def test_held_out_rows_are_followed_like_others_and_change_nothing_else(family, 
 
 
 def test_no_more_tokens_are_kept_than_the_memory_is_planned_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "HELD_OUT_TOKENS", 30)
+    monkeypatch.setattr(first_pass, "HELD_OUT_TOKENS", 30)
     model = StreamedModel(save_model(tmp_path / "model", "dbrx", std=0.2))
     ids, held_out = random_tokens(4, 12), random_tokens(7, 12, seed=9)
     rows = MeasureJob(model, ids, tmp_path, Progress(), held_out=held_out).rows

@@ -5,12 +5,15 @@ import torch
 from small_models import EXPERTS, random_tokens, run_block, save_model
 
 from dbrx_quant.calibration.blocks import walk
+from dbrx_quant.calibration.blocks.crew import Alone
 from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.calibration.blocks.states import open_states
 from dbrx_quant.calibration.blocks.walk import batches, route, spans, token_rows
 from dbrx_quant.calibration.statistics import moments
 from dbrx_quant.calibration.statistics.moments import SELECTION_EVERY
 from dbrx_quant.quantize import first_pass as measuring
+from dbrx_quant.quantize.budget import measure as linears
+from dbrx_quant.quantize.budget.expert import MeasuredExperts
 from dbrx_quant.quantize.entries import Entry
 from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.runtime.progress import Progress
@@ -138,7 +141,7 @@ def test_finished_work_is_not_done_again(family, tmp_path, monkeypatch):
         raise AssertionError("done before")
 
     monkeypatch.setattr(StreamedModel, "block", unwanted)
-    monkeypatch.setattr(measuring, "draw", unwanted)
+    monkeypatch.setattr(linears, "draw", unwanted)
     assert measure(job(folder, tmp_path / "work", ids, progress=steps[1])) == first
     blocks = sum("block" in step and "expert" not in step for step in steps[0].seen)
     assert blocks == 4
@@ -155,21 +158,35 @@ def test_one_missing_linear_is_measured_again_and_alike(tmp_path):
     assert measure(job(folder, tmp_path / "work", ids)) == first
 
 
+class Watched(Alone):
+    """Keeps the tasks of measuring."""
+
+    def __init__(self):
+        self.tasks = []
+
+    def each(self, task, turns):
+        if isinstance(task, MeasuredExperts):
+            self.tasks.append(task)
+        return super().each(task, turns)
+
+
 def test_experts_alike_share_one_choice_of_shrinkage(tmp_path, monkeypatch):
     monkeypatch.setattr(moments, "MIN_SELECTION_TOKENS", 8)
     chosen = []
-    choose = measuring.choose_shrinkage
-    monkeypatch.setattr(measuring, "choose_shrinkage", lambda *a: chosen.append(choose(*a)) or chosen[-1])
+    choose = linears.choose_shrinkage
+    monkeypatch.setattr(linears, "choose_shrinkage", lambda *a: chosen.append(choose(*a)) or chosen[-1])
     folder = save_model(tmp_path / "model", "dbrx", std=0.2)
-    done = job(folder, tmp_path / "work", random_tokens(4 * SELECTION_EVERY, 12))
+    crew = Watched()
+    done = job(folder, tmp_path / "work", random_tokens(4 * SELECTION_EVERY, 12), crew=crew)
     measure(done)
-    block = done.model.architecture.blocks[1]
     found = {}
-    for specs in block.experts.linears:
-        for spec in specs:
-            entry = read(done, spec)
-            role = "in" if spec.role in ("gate", "up") else "down"
-            found.setdefault((role, entry.step), set()).add(entry.linear.shrinkage)
+    for task in crew.tasks:
+        for (expert, tokens), specs in zip(task.effective.items(), task.experts.linears, strict=True):
+            for spec in specs:
+                assert spec.expert == expert
+                alike = task.block, spec.role == "down", linears.step(tokens, spec.shape[0])
+                found.setdefault(alike, set()).add(read(done, spec).linear.shrinkage)
+    assert len(crew.tasks) == len(done.model.architecture.blocks)
     assert all(len(values) == 1 for values in found.values()), found
     assert len(chosen) < sum(len(b.experts.linears) * 2 + 2 for b in done.model.architecture.blocks)
 

@@ -17,6 +17,7 @@ from dbrx_quant.quantize.estimate import plan as planning
 from dbrx_quant.quantize.estimate.memory import (
     check_disk,
     check_memory,
+    exchange_bytes,
     peak_bytes,
     quantizing_bytes,
     states_bytes,
@@ -166,6 +167,12 @@ def test_a_disk_without_room_is_refused_before_the_work_starts(limit, tmp_path, 
     check(enough - 2000)
     with pytest.raises(ValueError, match="of disk are needed"):
         check(10)
+    disk(monkeypatch, tmp_path, more := work - 1000 + exchange_bytes(architecture, count))
+    check_disk(architecture, count, tmp_path / "work", None, results, limit, several=True)
+    disk(monkeypatch, tmp_path, more - 1)
+    with pytest.raises(ValueError, match="of disk are needed"):
+        check_disk(architecture, count, tmp_path / "work", None, results, limit, several=True)
+    disk(monkeypatch, tmp_path, 10)
     with pytest.raises(ValueError, match="of disk are needed"):  # the disk is still that full
         convert(options(TINY, tmp_path / "new", tokens, targets=(3.0,)))
     assert not (tmp_path / "new").exists()

@@ -10,6 +10,7 @@ from tiny_output import cut, delete, flip
 from dbrx_quant.quantize import conversion, second_pass
 from dbrx_quant.quantize.conversion import convert
 from dbrx_quant.quantize.options import ConvertOptions
+from dbrx_quant.quantize.solve.stage import StageSolver
 from dbrx_quant.runtime.folder.verify import verify
 
 LIMIT = 30_000
@@ -63,7 +64,7 @@ def killed(asked, out, module, function, calls=0, **changes):
 
 
 MOMENTS = {  # in the middle of the second block; after the last linear; before the small files
-    "quantizing": (second_pass, "_solve", 14),
+    "quantizing": (StageSolver, "_solve", 14),
     "comparing": (second_pass, "distance"),
     "writing": (conversion, "write_configs"),
 }

@@ -94,6 +94,20 @@ def some_shard(folder, at=2):
     return sorted((folder / "out").glob("*.safetensors"))[at]
 
 
+def test_linears_that_others_work_on_stay_files_though_their_shard_is_full(model, tmp_path):
+    shards = begin(model, tmp_path)
+    for spec in model.specs:
+        shards.write(spec, model.linears[spec.name], None, facts(spec))
+    last = model.specs[3]
+    shards.fill(under_way={last.name})
+    assert shards.path(last.name).exists()
+    assert last.name not in shards.facts
+    assert not shards.path(model.specs[-1].name).exists()
+    shards.fill()
+    assert not shards.path(last.name).exists()
+    assert last.name in shards.facts
+
+
 @pytest.mark.parametrize("limit", LIMITS)
 def test_shards_that_fill_one_by_one_are_those_of_all_linears_at_once(limit, model, expected, tmp_path):
     shards = begin(model, tmp_path, limit)

@@ -7,9 +7,11 @@ import pytest
 from small_models import save_model, save_random_tokens
 
 from dbrx_quant.calibration.text.tokens import load_saved
-from dbrx_quant.quantize import first_pass, second_pass
+from dbrx_quant.quantize import second_pass
+from dbrx_quant.quantize.budget.measure import Measurer
 from dbrx_quant.quantize.conversion import convert
 from dbrx_quant.quantize.options import ConvertOptions
+from dbrx_quant.quantize.solve.stage import StageSolver
 from dbrx_quant.runtime.files.errors import CheckpointError
 
 TARGET = 4.0
@@ -67,8 +69,8 @@ def stopped(asked, folder, module, function, calls):
 
 
 MOMENTS = {
-    "measuring": (first_pass, "_measure_linears", 12),
-    "quantizing": (second_pass, "_solve", 14),
+    "measuring": (Measurer, "measure", 12),
+    "quantizing": (StageSolver, "_solve", 14),
     "comparing": (second_pass, "distance", 0),
     "writing": (second_pass, "_read_distance", 0),
 }
