@@ -358,14 +358,17 @@ def _one_target(
         crew.note(f"writing {out.name}")
         side_files = _write_output(options, model, rows, strategy, measured, shards, out)
         write_measurement(out / MEASUREMENT_NAME, measurement)
+        needed = peak_memory()  # before the system counts what verifying maps of the result
         report = verify(out)
         if not report.ok:
             raise CheckpointError(f"{out}: the result fails verification: {'; '.join(report.faults[:3])}")
         note_finished(work, out, side_files)
         job.discard_states()  # first, since states say that the linears before them are there
         shards.forget()
-    elif not options.quiet:
-        print(f"{out}: already finished; kept as it is, with the shards it has", file=sys.stderr)
+    else:
+        needed = peak_memory()
+        if not options.quiet:
+            print(f"{out}: already finished; kept as it is, with the shards it has", file=sys.stderr)
     _, outcome = read_strategy(out / STRATEGY_NAME)
     measured_kl = outcome.measured["kl"] if outcome is not None and outcome.measured else None
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -377,7 +380,7 @@ def _one_target(
         measured_kl,
         size,
         time.monotonic() - started,
-        peak_memory(),
+        needed,
     )
 
 
