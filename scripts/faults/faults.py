@@ -51,8 +51,9 @@ class Fault:
     """One fault.
 
     Attributes:
-        kind: `kill`, `stop` (SIGTERM), `error`, `full`, `work` or `result`.
+        kind: `kill`, `stop` (SIGTERM), `worker` (one of two is killed), `error`, `full`, `work` or `result`.
         after: seconds behind the appearance of the work folder, of a signal.
+        rank: of the worker that is killed.
         environment: of a process whose calls fail.
         size: of the disk, in bytes.
         damage: one of DAMAGES.
@@ -61,6 +62,7 @@ class Fault:
 
     kind: str
     after: float = 0.0
+    rank: int = 0
     environment: dict[str, str] = field(default_factory=dict)
     size: int = 0
     damage: str = ""
@@ -69,6 +71,8 @@ class Fault:
     def __str__(self) -> str:
         if self.kind in ("kill", "stop"):
             return f"{self.kind} after {self.after:.2f} s"
+        if self.kind == "worker":
+            return f"rank {self.rank} of 2 killed after {self.after:.2f} s"
         if self.kind == "error":
             number = int(self.environment["FAULTS_ERRNO"])
             what = errno.errorcode[number] if number else "half of what was asked for"
@@ -85,6 +89,8 @@ def draw_fault(kind: str, reference: Reference, seed: int) -> Fault:
     after = chance.uniform(0, reference.seconds)
     if kind in ("kill", "stop"):
         return Fault(kind, after)
+    if kind == "worker":
+        return Fault(kind, after, rank=chance.randrange(2))
     if kind == "full":
         return Fault(kind, size=int(chance.uniform(0.02, 0.98) * reference.peak_bytes) // 4096 * 4096 + 65536)
     if kind in ("work", "result"):

@@ -2,9 +2,10 @@
 
     python -m dbrx_quant.scripts.faults.inject MODEL --log faults.jsonl [--faults 200] [CONVERT'S OPTIONS]
 
-A trial is a conversion in a folder of its own that one fault happens to (`faults.py`): a kill, a stop, an
-error of one call to the system or of all later ones, a disk that is full, a file of the work folder or of
-the result that is damaged. Then the same command runs undisturbed, as its user would run it again.
+A trial is a conversion in a folder of its own that one fault happens to (`faults.py`): a kill, a stop, the
+death of one of two workers, an error of one call to the system or of all later ones, a disk that is full, a
+file of the work folder or of the result that is damaged. Then the same command runs undisturbed and in one
+process, as its user would run it again.
 
     sound      the result has the bytes of an undisturbed conversion
     refused    the second run named a damaged file, and without that file the result has those bytes
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,15 @@ from dbrx_quant.scripts.faults.faults import CALLS, Fault, Reference, bytes_belo
 from dbrx_quant.scripts.terminal.arguments import positive
 from dbrx_quant.scripts.terminal.output import print_table, quiet_on_closed_pipe, say
 
-SHARES = {"kill": 25, "stop": 8, "error": 37, "full": 6, "work": 16, "result": 8}  # of a hundred trials
+SHARES = {
+    "kill": 22,
+    "stop": 8,
+    "worker": 8,
+    "error": 35,
+    "full": 5,
+    "work": 14,
+    "result": 8,
+}  # of a hundred trials
 DOCUMENTED = (0, 1, 2, 3, 75, 130)
 TIMEOUT = 600  # seconds of a run
 
@@ -97,7 +106,7 @@ class Bench:
 
     def _judged(self, folder: Path, fault: Fault, full: "_Disk | None") -> tuple[str, str]:
         first, damaged = self._disturbed(folder, fault)
-        if not first.proper and fault.kind not in ("kill", "work"):
+        if not first.proper and fault.kind not in ("kill", "work", "worker"):
             return "WRONG", first.said
         if first.code == 0 and fault.kind != "result" and not self._same(folder):
             return "WRONG", "finished with other bytes"
@@ -120,14 +129,18 @@ class Bench:
 
     def _disturbed(self, folder: Path, fault: Fault) -> tuple[Ended, Path | None]:
         """The run that the fault happens to, and the file that was damaged after it."""
-        process = self._start(folder, self._preload(folder, **fault.environment) if fault.environment else {})
-        if fault.kind in ("kill", "stop", "work"):
+        environment = self._preload(folder, **fault.environment) if fault.environment else {}
+        process = self._start(folder, environment, workers=2 if fault.kind == "worker" else 1)
+        if fault.kind in ("kill", "stop", "work", "worker"):
             while process.poll() is None and not _work(folder).exists():
                 time.sleep(0.002)
             try:
                 process.wait(fault.after)
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM if fault.kind == "stop" else signal.SIGKILL)
+                if fault.kind == "worker":
+                    os.kill(_worker(process.pid, fault.rank), signal.SIGKILL)
+                else:
+                    process.send_signal(signal.SIGTERM if fault.kind == "stop" else signal.SIGKILL)
         ended = _end_of(process)
         if fault.kind == "work" and _work(folder).exists():
             return ended, damage_a_file(_work(folder), fault)
@@ -147,9 +160,9 @@ class Bench:
     def _same(self, folder: Path) -> bool:
         return _contents(folder / "out") == self._expected
 
-    def _start(self, folder: Path, environment: dict[str, str]) -> "subprocess.Popen[str]":
+    def _start(self, folder: Path, environment: dict[str, str], workers: int = 1) -> "subprocess.Popen[str]":
         arguments = ["convert", str(self._model), str(folder / "out"), *self._options, "--quiet"]
-        return _process(arguments, environment)
+        return _process(arguments, environment, workers)
 
     def _preload(self, folder: Path, **environment: str) -> dict[str, str]:
         return {"LD_PRELOAD": str(self._library), "FAULTS_ROOT": str(folder), **environment}
@@ -205,10 +218,25 @@ def _work(folder: Path) -> Path:
     return folder / "out.work"
 
 
-def _process(arguments: Sequence[str], environment: dict[str, str]) -> "subprocess.Popen[str]":
-    """The command as a process of its own, with one thread."""
+def _worker(torchrun: int, rank: int) -> int:
+    """The process of a rank, a child of torchrun; its only other child is the other rank."""
+    for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return int(pid)
+    raise RuntimeError(f"torchrun ({torchrun}) has no worker of rank {rank}")
+
+
+def _process(
+    arguments: Sequence[str], environment: dict[str, str], workers: int = 1
+) -> "subprocess.Popen[str]":
+    """The command as processes with one thread each."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     return subprocess.Popen(
-        [sys.executable, "-m", "dbrx_quant.scripts.cli.main", *arguments],
+        [
+            sys.executable,
+            *(torchrun if workers > 1 else []),
+            *("-m", "dbrx_quant.scripts.cli.main", *arguments),
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -232,13 +260,20 @@ def _contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def kinds(count: int) -> list[str]:
+def kinds(count: int, among: Collection[str] = SHARES) -> list[str]:
     """The kinds of so many faults, in their shares, the rarest first."""
-    names = sorted(SHARES, key=lambda kind: SHARES[kind])
-    due: list[str] = []
-    for kind in names:
-        due += [kind] * max(1, round(count * SHARES[kind] / sum(SHARES.values())))
+    total, due = sum(SHARES[kind] for kind in among), list[str]()
+    for kind in sorted(among, key=lambda kind: SHARES[kind]):
+        due += [kind] * max(1, round(count * SHARES[kind] / total))
     return due
+
+
+def _kinds(text: str) -> list[str]:
+    """Kinds on the command line."""
+    found = text.split(",")
+    if unknown := [kind for kind in found if kind not in SHARES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(SHARES)}")
+    return found
 
 
 @quiet_on_closed_pipe
@@ -247,6 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", metavar="MODEL", type=Path, help="a small model's folder")
     parser.add_argument("--faults", metavar="N", type=positive, default=200, help="(default: %(default)s)")
+    parser.add_argument(
+        "--kinds", metavar="KIND[,KIND...]", type=_kinds, default=list(SHARES), help="(default: all)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--jobs", metavar="N", type=positive, default=1, help="trials side by side")
     parser.add_argument("--log", metavar="FILE", type=Path, required=True, help="gets a line for each trial")
@@ -254,8 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--folder", metavar="DIR", type=Path, help="for the trials (default: a temporary one)"
     )
     arguments, options = parser.parse_known_args(argv)
-    chosen = kinds(arguments.faults)
-    if not _may_mount():
+    chosen = kinds(arguments.faults, arguments.kinds)
+    if "full" in chosen and not _may_mount():
         say("no disks of a chosen size: mounting them is not allowed here; these trials are left out")
         chosen = [kind for kind in chosen if kind != "full"]
     root = Path(tempfile.mkdtemp(prefix="faults-", dir=arguments.folder))
