@@ -49,6 +49,17 @@ SHARES = {
 }  # of a hundred trials
 DOCUMENTED = (0, 1, 2, 3, 75, 130)
 TIMEOUT = 600  # seconds of a run
+VOUCHED = (  # by `verify`, beside the shards; what else lies there may be edited, or is the original's
+    "checksums.json",
+    "config.json",
+    "conversion.json",
+    "generation_config.json",
+    "measurement.json",
+    "model.safetensors.index.json",
+    "strategy.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -106,8 +117,12 @@ class Bench:
 
     def _judged(self, folder: Path, fault: Fault, full: "_Disk | None") -> tuple[str, str]:
         first, damaged = self._disturbed(folder, fault)
-        if not first.proper and fault.kind not in ("kill", "work", "worker"):
-            return "WRONG", first.said
+        killed = fault.kind in ("kill", "work", "worker")
+        unheard = (
+            fault.kind == "stop" and first.code == -signal.SIGTERM
+        )  # while the interpreter starts or ends
+        if not (first.proper or killed or unheard):
+            return "WRONG", f"exit code {first.code}: {first.said}"
         if first.code == 0 and fault.kind != "result" and not self._same(folder):
             return "WRONG", "finished with other bytes"
         if damaged and fault.kind == "result" and (wrong := self._unseen(folder, damaged)):
@@ -153,7 +168,7 @@ class Bench:
         ended = _end_of(_process(["verify", str(folder / "out"), "--quiet"], {}))
         if not ended.proper:
             return ended.said
-        if ended.code == 0 and damaged.suffix in (".safetensors", ".json"):
+        if ended.code == 0 and (damaged.suffix == ".safetensors" or damaged.name in VOUCHED):
             return f"verify calls a result sound whose {damaged.name} is damaged"
         return ""
 
