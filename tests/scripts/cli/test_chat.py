@@ -351,6 +351,7 @@ def test_a_session_at_a_terminal(tmp_path):
         term.wait("abcabcabcabcabcabc")
         term.type("\x03")
         term.wait("stopped")
+        term.wait(lambda text: text.rstrip().endswith("\n>"))  # until then Ctrl-C leaves
         assert term.text().count("🙂abcabcabc") == 1, "what was drawn before is gone"
         term.type("/temp 9\x03")
         term.wait("Ctrl-D or /quit leaves")
