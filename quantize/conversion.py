@@ -43,7 +43,7 @@ from dbrx_quant.quantize.output.side_files import copy_side_files
 from dbrx_quant.quantize.rows import Rows, load_rows
 from dbrx_quant.quantize.second_pass import QuantizeJob, quantize_model
 from dbrx_quant.quantize.solve.repair import NO_REPAIR
-from dbrx_quant.quantize.work_folder import check_apart, open_job
+from dbrx_quant.quantize.work_folder import arithmetic, check_apart, open_job
 from dbrx_quant.quantize.workers.joining import crew_of, help_out
 from dbrx_quant.quantize.workers.ranks import rank, size
 from dbrx_quant.runtime.evaluation.record import EVALUATION_NAME
@@ -58,7 +58,7 @@ from dbrx_quant.runtime.files.watched import WatchedFile
 from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME
 from dbrx_quant.runtime.folder.verify import verify
 from dbrx_quant.runtime.kernels.device import CPU, device_name, find_device
-from dbrx_quant.runtime.kernels.float_matmul import exact_on_gpus, fast_products, rounded_dtype
+from dbrx_quant.runtime.kernels.float_matmul import exact_on_gpus, fast_products
 from dbrx_quant.runtime.progress import bar
 from dbrx_quant.runtime.shards.filling import FillingShards, check_begun, is_begun
 from dbrx_quant.runtime.shards.write import check_foreign
@@ -226,9 +226,8 @@ def _facts(options: ConvertOptions, device: torch.device) -> dict[str, Any]:
     return {
         "model": source_facts(options.model),
         **asked,
-        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),  # the order of sums follows it
         "device": None if device == CPU else device_name(device),  # each adds up in its own way
-        "products (DBRXQ_PRODUCTS)": str(rounded_dtype(device)).removeprefix("torch."),
+        **arithmetic(device),
         "held_out": asked["held_out"] or f"1/{HELD_OUT_EVERY}",
         "repair": None if options.repair == NO_REPAIR else asdict(options.repair),
     }

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from dbrx_quant.quantize.rows import ROW_FILES
 from dbrx_quant.runtime.files.atomic import remove_leftovers
 from dbrx_quant.runtime.files.errors import CheckpointError
@@ -17,6 +19,7 @@ from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.lock import LOCK_NAME, locked
 from dbrx_quant.runtime.files.sealed import remove, remove_damaged, seal_fault, was_sealed, was_sealed_as
 from dbrx_quant.runtime.files.watched import ChangedError
+from dbrx_quant.runtime.kernels.float_matmul import rounded_dtype
 
 Resume = Literal["auto", "never", "must"]
 
@@ -24,6 +27,14 @@ JOB_NAME = "job.json"
 EXCHANGE = ".exchange"  # for the files of one run that several workers give each other
 _OWN = (LOCK_NAME, f".{JOB_NAME}.", ".worker-")  # what a start or a worker that was killed leaves
 _FILE = JsonFile("a job file", version=1, remedy="start over with --resume never", sealed=True)
+
+
+def arithmetic(device: torch.device) -> dict[str, Any]:
+    """What decides the last bits of sums: facts of a work folder, and of each of its workers."""
+    return {
+        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),  # the order of sums follows it
+        "products (DBRXQ_PRODUCTS)": str(rounded_dtype(device)).removeprefix("torch."),
+    }
 
 
 @contextmanager

@@ -225,20 +225,21 @@ class DownStage(Stage):
 
     def _look(self, dense: Sequence[Tensor]) -> tuple[SplitMoments, ResidualMoments | None]:
         turn, gate, up = self._before.turn, self._before.gate, self._before.up
-        (k, n), device = turn.down.shape, self.model.device
-        inputs = SplitMoments.zero(k, prior=True, device=device)
-        residual = ResidualMoments(inputs, k, n) if self._missing else None
-        (weight,) = [narrowed(one) for one in dense]
+        inputs = SplitMoments.zero(turn.down.shape[0], prior=True, device=self.model.device)
+        compared = None
+        if self._missing:
+            compared = self._missing, ResidualMoments(inputs, *turn.down.shape), narrowed(dense[0])
         for span in turn.spans():
             h, rows = turn.inner(span.x, gate, up), self._before.rows[span.index]
             inputs.add(h, rows, span.weight.square())
-            if self._missing and residual:
+            if compared:
+                missing, residual, weight = compared
                 share = span.weight[:, None] * product(h, weight)
-                residual.add(h, self._missing.aim(turn.expert, span, share), rows, span.weight)
+                residual.add(h, missing.aim(turn.expert, span, share), rows, span.weight)
         for x in turn.others():
             inputs.add_prior(turn.inner(x, gate, up))
         inputs.check(turn.down.name)
-        return inputs, residual
+        return inputs, compared[1] if compared else None
 
 
 def block_stages(

@@ -77,20 +77,21 @@ def repaired(weight: Tensor, moments: ResidualMoments, repair: Repair) -> Tensor
     most off the squared error of the selection tokens; then all tokens together give the change that is made.
     """
     fit, selection = moments.inputs.fit, moments.inputs.selection
-    if not moments.inputs.can_choose or not fit.matrix.any():  # then nothing is repaired
+    if not moments.inputs.can_choose or not fit.upper.any():  # then nothing is repaired
         return weight
     outputs = spread_columns(len(weight), _JUDGED_OUTPUTS, weight.device)
-    change = _least_squares(moments.fit[outputs], fit.matrix, fit.weight, repair)
+    change = _least_squares(moments.fit[outputs], fit.upper, fit.weight, repair)
     gain, cost = product_sum(change, moments.selection[outputs]), energy(change, selection.matrix)
     if gain <= 0 or cost <= 0:
         return weight
-    everything = fit.matrix + selection.matrix
+    everything = fit.upper + selection.upper
     weight_sum = fit.weight + selection.weight
     change = _least_squares(moments.fit + moments.selection, everything, weight_sum, repair)
     return change.mul_(min(1.0, gain / cost)).add_(weight)
 
 
 def _least_squares(cross: Tensor, matrix: Tensor, count: float, repair: Repair) -> Tensor:
+    """The change that is best by these sums; of the matrix nothing left of the diagonal is read."""
     ridged = matrix / count
     ridged.diagonal().add_(repair.ridge * float(ridged.diagonal().mean()))
     return solve(factorize(ridged, overwrite=True), cross / count)

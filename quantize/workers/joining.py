@@ -20,7 +20,7 @@ import torch
 from dbrx_quant.calibration.blocks.crew import Alone, Crew
 from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.quantize.measurement import source_facts
-from dbrx_quant.quantize.work_folder import EXCHANGE
+from dbrx_quant.quantize.work_folder import EXCHANGE, arithmetic
 from dbrx_quant.quantize.workers.board import Board, WorkerError, open_store, patience
 from dbrx_quant.quantize.workers.exchange import Exchange
 from dbrx_quant.quantize.workers.helper import Helper
@@ -30,7 +30,6 @@ from dbrx_quant.quantize.workers.ranks import rank, size
 from dbrx_quant.runtime.files.atomic import write_text
 from dbrx_quant.runtime.files.lock import locked
 from dbrx_quant.runtime.kernels.device import device_name
-from dbrx_quant.runtime.kernels.float_matmul import rounded_dtype
 from dbrx_quant.runtime.library import _native
 
 _OWN = ".worker-"  # begins the name of the folder of a worker that does not see rank 0's
@@ -119,8 +118,7 @@ def _facts(model: Path, device: torch.device) -> dict[str, Any]:
     """What workers must have in common to end with the same bytes."""
     return {
         "model": source_facts(model),
-        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
-        "products (DBRXQ_PRODUCTS)": str(rounded_dtype(device)).removeprefix("torch."),
+        **arithmetic(device),
         "device (--device)": device_name(device),
         "torch": torch.__version__,
         "instruction set": f"{torch.backends.cpu.get_cpu_capability()}, {_native.isa()}",

@@ -69,31 +69,20 @@ static enum verdict judge(enum kind kind, int fd, const char *path) {
 
 #define WRITES(flags) ((flags) & (O_WRONLY | O_RDWR | O_CREAT))
 
-#define OPENS(name)                                                       \
-  int name(const char *path, int flags, ...) {                            \
+#define OPENS(name, head, tail)                                           \
+  int name head {                                                         \
     REAL(name);                                                           \
     va_list rest;                                                         \
     va_start(rest, flags);                                                \
     mode_t mode = va_arg(rest, mode_t);                                   \
     va_end(rest);                                                         \
     if (WRITES(flags) && judge(OPEN, -1, path) != PASS) return -1;        \
-    return real(path, flags, mode);                                       \
+    return real tail;                                                     \
   }
-OPENS(open)
-OPENS(open64)
-
-#define OPENS_AT(name)                                                    \
-  int name(int folder, const char *path, int flags, ...) {                \
-    REAL(name);                                                           \
-    va_list rest;                                                         \
-    va_start(rest, flags);                                                \
-    mode_t mode = va_arg(rest, mode_t);                                   \
-    va_end(rest);                                                         \
-    if (WRITES(flags) && judge(OPEN, -1, path) != PASS) return -1;        \
-    return real(folder, path, flags, mode);                               \
-  }
-OPENS_AT(openat)
-OPENS_AT(openat64)
+OPENS(open, (const char *path, int flags, ...), (path, flags, mode))
+OPENS(open64, (const char *path, int flags, ...), (path, flags, mode))
+OPENS(openat, (int folder, const char *path, int flags, ...), (folder, path, flags, mode))
+OPENS(openat64, (int folder, const char *path, int flags, ...), (folder, path, flags, mode))
 
 #define TRANSFERS(name, kind, head, tail_of_half, tail)                   \
   ssize_t name head {                                                     \

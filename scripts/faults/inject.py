@@ -18,7 +18,6 @@ said to be.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -34,6 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dbrx_quant.runtime.files.sealed import sha256
 from dbrx_quant.scripts.faults.faults import CALLS, Fault, Reference, bytes_below, damage_a_file, draw_fault
 from dbrx_quant.scripts.terminal.arguments import positive
 from dbrx_quant.scripts.terminal.output import print_table, quiet_on_closed_pipe, say
@@ -153,7 +153,7 @@ class Bench:
                 process.wait(fault.after)
             except subprocess.TimeoutExpired:
                 if fault.kind == "worker":
-                    os.kill(_worker(process.pid, fault.rank), signal.SIGKILL)
+                    os.kill(worker(process.pid, fault.rank), signal.SIGKILL)
                 else:
                     process.send_signal(signal.SIGTERM if fault.kind == "stop" else signal.SIGKILL)
         ended = _end_of(process)
@@ -233,7 +233,7 @@ def _work(folder: Path) -> Path:
     return folder / "out.work"
 
 
-def _worker(torchrun: int, rank: int) -> int:
+def worker(torchrun: int, rank: int) -> int:
     """The process of a rank, a child of torchrun; its only other child is the other rank."""
     for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
         if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
@@ -272,7 +272,7 @@ def _end_of(process: "subprocess.Popen[str]") -> Ended:
 def _contents(folder: Path) -> dict[str, str]:
     """Checksums of all files below a folder, by name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): sha256(path) for path in files}
 
 
 def kinds(count: int, among: Collection[str] = SHARES) -> list[str]:

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from dbrx_quant.scripts.faults.inject import worker
+
 COMMAND = ["-m", "dbrx_quant.scripts.cli.main"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown-timeout", "10"]
 
@@ -62,18 +64,8 @@ def when(process, folder, pattern, count):
         time.sleep(0.004)
 
 
-def worker_of(process, rank):
-    """The process id of one of torchrun's workers."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in children:
-        told = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in told:
-            return int(child)
-    raise AssertionError(f"no rank {rank} among {children}")
-
-
 def kill_worker(process, rank, signal_number=signal.SIGKILL):
-    os.kill(worker_of(process, rank), signal_number)
+    os.kill(worker(process.pid, rank), signal_number)
 
 
 def contents(folder):
