@@ -64,9 +64,34 @@ def test_rounding_ends_with_its_block(monkeypatch):
 def test_a_gpu_rounds_to_bfloat16_where_it_multiplies_it(monkeypatch, capability, dtype):
     monkeypatch.delenv("DBRXQ_PRODUCTS")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    float_matmul._multiplies_bfloat16.cache_clear()
+    float_matmul._bfloat16_pays.cache_clear()
     assert float_matmul.rounded_dtype(torch.device("cuda")) == dtype
-    float_matmul._multiplies_bfloat16.cache_clear()
+    float_matmul._bfloat16_pays.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "name", "dtype"),
+    [
+        (True, True, "Intel Xeon", torch.bfloat16),
+        (False, True, "Intel Xeon", torch.float32),
+        (False, True, "AMD EPYC", torch.bfloat16),
+        (False, False, "AMD EPYC", torch.float32),
+        (False, True, None, torch.float32),  # a torch that does not tell
+    ],
+)
+def test_a_cpu_rounds_to_bfloat16_where_that_is_the_faster_product(
+    monkeypatch, amx, avx512_bf16, name, dtype
+):
+    monkeypatch.delenv("DBRXQ_PRODUCTS")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    if name is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    float_matmul._bfloat16_pays.cache_clear()
+    assert float_matmul.rounded_dtype() == dtype
+    float_matmul._bfloat16_pays.cache_clear()
 
 
 def test_gpus_are_exact_but_where_products_may_round(monkeypatch):
