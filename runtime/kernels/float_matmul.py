@@ -26,7 +26,7 @@ _ASKED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def rounded_dtype(device: torch.device = CPU) -> torch.dtype:
-    """What activations are rounded to where products need not be exact: bfloat16 if that is the faster product.
+    """What activations are rounded to where products need not be exact: bfloat16 if it is the faster one.
 
     Else float32, which is no rounding. `DBRXQ_PRODUCTS` (float32 or bfloat16) overrides it.
 
@@ -43,10 +43,10 @@ def rounded_dtype(device: torch.device = CPU) -> torch.dtype:
 
 @functools.cache
 def _bfloat16_pays(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 faster than float32; a rule, since a trial would depend on the load.
+    """Whether a device multiplies bfloat16 faster than float32. A rule: a trial would depend on the load.
 
-    AMX does, and AVX-512's own instruction on AMD's CPUs, where it has the full width. Intel's have it at half
-    the rate: 145 GFLOPS on two cores of a Sapphire Rapids without AMX, where float32 has 245.
+    AMX does, and AVX-512's own instruction on AMD's CPUs. Intel's have that at half the rate: 145 GFLOPS on
+    two cores of a Sapphire Rapids without AMX, where float32 has 245.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

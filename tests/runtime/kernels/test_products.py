@@ -79,9 +79,7 @@ def test_a_gpu_rounds_to_bfloat16_where_it_multiplies_it(monkeypatch, capability
         (False, True, None, torch.float32),  # a torch that does not tell
     ],
 )
-def test_a_cpu_rounds_to_bfloat16_where_that_is_the_faster_product(
-    monkeypatch, amx, avx512_bf16, name, dtype
-):
+def test_a_cpu_rounds_to_bfloat16_where_that_is_faster(monkeypatch, amx, avx512_bf16, name, dtype):
     monkeypatch.delenv("DBRXQ_PRODUCTS")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
