@@ -52,7 +52,7 @@ def _bfloat16_pays(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
-    capabilities = getattr(
+    capabilities: dict[str, Any] = getattr(
         torch.cpu, "get_capabilities", dict
     )()  # not in torch's oldest versions that we run on
     return torch.cpu._is_amx_tile_supported() or (
