@@ -52,9 +52,8 @@ def _bfloat16_pays(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
-    capabilities: dict[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # not in torch's oldest versions that we run on
+    tell = getattr(torch.cpu, "get_capabilities", dict)  # older versions of torch have none
+    capabilities: dict[str, Any] = tell()
     return torch.cpu._is_amx_tile_supported() or (
         torch.cpu._is_avx512_bf16_supported() and capabilities.get("cpu_name", "").startswith("AMD")
     )
