@@ -70,9 +70,7 @@ class Build:
 
     def runs_on(self, capability: int) -> bool:
         """Whether there is machine code for a GPU: that of its own generation, not of a later member."""
-        return any(
-            code // 10 == capability // 10 and code <= capability for code in self.machine_code
-        )
+        return any(code // 10 == capability // 10 and code <= capability for code in self.machine_code)
 
     def __str__(self) -> str:
         names = [f"{code / 10:.1f}" for code in self.machine_code]
@@ -108,10 +106,11 @@ def why_no_gpu() -> str:
         return f"torch {torch.__version__} is built without CUDA; install one for CUDA from pytorch.org"
     if driver == 0:
         return "there is no NVIDIA driver (libcuda.so.1); install one, or run on the CPU"
-    if driver // 1000 < int(needed.split(".")[0]):
+    major = int(needed.split(".")[0])
+    if driver // 1000 < major:
         return (
-            f"the NVIDIA driver is for CUDA {version_text(driver)}, torch is built for {needed}: update the driver "
-            f"to {_driver_of(1000 * int(needed.split('.')[0]))} or newer, or install a torch for an older CUDA"
+            f"the NVIDIA driver is for CUDA {version_text(driver)}, torch is built for {needed}: update the "
+            f"driver to {_driver_of(1000 * major)} or newer, or install a torch for an older CUDA"
         )
     return "torch finds no GPU; is CUDA_VISIBLE_DEVICES set, or the GPU lost (nvidia-smi)?"
 
@@ -139,8 +138,9 @@ def why_not_on(gpu: Gpu, build: Build, driver: int) -> str | None:
         return f"{names} has compute capability {own}, the CUDA library has code for {build}; {rebuild}"
     if driver < build.runtime:
         return (
-            f"{names} has compute capability {own}, for which the CUDA library has PTX alone, and the driver "
-            f"is for CUDA {version_text(driver)}: update it to {_driver_of(build.runtime)} or newer, or {rebuild}"
+            f"{names} has compute capability {own}, for which the CUDA library has PTX alone, and the "
+            f"driver is for CUDA {version_text(driver)}: update it to {_driver_of(build.runtime)} or newer, "
+            f"or {rebuild}"
         )
     return None
 

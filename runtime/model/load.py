@@ -42,7 +42,7 @@ def load_model(
     Args:
         source: a folder, or the id of a repository on the Hub.
         device: where to put the model: `cpu`, `cuda`, several GPUs as `cuda:0,cuda:1`, which get consecutive
-            layers each by their free memory, or `auto`: as many GPUs as it takes, the CPU where there is none.
+            layers each by their free memory, or `auto`: as many GPUs as it takes, the CPU where none is.
         dtype: of activations and of the tensors that are not quantized. Default: float32 on the CPU, where
             half precision is slow and bfloat16 would round the stored float16 norms; float16 elsewhere.
         revision: branch, tag or commit of a repository; EXL2 repositories have a branch for each size.
@@ -60,8 +60,8 @@ def load_model(
             holds NaN or infinity (0.1 s a gigabyte of 16-bit tensors to see). A model is never returned with
             weights that were not read.
         RuntimeError: there is no such GPU, or the CUDA kernels cannot run there; before anything is read.
-        ValueError: the devices have too little free memory; `memory` is too little for what has to stay, or the
-            model is not on the CPU.
+        ValueError: the devices have too little free memory; `memory` is too little for what has to stay, or
+            the model is not on the CPU.
         OSError: `repacked.bin` has to be made, and cannot be.
     """
     import transformers

@@ -1,7 +1,6 @@
-"""Where a model's layers go: one device, or consecutive layers on each of several, by the memory that is free.
+"""Where a model's layers go: to one device, or consecutive ones to each of several, by free memory.
 
-Between devices only the states of the tokens travel, once a device. `place` gives a device map as transformers
-and accelerate take it.
+Between devices only the states of the tokens travel. Device maps are those of transformers and accelerate.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from dbrx_quant.runtime.exl2.format import SUFFIXES
+from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.facts import FloatSpec, LinearSpec
 from dbrx_quant.runtime.folder.contents import Contents
 from dbrx_quant.runtime.library import _cuda, _gpus
@@ -34,12 +34,12 @@ class Part:
 def find_devices(name: str | torch.device) -> list[torch.device]:
     """The devices that a name stands for: `cpu`, `cuda`, `cuda:0,cuda:1`, or `auto`.
 
-    `auto` is all GPUs on which the CUDA kernels run, in the order of their numbers, or the CPU where there is no
-    GPU.
+    `auto` is all GPUs on which the CUDA kernels run, in the order of their numbers, or the CPU where there is
+    no GPU.
 
     Raises:
-        RuntimeError: there is no such GPU, or the CUDA kernels cannot run there; or there are GPUs, and they run
-            on none of them.
+        RuntimeError: there is no such GPU, or the CUDA kernels cannot run there; or there are GPUs, and they
+            run on none of them.
         ValueError: torch knows no such device, one is named twice, or the CPU is named beside others.
     """
     if name == AUTO:
@@ -75,32 +75,63 @@ def _check_several(name: str, devices: Sequence[torch.device]) -> None:
 
 
 def place(contents: Contents, itemsize: int, devices: Sequence[torch.device], fewest: bool) -> DeviceMap:
-    """The device map of a model: one entry where one device takes it all, else one for each part.
+    """The device map of a quantized model; as `choose`.
 
     Args:
         contents: what is loaded.
         itemsize: bytes of a number of the tensors that are not quantized.
         devices: in the order of the data.
         fewest: whether the first devices are enough if they have room; else all are used.
+    """
+    return choose(list_parts(contents, itemsize), devices, fewest)
+
+
+def place_dense(model: Any, devices: Sequence[torch.device], fewest: bool) -> Any:
+    """A loaded model that is not quantized, moved to devices; as `choose`."""
+    from accelerate import dispatch_model
+
+    architecture = describe(model.config)
+    blocks = [block.module for block in architecture.blocks]
+    embedding, *last = [_module(kept) for kept in architecture.floats]
+    names = [embedding, *blocks, *last, architecture.head.module]
+    if architecture.tied:  # then both are one tensor
+        names.insert(1, names.pop())
+    seen = set[int]()
+    parts = []
+    for name in names:
+        own = {id(tensor): tensor.nbytes for tensor in model.get_submodule(name).parameters()}
+        parts.append(Part(name, sum(size for key, size in own.items() if key not in seen)))
+        seen |= own.keys()
+    device_map = choose(parts, devices, fewest)
+    if len(device_map) == 1:
+        return model.to(device_map[""])
+    dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
+    settle(model)
+    return model
+
+
+def choose(parts: Sequence[Part], devices: Sequence[torch.device], fewest: bool) -> DeviceMap:
+    """The device map: one entry where one device takes all parts, else one for each.
+
+    Args:
+        parts: in the order of the data.
+        devices: likewise.
+        fewest: whether the first devices are enough if they have room; else all are used.
 
     Raises:
-        ValueError: the devices have too little free memory.
+        ValueError: the devices have too little free memory, or of one among several it is not known.
     """
-    room = {device: free for device in devices if (free := free_memory(device)) is not None}
-    if len(room) < len(devices):
+    free = {device: size for device in devices if (size := free_memory(device)) is not None}
+    if len(free) < len(devices):
         if len(devices) > 1:
-            raise ValueError(f"the free memory of {', '.join(map(str, devices))} is not known; give one device")
+            raise ValueError(f"{', '.join(map(str, devices))}: only GPUs share a model; give one device")
         return {"": devices[0]}
-    parts = list_parts(contents, itemsize)
-    for count in range(1 if fewest else len(devices), len(devices) + 1):
-        some = dict(list(room.items())[:count])
-        if count == len(devices) or sum(part.size for part in parts) <= _SHARE * sum(some.values()):
-            try:
-                return spread(parts, some)
-            except ValueError:
-                if count == len(devices):
-                    raise
-    raise AssertionError("the last try returns or raises")
+    if fewest:
+        for count in range(1, len(devices)):
+            first = {device: free[device] for device in devices[:count]}
+            if _fill(parts, first, _SHARE) is not None:
+                return spread(parts, first)
+    return spread(parts, free)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -126,8 +157,8 @@ def spread(parts: Sequence[Part], free: Mapping[torch.device, int]) -> DeviceMap
     if best is None:
         needed, devices = sum(part.size for part in parts), " and ".join(map(str, free))
         raise ValueError(
-            f"the model takes {_gb(needed)}, and {devices} can hold {_gb(_SHARE * sum(free.values()))} of weights "
-            f"({_gb(sum(free.values()))} are free); use a smaller one, more GPUs, or the CPU"
+            f"the model takes {_gb(needed)}, and {devices} can hold {_gb(_SHARE * sum(free.values()))} of "
+            f"weights ({_gb(sum(free.values()))} are free); use a smaller one, more GPUs, or the CPU"
         )
     for _ in range(_STEPS):
         middle = (low + high) / 2
@@ -191,23 +222,24 @@ def _linear_size(contents: Contents, spec: LinearSpec, itemsize: int) -> int:
 def settle(model: Any) -> None:
     """Finish a model that accelerate has spread over devices by its `hf_device_map`.
 
-    What nothing is stored for, such as the table of rotary frequencies, goes to the first device. Inside an entry
-    of the map all is on one device, so no hook has to look after every linear there: accelerate's own are removed.
+    What nothing is stored for, such as the table of rotary frequencies, goes to the first device. Inside an
+    entry of the map all is on one device, so the hooks that accelerate put on every linear there are removed.
     """
     from accelerate.hooks import remove_hook_from_module
 
-    entries = {name: model.get_submodule(name) for name in model.hf_device_map}
-    first = next(model.hf_device_map[name] for name in entries)
+    entries = [model.get_submodule(name) for name in model.hf_device_map]
+    own_hooks = set(map(id, entries))
+    first = next(iter(model.hf_device_map.values()))
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             tensor = module._buffers[name]
             if tensor is not None and tensor.device.type == "cpu":
                 module._buffers[name] = tensor.to(first)
-    for entry in entries.values():
+    for entry in entries:
         for module in entry.modules():
-            if module not in entries.values() and hasattr(module, "_hf_hook"):
+            if id(module) not in own_hooks and hasattr(module, "_hf_hook"):
                 remove_hook_from_module(module)
-                module.__dict__.pop("forward", None)  # accelerate leaves the class's own there, as if it were patched
+                module.__dict__.pop("forward", None)  # accelerate leaves the class's own there, as if patched
 
 
 def check_device_map(device_map: Any) -> None:
@@ -223,12 +255,12 @@ def check_device_map(device_map: Any) -> None:
     offloaded = places & {"cpu", "disk"} if len(places) > 1 else places & {"disk"}
     if offloaded:
         raise ValueError(
-            f"device_map: {' and '.join(sorted(offloaded))} would hold no weights: accelerate offloads parameters, "
-            "packed weights are buffers, and those stay on the device that computes; name GPUs alone, or the CPU "
-            "for the whole model (there, memory= leaves experts on the disk)"
+            f"device_map: {' and '.join(sorted(offloaded))} would hold no weights: accelerate offloads "
+            "parameters, packed weights are buffers, and those stay on the device that computes; name GPUs "
+            "alone, or the CPU for the whole model (there, memory= leaves experts on the disk)"
         )
     for place in places:
-        _cuda.require_usable(torch.device(int(place) if place.isdecimal() else place))
+        _cuda.require_usable(torch.device("cuda", int(place)) if place.isdecimal() else torch.device(place))
 
 
 def _gb(size: float) -> str:

@@ -6,8 +6,8 @@
         memory.peak                # bytes
 
 torch knows a device type "lazy", which no build for CPUs has; here a tensor on it wraps one on the CPU.
-It is as strict as a GPU or stricter: indices have to be where what they index is. `lazy:0` and `lazy:1` are two
-such devices.
+It is as strict as a GPU or stricter: indices have to be where what they index is.
+`lazy:0` and `lazy:1` are two such devices.
 """
 
 import weakref
@@ -135,7 +135,7 @@ def _near(leaf):
 
 
 def _refuse_mixed(operation, tensors):
-    """Raise MixedDevices if tensors of the host with dimensions meet those on a device, or those of another one."""
+    """Raise MixedDevices if tensors of the host with dimensions or of two devices meet."""
     host = [tensor for tensor in tensors if not isinstance(tensor, FarTensor)]
     big = any(tensor.dim() for tensor in tensors if isinstance(tensor, FarTensor))
     devices = {tensor.device for tensor in tensors if isinstance(tensor, FarTensor)}
