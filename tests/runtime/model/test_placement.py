@@ -45,19 +45,14 @@ def test_no_other_split_leaves_more_room_on_the_fullest():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         sizes = torch.randint(1, 40, (7,), generator=generator).tolist()
-        free = dict(
-            zip(
-                (FIRST, SECOND, THIRD),
-                torch.randint(120, 400, (3,), generator=generator).tolist(),
-                strict=True,
-            )
-        )
+        rooms = torch.randint(120, 400, (3,), generator=generator).tolist()
+        free = dict(zip((FIRST, SECOND, THIRD), rooms, strict=True))
         parts = [Part(str(i), size) for i, size in enumerate(sizes)]
         splits = [(a, b) for a in range(8) for b in range(a, 8)]
         best = min(
             max(
                 sum(chunk) / room
-                for chunk, room in zip((sizes[:a], sizes[a:b], sizes[b:]), free.values(), strict=True)
+                for chunk, room in zip((sizes[:a], sizes[a:b], sizes[b:]), rooms, strict=True)
             )
             for a, b in splits
         )
@@ -138,14 +133,9 @@ def test_devices_are_named_one_by_one(gpus):
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_offloading_that_would_do_nothing_is_refused(place, tmp_path):
     folder = build_quantized_folder(CONFIGS["dbrx"](), tmp_path / "model").path
-    names = (
-        "transformer.wte",
-        "transformer.blocks.0",
-        "transformer.norm_f",
-        "lm_head",
-        "transformer.rotary_emb",
-    )
-    device_map = {name: "cuda:0" for name in names} | {"transformer.blocks.1": place}
+    parts = ("wte", "blocks.0", "norm_f", "rotary_emb")
+    device_map = {f"transformer.{name}": "cuda:0" for name in parts} | {"lm_head": "cuda:0"}
+    device_map["transformer.blocks.1"] = place
     for load_it in (load_model, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match=f"device_map: {place} would hold no weights"):
             load_it(folder, device_map=device_map)
@@ -179,11 +169,8 @@ def test_a_model_on_two_devices_gives_the_tokens_of_one(family, two_devices, mon
     assert not any(_has_hooks(child) for m in inner for child in m.children())
     ours = model.generate(IDS.to(NEAR), max_new_tokens=5, do_sample=False).cpu()
     monkeypatch.undo()
-    use_native_step(False)
-    try:
+    with use_native_step(False):
         assert torch.equal(ours, load_model(folder).generate(IDS, max_new_tokens=5, do_sample=False))
-    finally:
-        use_native_step(None)
 
 
 def test_an_original_is_split_alike(two_devices, monkeypatch, tmp_path):
