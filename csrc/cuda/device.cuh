@@ -6,6 +6,16 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
+#error "the CUDA kernels need compute capability 7.5 (Turing) or newer: DBRXQ_CUDA_ARCHITECTURES names an older one"
+#endif
+// Turing multiplies tiles of half the depth and has no copies that go on by themselves.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define DBRXQ_TURING 1
+#else
+#define DBRXQ_TURING 0
+#endif
+
 // The one object of a kernel that its block shares.
 #define DBRXQ_SHARED(type, name) __shared__ type name
 
@@ -65,9 +75,18 @@ __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_floa
 //   b0: rows 2q and 2q + 1, column g;  b1: rows 2q + 8 and 2q + 9
 //   c[0], c[1]: row g, columns 2q and 2q + 1;  c[2], c[3]: row g + 8
 __device__ __forceinline__ void mma(float (&c)[4], const Half2 (&a)[4], Half2 b0, Half2 b1) {
+#if DBRXQ_TURING
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[2]), "r"(a[3]), "r"(b1));
+#else
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 
 // 16 bytes that no other block reads: past the L1, where the activations stay.
@@ -82,17 +101,27 @@ __device__ __forceinline__ uint4 load_once(const uint4* from) {
 __device__ __forceinline__ float load_shared_result(const float* from) { return __ldcg(from); }
 
 // A 16-byte copy from global to shared memory, done when a `copies_done` covers its group; the block sees it after the
-// barrier that follows.
+// barrier that follows. It may be done at once, as it is on Turing: nobody may be reading what it overwrites.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
+#if DBRXQ_TURING
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
                "l"(from)
                : "memory");
+#endif
 }
-__device__ __forceinline__ void close_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void close_copy_group() {
+#if !DBRXQ_TURING
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 // Waits until at most `Pending` of this thread's latest groups are under way.
 template <int Pending>
 __device__ __forceinline__ void copies_done() {
+#if !DBRXQ_TURING
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
 }
 
 template <class... Parameters>

@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 // Version of this interface; the Python side refuses a library that reports another one.
-#define DBRXQ_ABI_VERSION 7
+#define DBRXQ_ABI_VERSION 8
 DBRXQ_API int dbrxq_abi_version(void);
 
 // Threads that the kernels may use, all callers together; by default all hardware threads.
@@ -229,6 +229,14 @@ enum { DBRXQ_FLOAT16 = 0, DBRXQ_BFLOAT16 = 1, DBRXQ_FLOAT32 = 2 };  // dtype of 
 
 DBRXQ_API int dbrxq_cuda_abi_version(void);
 DBRXQ_API const char* dbrxq_cuda_status_text(int status);
+
+// What the library was built for, as CMake names architectures, between commas: "80-real" machine code, "80-virtual"
+// PTX, "80" both. Empty where the build did not say.
+DBRXQ_API const char* dbrxq_cuda_targets(void);
+// The CUDA version of the runtime inside the library, 1000 * major + 10 * minor; 0 in the tests' emulator.
+DBRXQ_API int dbrxq_cuda_runtime_version(void);
+// 0 if a GPU takes the library's code: an empty kernel is loaded there, or translated by the driver. Makes a context.
+DBRXQ_API int dbrxq_cuda_probe(int device);
 
 // One linear in device layout (cuda/tile_layout.h). A unit is 32 packed rows; U = ceil(K / 32). The groups of the file
 // must have been checked. `bias` is that of dbrxq_linear.

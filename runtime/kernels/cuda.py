@@ -39,12 +39,12 @@ def _warn_once(reason: str) -> None:
 
 
 def _native_ready(stored: Stored) -> bool:
-    """Whether the native library runs the ops; says so once when it does not.
+    """Whether the native library runs the ops on a linear's device; says so once when it does not.
 
     Raises:
         RuntimeError: it does not, and the words are in its layout.
     """
-    reason = _cuda.why_unavailable()
+    reason = _cuda.why_unavailable(stored.q_weight.device)
     if reason is None:
         return True
     if stored.tiled:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 LAYOUT_VERSION = 1  # of the bodies of repacked linears
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -155,6 +155,9 @@ class CudaExperts(Structure):
 CUDA_FUNCTIONS: Signatures = {
     "dbrxq_cuda_abi_version": (c_int, []),
     "dbrxq_cuda_status_text": (c_char_p, [c_int]),
+    "dbrxq_cuda_targets": (c_char_p, []),
+    "dbrxq_cuda_runtime_version": (c_int, []),
+    "dbrxq_cuda_probe": (c_int, [c_int]),
     "dbrxq_cuda_repack": (c_int, [POINTER(CudaLinear), c_void_p, c_void_p, c_void_p]),
     "dbrxq_cuda_unpack": (c_int, [POINTER(CudaLinear), c_void_p, c_void_p]),
     "dbrxq_cuda_reconstruct": (c_int, [POINTER(CudaLinear), c_void_p, c_void_p]),

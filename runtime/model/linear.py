@@ -126,7 +126,8 @@ class QuantLinear(nn.Module):
         The file's words are let go; while the new ones are made, both are there.
         """
         stored = self.stored()
-        if cuda_tiles.on_gpu(stored.q_weight) and not stored.tiled and _cuda.why_unavailable() is None:
+        device = stored.q_weight.device
+        if cuda_tiles.on_gpu(stored.q_weight) and not stored.tiled and _cuda.why_unavailable(device) is None:
             self._buffers["q_weight"] = cuda_tiles.tile(stored)
 
     def untile(self) -> None:

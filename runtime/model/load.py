@@ -14,6 +14,7 @@ from dbrx_quant.runtime.folder.contents import DERIVED, read_contents
 from dbrx_quant.runtime.folder.find import find_folder
 from dbrx_quant.runtime.folder.finite import check_finite
 from dbrx_quant.runtime.model.memory import Notify, prepare_memory
+from dbrx_quant.runtime.model.placement import AUTO, find_devices, place
 from dbrx_quant.runtime.model.quantizer import METHOD, use_contents
 from dbrx_quant.runtime.tokenizer.ids import special_ids
 
@@ -40,11 +41,13 @@ def load_model(
 
     Args:
         source: a folder, or the id of a repository on the Hub.
-        device: where to put the model.
+        device: where to put the model: `cpu`, `cuda`, several GPUs as `cuda:0,cuda:1`, which get consecutive
+            layers each by their free memory, or `auto`: as many GPUs as it takes, the CPU where none is.
         dtype: of activations and of the tensors that are not quantized. Default: float32 on the CPU, where
             half precision is slow and bfloat16 would round the stored float16 norms; float16 elsewhere.
         revision: branch, tag or commit of a repository; EXL2 repositories have a branch for each size.
-        device_map: spreads the model over several devices, as in transformers; then `device` doesn't count.
+        device_map: says which module goes to which device, as in transformers; then `device` doesn't count.
+            Nothing can be offloaded to the CPU or the disk by it.
         memory: bytes of weights that stay in memory, on the CPU: those that every token reads, then the
             experts that are chosen most; the others are read from the disk when they are used. Where not all
             of the model has room, `repacked.bin` is made in the folder, unless it is there. The cache and the
@@ -56,11 +59,14 @@ def load_model(
         CheckpointError: the folder is no EXL2 checkpoint, does not fit its configuration in every tensor, or
             holds NaN or infinity (0.1 s a gigabyte of 16-bit tensors to see). A model is never returned with
             weights that were not read.
-        ValueError: `memory` is too little for what has to stay, or the model is not on the CPU.
+        RuntimeError: there is no such GPU, or the CUDA kernels cannot run there; before anything is read.
+        ValueError: the devices have too little free memory; `memory` is too little for what has to stay, or
+            the model is not on the CPU.
         OSError: `repacked.bin` has to be made, and cannot be.
     """
     import transformers
 
+    devices = find_devices(device) if device_map is None else None
     folder = find_folder(source, revision)
     config = load_config(folder)
     architecture = describe(config)
@@ -68,12 +74,10 @@ def load_model(
     check_finite(contents)
     generation = _generation_config(folder, config)
     config.quantization_config = _quantization(config, folder)
-    if device_map is None:
-        device_map = {"": torch.device(device)}
-        on_cpu = torch.device(device).type == "cpu"
-    else:
-        on_cpu = not torch.accelerator.is_available()
+    on_cpu = not torch.accelerator.is_available() if devices is None else devices[0].type == "cpu"
     dtype = dtype or (torch.float32 if on_cpu else torch.float16)
+    if devices is not None:
+        device_map = place(contents, dtype.itemsize, devices, fewest=device == AUTO)
     plan = None
     if memory is not None:
         if not on_cpu:

@@ -33,6 +33,7 @@ from dbrx_quant.runtime.folder.contents import Contents, read_contents
 from dbrx_quant.runtime.folder.finite import check_finite
 from dbrx_quant.runtime.folder.index import unnamed_shard
 from dbrx_quant.runtime.model.memory import Memory
+from dbrx_quant.runtime.model.placement import check_device_map, settle
 
 METHOD = "exl2"
 
@@ -82,6 +83,10 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._keys: Any = None
         self._contents: Contents | None = None
         self._memory: Memory | None = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse devices where the model would not run, or not be, before anything is loaded."""
+        check_device_map(device_map)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Models can be saved: under the names and types that they were stored with."""
@@ -147,6 +152,8 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{model.config.name_or_path}: transformers did not load {len(missed)} tensors, {missed[0]} "
                 "first, and would run with random weights; use dbrx_quant.runtime.load_model"
             )
+        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+            settle(model)
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.tile()

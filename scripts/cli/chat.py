@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dbrx_quant.scripts.terminal.arguments import (
+    add_device_argument,
     add_memory_argument,
     add_model_argument,
     add_quiet_argument,
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="0 picks the most likely token (default: %(default)s)",
     )
     parser.add_argument("--seed", type=natural, default=0, help="of sampling (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    add_device_argument(parser)
     parser.add_argument("--plain", action="store_true", help="show answers as plain text, not as Markdown")
     add_memory_argument(parser)
     add_quiet_argument(parser)

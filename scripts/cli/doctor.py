@@ -41,7 +41,15 @@ def examine() -> dict[str, Any]:
         "threads": {"cpus": len(os.sched_getaffinity(0)), "torch": torch.get_num_threads()},
         "memory": _memory(),
         "disk": {"folder": str(Path.cwd()), "free": shutil.disk_usage(Path.cwd()).free},
-        "cuda": {"nvcc": _nvcc(), "torch": torch.version.cuda, "gpus": _gpus(), "library": _cuda_library()},
+        "cuda": {
+            "nvcc": _nvcc(),
+            "torch": torch.version.cuda,
+            "driver": _driver(),
+            "library": _cuda_library(),
+            "targets": _targets(),
+            "gpus": _gpu_facts(),
+            "reason": _why_no_gpu(),
+        },
     }
 
 
@@ -93,16 +101,46 @@ def _cuda_library() -> str:
     return _cuda.why_unavailable() or "usable"
 
 
-def _gpus() -> list[dict[str, Any]]:
+def _targets() -> str | None:
+    """The GPUs that the CUDA library has code for, and its CUDA version; None without the library."""
+    from dbrx_quant.runtime.library import _cuda, _gpus
+
+    if _cuda.why_unavailable() is not None:
+        return None
+    build = _cuda.build()
+    return f"{build} (CUDA {_gpus.version_text(build.runtime)})"
+
+
+def _driver() -> str | None:
+    """The CUDA version that the NVIDIA driver is for; None without one."""
+    from dbrx_quant.runtime.library import _gpus
+
+    version = _gpus.driver_version()
+    return f"for CUDA {_gpus.version_text(version)}" if version else None
+
+
+def _gpu_facts() -> list[dict[str, Any]]:
+    """The GPUs, and why the CUDA kernels do not run on one (None: they do)."""
     import torch
 
-    if not torch.cuda.is_available():
-        return []
-    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    from dbrx_quant.runtime.library import _cuda, _gpus
+
     return [
-        {"name": p.name, "memory": p.total_memory, "compute_capability": f"{p.major}.{p.minor}"}
-        for p in properties
+        {
+            "name": gpu.name,
+            "memory": gpu.memory,
+            "compute_capability": f"{gpu.capability / 10:.1f}",
+            "reason": _cuda.why_unavailable(torch.device("cuda", gpu.index)),
+        }
+        for gpu in _gpus.find_gpus()
     ]
+
+
+def _why_no_gpu() -> str | None:
+    """Why torch finds no GPU; None: it does."""
+    from dbrx_quant.runtime.library import _gpus
+
+    return None if _gpus.find_gpus() else _gpus.why_no_gpu()
 
 
 def _flat(found: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -113,7 +151,7 @@ def _flat(found: dict[str, Any]) -> list[tuple[str, Any]]:
             rows += [(name if key == "packages" else f"{key} {name}", inner) for name, inner in value.items()]
         else:
             rows.append((key, value))
-    return [(key, value) for key, value in rows if key != "native reason" or value]
+    return [(key, value) for key, value in rows if not key.endswith(" reason") or value]
 
 
 def _text(key: str, value: Any) -> str:
@@ -124,8 +162,13 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if key == "cuda gpus":
-        return ", ".join(f"{gpu['name']} ({bytes_text(gpu['memory'])})" for gpu in value) or "none"
+        return "\n".join(map(_gpu_text, value)) or "none"
     return str(value)
+
+
+def _gpu_text(gpu: dict[str, Any]) -> str:
+    facts = f"{gpu['name']}, {bytes_text(gpu['memory'])}, compute capability {gpu['compute_capability']}"
+    return f"{facts}: {gpu['reason'] or 'the CUDA kernels run on it'}"
 
 
 VERB = Verb(

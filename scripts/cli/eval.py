@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.runtime.progress import counter
-from dbrx_quant.scripts.terminal.arguments import add_model_argument, add_quiet_argument, find_model, positive
+from dbrx_quant.scripts.terminal.arguments import (
+    add_device_argument,
+    add_model_argument,
+    add_quiet_argument,
+    find_model,
+    positive,
+)
 from dbrx_quant.scripts.terminal.output import (
     hide_loading_bar,
     print_json,
@@ -37,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="a UTF-8 text")
     parser.add_argument("--windows", type=positive, default=40, help="(default: %(default)s)")
     parser.add_argument("--length", type=positive, default=512, help="tokens a window (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    add_device_argument(parser)
     parser.add_argument("--no-save", action="store_true", help="leave DIR/evaluation.json unchanged")
     add_quiet_argument(parser)
 
@@ -51,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.runtime.files.atomic import check_place
     from dbrx_quant.runtime.folder.inspect import inspect_folder
     from dbrx_quant.runtime.model.load import load_model
+    from dbrx_quant.runtime.model.placement import find_devices
 
+    find_devices(arguments.device)  # before the original is loaded, which takes minutes
     started = time.monotonic()
     if arguments.cache and arguments.reference:
         arguments.cache.mkdir(parents=True, exist_ok=True)
@@ -118,10 +126,12 @@ def _reference(arguments: argparse.Namespace, rows: "Tensor") -> Any:
     """The original, or its cached outputs."""
     from dbrx_quant.runtime.evaluation.scores import ReferenceCache, cache_reference
     from dbrx_quant.runtime.model.load_dense import load_dense
+    from dbrx_quant.runtime.model.placement import AUTO, find_devices, place_dense
 
     if not arguments.reference:
         return ReferenceCache(arguments.cache)
-    original = load_dense(arguments.reference).to(arguments.device)
+    devices = find_devices(arguments.device)
+    original = place_dense(load_dense(arguments.reference), devices, fewest=arguments.device == AUTO)
     if not arguments.cache:
         return original
     with counter("original", "window", arguments.quiet) as progress:

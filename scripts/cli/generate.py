@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.scripts.terminal.arguments import (
+    add_device_argument,
     add_memory_argument,
     add_model_argument,
     add_quiet_argument,
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=natural, default=0, help="of sampling (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="treat the prompt as a user's turn in a chat")
-    parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    add_device_argument(parser)
     add_memory_argument(parser)
     add_quiet_argument(parser)
 

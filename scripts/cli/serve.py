@@ -13,6 +13,7 @@ from typing import Any
 
 from dbrx_quant.runtime.redact import hide
 from dbrx_quant.scripts.terminal.arguments import (
+    add_device_argument,
     add_memory_argument,
     add_model_argument,
     add_quiet_argument,
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a further name that clients reach this server by, beside addresses and names without a dot; "
         "* allows all",
     )
-    parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    add_device_argument(parser)
     parser.add_argument(
         "--context", metavar="TOKENS", type=positive, help="of prompt and answer (default: the model's)"
     )

@@ -6,10 +6,11 @@ registers, spills and shared memory from ptxas, and from the machine code (cuobj
 its loads. It exits with 3 when a budget is broken, 2 when nvcc is missing.
 
 The instructions of a loop are counted as written, branches that are seldom taken (a new group's scales, 0.4 a
-weight) included: an upper bound. One HMMA (mma.m16n8k16) takes 256 weights, 8 a lane, so a loop's weights
-follow from its HMMAs. What the bound means: a multiprocessor issues 4 warp instructions a cycle, 128 of
-lanes; w weights a second at n instructions take w n of them. H100 (132 at 1.7 GHz): 28.7e12 a second, against
-6.7e12 weights of 4 bits at 3.35 TB/s; A100 (108 at 1.41 GHz): 19.5e12 against 4.1e12 at 2.04 TB/s.
+weight) included: an upper bound. One HMMA (mma.m16n8k16) takes 256 weights, 8 a lane, and one of Turing
+(mma.m16n8k8) half of that, so a loop's weights follow from its HMMAs. What the bound means: a multiprocessor
+issues 4 warp instructions a cycle, 128 of lanes; w weights a second at n instructions take w n of them. H100
+(132 at 1.7 GHz): 28.7e12 a second, against 6.7e12 weights of 4 bits at 3.35 TB/s; A100 (108 at 1.41 GHz):
+19.5e12 against 4.1e12 at 2.04 TB/s.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from dbrx_quant.scripts.terminal.output import quiet_on_closed_pipe
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BROKEN, MISSING = 3, 2
-ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ BUDGETS: dict[str, Budget] = {
     "prepare": Budget(48, 1024),
     "route": Budget(40, 9 * 1024),
     "combine": Budget(40, 0),
+    "probe": Budget(16, 0),
 }
 
 WIDTH_ORDER = (8, 6, 5, 4, 3, 2)  # of the main loops in a kernel's code
@@ -223,11 +225,11 @@ def _bytes(load: str) -> int:
 def weigh_loop(body: list[str], token_tiles: int) -> tuple[float, float]:
     """Instructions a weight, and the share of the bytes that come by loads of 16 bytes a lane."""
     opcodes = [_opcode(text) for text in body]
-    products = sum(code.startswith("HMMA") for code in opcodes)
-    weights = products / token_tiles * 8
+    products = [code for code in opcodes if code.startswith("HMMA")]
+    weights = sum(4 if ".1688." in code else 8 for code in products) / token_tiles
     loads = [_bytes(code) for code in opcodes if code.startswith(("LDG", "LD."))]
     wide = sum(size for size in loads if size == 16)
-    own = len(opcodes) - products * (token_tiles - 1) / token_tiles
+    own = len(opcodes) - len(products) * (token_tiles - 1) / token_tiles
     return own / weights, wide / sum(loads) if loads else 1.0
 
 

@@ -154,6 +154,16 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def add_device_argument(parser: argparse._ActionsContainer) -> None:
+    """`--device`, of the verbs that run a model."""
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where to run: cpu, cuda, several GPUs as cuda:0,cuda:1, or auto: as many GPUs as it takes "
+        "(default: %(default)s)",
+    )
+
+
 def add_memory_argument(parser: argparse._ActionsContainer) -> None:
     """`--memory`, of the verbs that run a model."""
     parser.add_argument(

@@ -53,6 +53,18 @@ def test_all_agree_on_the_oldest_python():
     assert f"Python 3.{oldest} or newer" in setup
 
 
+def test_wheels_are_built_for_all_gpus_by_the_cuda_that_is_installed_for_them():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wheel = project["tool"]["cibuildwheel"]
+    assert wheel["config-settings"] == {"cmake.define.DBRXQ_CUDA_ARCHITECTURES": "all"}
+    script = ROOT / re.search(r"scripts/\S+", wheel["before-all"])[0]
+    version = re.fullmatch(r"/usr/local/cuda-(12\.\d+)/bin/nvcc", wheel["environment"]["CUDACXX"])[1]
+    assert f"cuda-nvcc-{version.replace('.', '-')} " in script.read_text(encoding="utf-8")
+    assert (
+        int(version.split(".")[1]) >= 8
+    )  # the first that knows Blackwell; 13 would need drivers from 580 on
+
+
 def test_hooks_before_a_commit_run_what_the_development_environment_has():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert [repository["repo"] for repository in config["repos"]] == ["local"]

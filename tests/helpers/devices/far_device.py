@@ -7,6 +7,7 @@
 
 torch knows a device type "lazy", which no build for CPUs has; here a tensor on it wraps one on the CPU.
 It is as strict as a GPU or stricter: indices have to be where what they index is.
+`lazy:0` and `lazy:1` are two such devices.
 """
 
 import weakref
@@ -17,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -61,17 +63,17 @@ class FarTensor(Tensor):
     """A tensor on the device; its values are in `near`."""
 
     @staticmethod
-    def __new__(cls, near):
+    def __new__(cls, near, device=FAR):
         return torch.Tensor._make_wrapper_subclass(
             cls,
             near.shape,
             strides=near.stride(),
             storage_offset=near.storage_offset(),
             dtype=near.dtype,
-            device=FAR,
+            device=device,
         )
 
-    def __init__(self, near):
+    def __init__(self, near, device=FAR):
         self.near = near
 
     def __repr__(self):
@@ -97,24 +99,35 @@ class _Far(TorchDispatchMode):
         asked = kwargs.get("device")
         if far and operation not in _WAYS:
             _refuse_mixed(operation, tensors)
-        there = bool(far)
+        there = next((tensor.device for tensor in far.values()), None)
         if asked is not None:
-            there = torch.device(asked) == FAR
-            kwargs = {**kwargs, "device": torch.device("cpu") if there else asked}
+            there = torch.device(asked) if torch.device(asked).type == FAR.type else None
+            kwargs = {**kwargs, "device": asked if there is None else torch.device("cpu")}
         if operation is torch.ops.aten.copy_.default:
-            there = isinstance(args[0], FarTensor)
+            there = args[0].device if isinstance(args[0], FarTensor) else None
         result = operation(*tree_map(_near, args), **tree_map(_near, kwargs))
-        return tree_map(lambda leaf: self._wrapped(leaf, far) if there else leaf, result)
+        return tree_map(lambda leaf: leaf if there is None else self._wrapped(leaf, there, far), result)
 
-    def _wrapped(self, leaf, far):
-        """A result on the device; what was changed in place is who it was."""
+    def _wrapped(self, leaf, device, far):
+        """A result on a device; what was changed in place is who it was."""
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) in far:
             return far[id(leaf)]
-        wrapped = FarTensor(leaf)
+        wrapped = FarTensor(leaf, device)
         self._memory.hold(wrapped, leaf)
         return wrapped
+
+
+class _MadeFar(TorchFunctionMode):
+    """Tensors from Python's numbers: torch makes them by a kernel of the device, before any dispatch mode."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        asked = kwargs.get("device")
+        if function is torch.tensor and asked is not None and torch.device(asked).type == FAR.type:
+            return function(*args, **{**kwargs, "device": "cpu"}).to(asked)
+        return function(*args, **kwargs)
 
 
 def _near(leaf):
@@ -122,11 +135,12 @@ def _near(leaf):
 
 
 def _refuse_mixed(operation, tensors):
-    """Raise MixedDevices if tensors of the host with dimensions meet those on the device."""
+    """Raise MixedDevices if tensors of the host with dimensions or of two devices meet."""
     host = [tensor for tensor in tensors if not isinstance(tensor, FarTensor)]
     big = any(tensor.dim() for tensor in tensors if isinstance(tensor, FarTensor))
-    if any(tensor.dim() or not big for tensor in host):
-        places = ", ".join(f"{tensor.device.type} {list(tensor.shape)}" for tensor in tensors)
+    devices = {tensor.device for tensor in tensors if isinstance(tensor, FarTensor)}
+    if len(devices) > 1 or any(tensor.dim() or not big for tensor in host):
+        places = ", ".join(f"{tensor.device} {list(tensor.shape)}" for tensor in tensors)
         raise MixedDevices(f"{operation}: tensors of two devices: {places}")
 
 
@@ -135,7 +149,7 @@ def far_device():
     """The device is there inside the `with` block; yields its `Memory`."""
     memory = Memory()
     # what torch.norm computes by its faster way where it knows the device, with other last bits of gradients
-    with patch.object(backend_registration, "_privateuse1_backend_name", FAR.type), _Far(memory):
+    with patch.object(backend_registration, "_privateuse1_backend_name", FAR.type), _Far(memory), _MadeFar():
         yield memory
 
 

@@ -18,7 +18,7 @@ WIDTHS = (8, 6, 5, 4, 3, 2)
 def why_not():
     if not torch.cuda.is_available():
         return "no CUDA GPU, or a torch without CUDA"
-    return _cuda.why_unavailable()
+    return _cuda.why_unavailable(torch.device("cuda"))
 
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

@@ -93,7 +93,7 @@ def test_tiled_words_are_refused_where_the_kernels_do_not_run():
 
 def test_tiled_words_without_the_library_are_an_error(monkeypatch):
     tensors = tiled(oracle.random_tensors([(4, 64)], 64))
-    monkeypatch.setattr(_cuda, "why_unavailable", lambda: "not built")
+    monkeypatch.setattr(_cuda, "why_unavailable", lambda device: "not built")
     with pytest.raises(RuntimeError, match="which are missing: not built"):
         linear(torch.ones(1, 64), tensors, 64)
 

@@ -18,7 +18,7 @@ from dbrx_quant.quantize.measurement import write_measurement
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.folder.inspect import inspect_folder
-from dbrx_quant.scripts.cli import doctor
+from dbrx_quant.runtime.library import _cuda, _gpus
 from dbrx_quant.scripts.cli.main import main
 from dbrx_quant.scripts.terminal.arguments import bpw_list, size
 from dbrx_quant.scripts.terminal.output import bytes_text, seconds_text
@@ -304,9 +304,25 @@ def test_doctor_fails_where_the_kernels_cannot_run():
     assert "mmx" in json.loads(out)["native"]["reason"]
 
 
-def test_doctor_names_the_gpus(monkeypatch):
-    gpu = {"name": "H100", "memory": 80 * 10**9, "compute_capability": "9.0"}
-    assert doctor._text("cuda gpus", [gpu]) == "H100 (80.00 GB)"
+def test_doctor_says_of_each_gpu_whether_the_kernels_run_on_it(capsys, monkeypatch):
+    gpus = [_gpus.Gpu(0, "H100", 90, 80 * 10**9), _gpus.Gpu(1, "P100", 60, 16 * 10**9)]
+    monkeypatch.setattr(_gpus, "find_gpus", lambda: gpus)
+    monkeypatch.setattr(_gpus, "driver_version", lambda: 12080)
+    monkeypatch.setattr(_cuda, "build", lambda: _gpus.Build(12080, (80, 90), (90,)))
+    monkeypatch.setattr(_cuda, "_probe", lambda gpu: None)
+    monkeypatch.setattr(_cuda.LIBRARY, "why_unavailable", lambda: None)
+    _cuda._why_not_on.cache_clear()
+    try:
+        code, out, _ = run(capsys, "doctor")
+        found = json.loads(run(capsys, "doctor", "--json")[1])["cuda"]
+    finally:
+        _cuda._why_not_on.cache_clear()
+    assert code == 0
+    assert "H100, 80.00 GB, compute capability 9.0: the CUDA kernels run on it" in " ".join(out.split())
+    assert [gpu["reason"] is None for gpu in found["gpus"]] == [True, False]
+    assert "need 7.5 (Turing) or newer" in found["gpus"][1]["reason"]
+    assert found["driver"] == "for CUDA 12.8"
+    assert found["targets"] == "8.0, 9.0, PTX of 9.0 (CUDA 12.8)"
 
 
 # --- convert and measure
