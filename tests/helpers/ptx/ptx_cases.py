@@ -8,7 +8,7 @@ import torch
 from emulated import assert_as_accurate_as_torch, linear
 from ptx_actions import NEEDS
 from ptx_build import build, why_not
-from ptx_device import Device
+from ptx_device import Device, short_name
 
 import oracles_ops as oracle
 from dbrx_quant.runtime.kernels import cuda
@@ -85,6 +85,4 @@ def check_experts(device, linears, x, index, weights, activation="silu", multipr
 
 def names(device, since):
     """Short names of the launches after the first `since`."""
-    from ptx_device import short_name
-
     return [short_name(launch.kernel) for launch in device.launches[since:]]

@@ -6,6 +6,7 @@ Kernels and their arguments are known by name and bytes alone, so that nothing h
 import contextlib
 import ctypes
 import dataclasses
+import re
 
 from ptx_build import Built
 from ptx_machine import Machine
@@ -37,12 +38,9 @@ class Device:
         launches: all so far.
     """
 
-    def __init__(self, built: Built, change=None, **options):
-        """`change` alters the PTX of a kernel: a function of its name and text."""
+    def __init__(self, built: Built):
         self.built = built
-        self.machine = Machine(built.texts(), built.target, **options)
-        if change:
-            self.machine.texts = {name: change(name, text) for name, text in self.machine.texts.items()}
+        self.machine = Machine(built.texts(), built.target)
         self.launches = []
         self.library = _cuda.load(built.library)
         self._hook = _HOOK(self._launch)
@@ -103,8 +101,6 @@ class Device:
 
 def short_name(kernel):
     """A kernel's name with its template arguments, for people: gemv_kernel<1, 2>."""
-    import re
-
     found = re.search(r"\d+([a-z]\w*?_kernel)(?:I((?:L[a-z]\d+E)+)E)?", kernel)
     if found is None:
         return kernel

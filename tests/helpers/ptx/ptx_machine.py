@@ -7,6 +7,7 @@ live tensors or of the block's own, addresses that are not aligned, races in sha
 read, instructions of a whole warp that a part of it executes, barriers that not all threads reach.
 """
 
+import contextlib
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -18,7 +19,7 @@ from ptx_text import WINDOWS, PtxError, read_kernel, split_ptx
 
 _AWAY = np.int64(1) << 40  # the place of lanes that wait or have ended
 _LANES = 8192  # that run together, at most
-_STEPS = 2_000_000  # pieces of a launch: more is a loop without end
+_STEPS = 2_000_000
 
 
 class Machine:
@@ -28,6 +29,8 @@ class Machine:
         memory: global memory.
         counts: figures by kernel.
         texts: the kernels' PTX by their names.
+        executed: warps that have run each piece, by kernel.
+        steps: pieces that blocks run at most; more is a loop without end.
     """
 
     def __init__(self, texts, target, seed=0, lanes=_LANES):
@@ -35,6 +38,8 @@ class Machine:
         self.counts = defaultdict(Counts)
         self._rng = np.random.default_rng(seed)
         self.texts = {name: own for text in texts for name, own in split_ptx(text).items()}
+        self.executed = defaultdict(Counter)
+        self.steps = _STEPS
         self._programs, self._target, self._limit = {}, target, lanes
 
     def program(self, name):
@@ -42,6 +47,20 @@ class Machine:
         if name not in self._programs:
             self._programs[name] = Program(read_kernel(self.texts[name]), self._target)
         return self._programs[name]
+
+    @contextlib.contextmanager
+    def altered(self, name, text):
+        """Another text for a kernel within the context, and a limit of steps."""
+        before, steps = self.program(name), self.steps
+        self._programs[name] = Program(read_kernel(text), self._target)
+        try:
+            yield
+        finally:
+            self._programs[name], self.steps = before, steps
+
+    def executed_lines(self, name):
+        """Lines of a kernel's text that have been executed."""
+        return sorted(one.line for piece in self.executed[name] for one in self.program(name).code(piece))
 
     def seed(self, seed):
         self._rng = np.random.default_rng(seed)
@@ -96,12 +115,13 @@ class _Blocks:
         self._waits = np.zeros(self._count, bool)
         self._ended = np.zeros(self._count, bool)
         self._state, self._scratch = [], []
-        self._executed = Counter()
+        self._executed, self._steps = Counter(), machine.steps
+        self._total = machine.executed[kernel.name]
         self.lanes = np.arange(self._count)
 
     def run(self):
         """Runs the blocks until all their threads have ended."""
-        for _ in range(_STEPS):
+        for _ in range(self._steps):
             piece = int(self._place.min())
             if piece < _AWAY:
                 self.lanes = np.flatnonzero(self._place == piece)
@@ -112,6 +132,7 @@ class _Blocks:
                 break
         else:
             raise PtxError(f"{self._program.kernel.name} does not end")
+        self._total.update(self._executed)
         for number, warps in self._executed.items():
             for opcode, times in self._program.piece(number).opcodes.items():
                 self._counts.instruction(opcode, warps * times)
@@ -123,7 +144,7 @@ class _Blocks:
             piece = self._program.piece(number)
             self._grow()
             slots, whole = self._take(piece, lanes)
-            self._executed[number] += 1 + np.count_nonzero(np.diff(lanes // 32))
+            self._executed[number] += 1 + int(np.count_nonzero(np.diff(lanes // 32)))
             for step in piece.steps:
                 step(slots, self)
             self.lanes = lanes

@@ -89,6 +89,10 @@ class Program:
             self._pieces[number] = self._make(number)
         return self._pieces[number]
 
+    def code(self, number):
+        """The instructions of a piece."""
+        return self._code[number]
+
     def _narrowest(self):
         sizes = [
             SIZES[one.parts[-1]]

@@ -3,6 +3,7 @@
 Only the text is understood here, after the "PTX ISA" manual; what an instruction does is in the other files.
 """
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -74,7 +75,7 @@ class Instruction:
     guard: Register | None
     line: int
 
-    @property
+    @functools.cached_property
     def parts(self):
         return self.opcode.split(".")
 
@@ -206,7 +207,12 @@ def _read_body(kernel, text, at):
         elif statement.startswith("."):
             _read_directive(kernel, statement, scopes, ranges)
         else:
-            kernel.code.append(_read_instruction(statement, scopes, ranges, line))
+            if len(scopes) > 1:
+                instruction = _read_instruction(statement, scopes, ranges, line)
+            else:
+                known = tuple(scopes[0].items()), tuple(ranges.items())
+                instruction = _plain_instruction(statement, line, *known)
+            kernel.code.append(instruction)
         line += text.count("\n", at, end)
         at = end
 
@@ -230,6 +236,12 @@ def _read_directive(kernel, statement, scopes, ranges):
         raise PtxError(f"{kernel.name}: directive not known here: {statement}")
 
 
+@functools.lru_cache(maxsize=1 << 17)
+def _plain_instruction(statement, line, names, ranges):
+    """Kernels are read again with one line altered: the others are remembered."""
+    return _read_instruction(statement, [dict(names)], dict(ranges), line)
+
+
 def _read_instruction(statement, scopes, ranges, line):
     guard = None
     if statement.startswith("@"):
@@ -242,7 +254,7 @@ def _read_instruction(statement, scopes, ranges, line):
 
 def _split(text, separator):
     """Pieces between separators that stand outside of brackets."""
-    if not any(bracket in text for bracket in "{["):
+    if "{" not in text and "[" not in text:
         return [piece.strip() for piece in text.split(separator)] if text.strip() else []
     pieces, depth, piece = [], 0, ""
     for character in text:
