@@ -1,7 +1,8 @@
-"""The CUDA kernels as nvcc makes them: their PTX, run by an interpreter of the PTX ISA, launched by the real host code.
+"""The CUDA kernels as nvcc makes them: their PTX, run by an interpreter, launched by the real host code.
 
-A second proof beside csrc/emulator, with which it shares nothing: instructions, fragment layouts and shared memory are
-those of the manual. No GPU is needed, only nvcc; what ptxas and the hardware do after that, nobody has seen here.
+A second proof beside csrc/emulator, with which it shares nothing: instructions, fragment layouts and shared
+memory are those of the manual. No GPU is needed, only nvcc; what ptxas and the hardware do after that,
+nobody has seen here.
 """
 
 import pytest
@@ -38,7 +39,7 @@ def some(default, *values):
     return (*values[:default], *(pytest.param(*value, marks=pytest.mark.slow) for value in slow))
 
 
-# ---- Weights ------------------------------------------------------------------------------------------------
+# ---- Weights --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", some(3, "every width", "a 2-bit tail of 16 rows", "a tail alone", *SHAPES))
@@ -73,7 +74,7 @@ def test_words_come_back_from_the_device_layout(device):
     assert names(device, since) == ["repack_kernel", "unpack_kernel"]
 
 
-# ---- Products -----------------------------------------------------------------------------------------------
+# ---- Products -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -113,7 +114,7 @@ def test_no_order_of_blocks_changes_a_bit(device, monkeypatch):
         assert all(torch.equal(other, results[0]) for other in results[1:])
 
 
-# ---- Experts ------------------------------------------------------------------------------------------------
+# ---- Experts --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,9 @@ def test_no_order_of_blocks_changes_a_bit(device, monkeypatch):
 )
 def test_experts_are_as_accurate_as_torch(device, tokens, dtype):
     index = torch.randint(0, 5, (tokens, 2))  # 4 is no expert
-    check_experts(device, random_experts(4, 128, 160), torch.randn(tokens, 128).to(dtype), index, torch.rand(tokens, 2))
+    check_experts(
+        device, random_experts(4, 128, 160), torch.randn(tokens, 128).to(dtype), index, torch.rand(tokens, 2)
+    )
 
 
 @pytest.mark.parametrize("activation", some(0, "gelu", "gelu_tanh", "relu"))
@@ -153,14 +156,16 @@ def test_experts_whose_input_channels_are_split_over_blocks(device, tokens):
     check_experts(device, random_experts(2, 576, 544), x, index, torch.rand(tokens, 1), multiprocessors=132)
 
 
-# ---- DBRX's own lengths of sums, a few columns of each -----------------------------------------------------------
+# ---- DBRX's own lengths of sums, a few columns of each --------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 8, 16, 64])
 @pytest.mark.parametrize("k", [6144, 10752])
 def test_slices_of_dbrx_are_as_accurate_as_torch(device, k, tokens):
-    groups = [(4, 128)] * (k // 1024) + [(3, 128)] * (k // 256) + [(2, 128)] * (k // 128 - k // 256 - k // 1024)
+    groups = (
+        [(4, 128)] * (k // 1024) + [(3, 128)] * (k // 256) + [(2, 128)] * (k // 128 - k // 256 - k // 1024)
+    )
     tensors = oracle.random_tensors(groups, 160)
     check_linear(device, tensors, torch.randn(tokens, k).half(), multiprocessors=132)
 

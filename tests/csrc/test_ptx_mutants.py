@@ -41,7 +41,7 @@ def layout(device):
 def product(tokens, dtype):
     def run(device):
         x = torch.randn(tokens, 560, generator=torch.Generator().manual_seed(1)).to(dtype)
-        x[:, 37] = 3000  # an outlier, which decides the scale of its token
+        x[:, 63] = 3000  # an outlier in the last lane of a warp, which decides the scale of its token
         check_linear(device, linear_tensors(), x)
 
     return run

@@ -1,10 +1,11 @@
 """Runs launches of PTX kernels: many blocks at a time, all threads as lanes of numpy arrays.
 
-The lanes that stand at the lowest piece of code run it together; where threads part, the ones behind so catch up
-with those ahead. Blocks are drawn in random order and run some at a time, seeded: an order that a kernel relies on
-without asking for it shows under some seed. What a kernel must not do is an error (`PtxError`): memory outside of
-live tensors or of the block's own, addresses that are not aligned, races in shared memory, copies under way that are
-read, instructions of a whole warp that a part of it executes, barriers that not all threads reach.
+The lanes that stand at the lowest piece of code run it together; where threads part, the ones behind so
+catch up with those ahead. Blocks are drawn in random order and run some at a time, seeded: an order that a
+kernel relies on without asking for it shows under some seed. What a kernel must not do is an error
+(`PtxError`): memory outside of live tensors or of the block's own, addresses that are not aligned, races in
+shared memory, copies under way that are read, instructions of a whole warp that a part of it executes,
+barriers that not all threads reach.
 """
 
 import contextlib
@@ -90,7 +91,9 @@ class Machine:
         together = max(1, self._limit // threads)
         with np.errstate(all="ignore"):
             for start in range(0, count, together):
-                blocks = _Blocks(self, program, order[start : start + together], grid, block, arguments, dynamic)
+                blocks = _Blocks(
+                    self, program, order[start : start + together], grid, block, arguments, dynamic
+                )
                 blocks.run()
 
 
@@ -278,7 +281,9 @@ class _Blocks:
         """`count` words of `size` bytes from each lane's address."""
         lanes, parts = self.lanes, []
         for name, which, places in self._spaces(space, at):
-            parts.append((which, self._load(name, lanes if which is None else lanes[which], places, size, count)))
+            parts.append(
+                (which, self._load(name, lanes if which is None else lanes[which], places, size, count))
+            )
         if len(parts) == 1 and parts[0][0] is None:
             return parts[0][1]
         words = np.empty((count, len(lanes)), f"u{size}")

@@ -21,8 +21,8 @@ def _as_halves(bits):
 def to_odd(total, error):
     """float32 or float64 sums → rounded to odd, where `error` is what the sum has lost.
 
-    A value that is rounded to odd first may be rounded again to two bits fewer or more: the second rounding is
-    then that of the exact value.
+    A value that is rounded to odd first may be rounded again to two bits fewer or more: the second rounding
+    is then that of the exact value.
     """
     lost = (error != 0) & np.isfinite(total)
     if not lost.any():
@@ -41,7 +41,7 @@ def sum_and_error(a, b):
 
 
 def half_sum(a, b):
-    """Words of halves a + b. torch adds in float32, which has bits enough to be rounded again: 24 >= 2 * 11 + 2."""
+    """Words of halves a + b. torch adds in float32: bits enough to be rounded again, 24 >= 2 * 11 + 2."""
     return torch.add(_as_halves(a), _as_halves(b)).numpy().view(a.dtype)
 
 

@@ -70,8 +70,8 @@ def matrices(elements, places, rows, columns):
 def multiply(shape, a, b, c):
     """Fragments [warps, elements, 32]: a, b float32 of exact inputs, c float32 → a b + c.
 
-    Sums are made in float64 and rounded once: a tensor core rounds in steps of its own, with errors of the same
-    size that no manual tells.
+    Sums are made in float64 and rounded once: a tensor core rounds in steps of its own, with errors of the
+    same size that no manual tells.
     """
     left = matrices(a, shape.a, shape.m, shape.k).astype(np.float64)
     right = matrices(b, shape.b, shape.k, shape.n).astype(np.float64)

@@ -37,7 +37,11 @@ def shared_device(target):
     made = built(target)
     for text in made.texts():
         for needed, words in NEEDS.items():
-            found = [word for word in words if re.search(rf"^\s*(@!?%p\d+\s+)?{re.escape(word)}", text, re.MULTILINE)]
+            found = [
+                word
+                for word in words
+                if re.search(rf"^\s*(@!?%p\d+\s+)?{re.escape(word)}", text, re.MULTILINE)
+            ]
             if needed > target and found:
                 pytest.skip(f"the sources do not compile for sm_{target} yet: {found[0]} needs sm_{needed}")
     return Device(made)

@@ -1,15 +1,15 @@
 """Memory of the process as kernels see global memory: what they may touch, and the words at an address.
 
-Tests run on the CPU: addresses that the host code gives to kernels are those of CPU tensors. A kernel may touch the
-tensors whose address was asked for (`Tensor.data_ptr`), while their storage lives.
+Tests run on the CPU: addresses that the host code gives to kernels are those of CPU tensors. A kernel may
+touch the tensors whose address was asked for (`Tensor.data_ptr`), while their storage lives.
 """
 
 import contextlib
 
 import numpy as np
 import torch
-from ptx_arithmetic import UNSIGNED
 from ptx_text import PtxError
+from ptx_types import UNSIGNED
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _FIRST = 1 << 16  # no memory of a process lies below
@@ -20,7 +20,12 @@ class _Process:
 
     def __init__(self, size):
         words = ((1 << 47) - _FIRST) // size
-        self.__array_interface__ = {"data": (_FIRST, False), "shape": (words,), "typestr": f"<u{size}", "version": 3}
+        self.__array_interface__ = {
+            "data": (_FIRST, False),
+            "shape": (words,),
+            "typestr": f"<u{size}",
+            "version": 3,
+        }
 
 
 class Words:

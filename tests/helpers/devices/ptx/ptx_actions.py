@@ -5,15 +5,39 @@ instruction only computes. A suffix that is not named here makes the instruction
 """
 
 import numpy as np
-from ptx_arithmetic import SIGNED, UNSIGNED
 from ptx_fragments import SHAPES, multiply
 from ptx_halves import halves
 from ptx_text import SIZES, WINDOWS, Register
+from ptx_types import SIGNED, UNSIGNED
 
 SPACES = ("global", "shared", "local", "param")
 _IGNORED = {  # on caches and order, which are not modelled
-    *("nc", "cg", "ca", "cs", "lu", "cv", "wb", "wt", "relaxed", "acquire", "release", "acq_rel", "volatile", "weak"),
-    *("gpu", "cta", "sys", "cluster", "L1::no_allocate", "L1::evict_first", "L1::evict_last", "L1::evict_normal"),
+    *(
+        "nc",
+        "cg",
+        "ca",
+        "cs",
+        "lu",
+        "cv",
+        "wb",
+        "wt",
+        "relaxed",
+        "acquire",
+        "release",
+        "acq_rel",
+        "volatile",
+        "weak",
+    ),
+    *(
+        "gpu",
+        "cta",
+        "sys",
+        "cluster",
+        "L1::no_allocate",
+        "L1::evict_first",
+        "L1::evict_last",
+        "L1::evict_normal",
+    ),
     *("L2::64B", "L2::128B", "L2::256B", "L2::cache_hint", "L2::evict_first", "L2::evict_last", "entry"),
 }
 NEEDS = {  # compute capability → instructions that came with it
@@ -70,7 +94,8 @@ def store(program, instruction):
 
     def step(slots, machine):
         words = [
-            np.broadcast_to(slots[source].astype(UNSIGNED[size], copy=False), len(machine.lanes)) for source in sources
+            np.broadcast_to(slots[source].astype(UNSIGNED[size], copy=False), len(machine.lanes))
+            for source in sources
         ]
         machine.store(space, address(slots, machine), size, words)
 
@@ -140,7 +165,9 @@ def change(program, instruction):
         "xor": lambda old, new: old ^ new,
         "inc": lambda old, new: 0 if old >= new else old + 1,
     }
-    view = {"f32": np.float32, "s32": np.int32, "u32": np.uint32, "b32": np.uint32, "u64": np.uint64}.get(kind)
+    view = {"f32": np.float32, "s32": np.int32, "u32": np.uint32, "b32": np.uint32, "u64": np.uint64}.get(
+        kind
+    )
     if strange or name not in operations or view is None:
         raise instruction.error("is not known to this interpreter")
     to = instruction.operands[0] if parts[0] == "atom" else None
@@ -197,7 +224,12 @@ def whole_warps(instruction, machine):
 
 def matrix_product(program, instruction):
     parts = instruction.parts
-    if parts[1:3] != ["sync", "aligned"] or parts[3] not in SHAPES or parts[4:6] != ["row", "col"] or len(parts) != 10:
+    if (
+        parts[1:3] != ["sync", "aligned"]
+        or parts[3] not in SHAPES
+        or parts[4:6] != ["row", "col"]
+        or len(parts) != 10
+    ):
         raise instruction.error("is not known to this interpreter")
     shape = SHAPES[parts[3]]
     if (parts[6], parts[9]) != ("f32", "f32") or parts[7] != parts[8] or parts[7] not in ("f16", "bf16"):
@@ -209,7 +241,9 @@ def matrix_product(program, instruction):
     def elements(slots, sources, warps):
         words = np.stack([np.broadcast_to(slots[source], 32 * warps) for source in sources])
         if brain:
-            values = np.stack([words << np.uint32(16), words & np.uint32(0xFFFF0000)], axis=-1).view(np.float32)
+            values = np.stack([words << np.uint32(16), words & np.uint32(0xFFFF0000)], axis=-1).view(
+                np.float32
+            )
         else:
             values = halves(words.reshape(-1))
         return values.reshape(len(sources), warps, 32, 2).transpose(1, 0, 3, 2).reshape(warps, -1, 32)
@@ -264,7 +298,8 @@ def shuffle(program, instruction):
         warps = whole_warps(instruction, machine)
         _all_lanes(slots, mask, instruction)
         value, by, limits = (
-            np.broadcast_to(slots[slot], 32 * warps).reshape(-1, 32).astype(np.int64) for slot in (source, other, clamp)
+            np.broadcast_to(slots[slot], 32 * warps).reshape(-1, 32).astype(np.int64)
+            for slot in (source, other, clamp)
         )
         by, segment = by & 31, limits >> 8 & 31
         last = lane & segment | limits & 31 & ~segment

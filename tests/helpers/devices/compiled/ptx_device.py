@@ -6,6 +6,7 @@ Kernels and their arguments are known by name and bytes alone, so that nothing h
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import re
 
 from ptx_build import Built
@@ -16,7 +17,11 @@ from ptx_text import PtxError
 from dbrx_quant.runtime.library import _cuda
 
 _HOOK = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p), ctypes.c_ulong
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_ulong,
 )
 _FAILED = 719  # cudaErrorLaunchFailure
 
@@ -54,7 +59,9 @@ class Device:
             PtxError: a kernel did what it must not, in place of the backend's error.
         """
         before = _cuda.LIBRARY.loaded
-        ctypes.c_void_p.in_dll(self.library, "stub_hook").value = ctypes.cast(self._hook, ctypes.c_void_p).value
+        ctypes.c_void_p.in_dll(self.library, "stub_hook").value = ctypes.cast(
+            self._hook, ctypes.c_void_p
+        ).value
         ctypes.c_int.in_dll(self.library, "stub_multiprocessors").value = multiprocessors
         ctypes.c_int.in_dll(self.library, "stub_capability").value = self.built.target
         _cuda.LIBRARY.loaded = self.library
@@ -93,7 +100,7 @@ class Device:
         layout = self.machine.program(kernel).kernel
         block = bytearray(layout.parameter_bytes)
         starts = [*layout.parameters.values(), layout.parameter_bytes]
-        for i, (first, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for i, (first, end) in enumerate(itertools.pairwise(starts)):
             size = min(end - first, layout.sizes[i])
             block[first : first + size] = ctypes.string_at(arguments[i], size)
         return bytes(block)

@@ -89,8 +89,9 @@ class Kernel:
 
     Attributes:
         parameters: offset in the parameter block by name; `sizes` in bytes; `parameter_bytes` is the whole.
-        variables: name → (space, offset in it); `bytes` of each space; `dynamic`: the one of the launch's size.
-        code: instructions in order; `labels` → index of the one that follows; `tables` of labels for brx.
+        variables: name → (space, offset in it); `bytes` of each space; `dynamic`: the one of the launch's
+        size. code: instructions in order; `labels` → index of the one that follows; `tables` of labels for
+        brx.
     """
 
     name: str
@@ -113,16 +114,20 @@ class Kernel:
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{}]*)\{", re.DOTALL)
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr[^,\n]*?\s)?([\w$]+)(?:\[(\d+)\])?\s*$")
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr[^,\n]*?\s)?([\w$]+)(?:\[(\d+)\])?\s*$"
+)
 _VARIABLE = re.compile(r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?$")
 _LABEL = re.compile(r"([$\w]+):(?!:)")
 
 
 def split_ptx(text):
-    """Each kernel's own text, with what stands outside of kernels, by the kernels' names; lines keep their numbers."""
+    """Each kernel's text and what is outside of kernels, by the kernels' names; lines keep their numbers."""
     entries = list(_ENTRY.finditer(text))
     ends = [text.index("\n}", entry.end()) + 2 for entry in entries]
-    outside = "".join(text[a:b] for a, b in zip([0, *ends], [*(e.start() for e in entries), len(text)], strict=True))
+    outside = "".join(
+        text[a:b] for a, b in zip([0, *ends], [*(e.start() for e in entries), len(text)], strict=True)
+    )
     outside = " ".join(_COMMENT.sub(" ", outside).split())
     return {
         entry[1]: outside + "\n" * text.count("\n", 0, entry.start()) + text[entry.start() : end]
@@ -286,9 +291,8 @@ def _read_operand(text, scopes, ranges, line):
     for scope in reversed(scopes):
         if text in scope:
             return scope[text]
-    if found := re.match(r"(%[a-zA-Z_]+)\d+$", text):
-        if found[1] in ranges:
-            return Register(text, ranges[found[1]])
+    if (found := re.match(r"(%[a-zA-Z_]+)\d+$", text)) and found[1] in ranges:
+        return Register(text, ranges[found[1]])
     if text.startswith("%"):
         return Special(text[1:])
     if found := re.match(r"0[fF]([0-9a-fA-F]{8})$|0[dD]([0-9a-fA-F]{16})$", text):

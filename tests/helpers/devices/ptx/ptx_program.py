@@ -1,8 +1,8 @@
 """Kernels made ready to run: straight pieces of code, each a list of functions of a list of registers.
 
-A *slot* holds a register, a special register or a constant. A piece runs for a set of lanes that are at its start:
-it takes its inputs from the lanes' registers, computes on arrays with one element a lane of the set, and gives its
-outputs back. Registers that one piece alone uses never leave it.
+A *slot* holds a register, a special register or a constant. A piece runs for a set of lanes that are at its
+start: it takes its inputs from the lanes' registers, computes on arrays with one element a lane of the set,
+and gives its outputs back. Registers that one piece alone uses never leave it.
 """
 
 from collections import Counter
@@ -11,9 +11,10 @@ from functools import partial
 
 import numpy as np
 from ptx_actions import ACTIONS, NEEDS
-from ptx_arithmetic import UNSIGNED, function_of, source_sizes
+from ptx_arithmetic import function_of, source_sizes
 from ptx_order import flow_order
 from ptx_text import SIZES, Address, Constant, PtxError, Register, Special, Symbol
+from ptx_types import UNSIGNED
 
 _ENDS = ("bra", "brx", "ret", "exit", "bar", "barrier")
 
@@ -23,11 +24,10 @@ class Piece:
     """Straight code.
 
     Attributes:
-        steps: functions of (slots, machine).
-        inputs, outputs: slots that are taken from the lanes and given back.
-        opcodes: how often each stands here, its end included.
-        end: the instruction that ends the piece, or None where the next piece follows; `guard`: its slot and sign.
-        following, targets: pieces that come next in the text, or that the end branches to, one by `selector`.
+        steps: functions of (slots, machine). inputs, outputs: slots that are taken from the lanes and given
+        back. opcodes: how often each stands here, its end included. end: the instruction that ends the
+        piece, or None where the next piece follows; `guard`: its slot and sign. following, targets: pieces
+        that come next in the text, or that the end branches to, one by `selector`.
     """
 
     steps: list = field(default_factory=list)
@@ -60,10 +60,14 @@ class Program:
         texts = [kernel.code[a:b] for a, b in zip(starts, [*starts[1:], len(kernel.code)], strict=True)]
         at = {start: number for number, start in enumerate(starts)}
         flow = [self._flow(code, number, at) for number, code in enumerate(texts)]
-        order = flow_order([[one for one in (following, *targets) if one is not None] for following, targets in flow])
+        order = flow_order(
+            [[one for one in (following, *targets) if one is not None] for following, targets in flow]
+        )
         rank = {number: place for place, number in enumerate(order)}
         self._code = [texts[number] for number in order]
-        self._flows = [(rank.get(flow[number][0]), [rank[one] for one in flow[number][1]]) for number in order]
+        self._flows = [
+            (rank.get(flow[number][0]), [rank[one] for one in flow[number][1]]) for number in order
+        ]
         self.granule = self._narrowest()
         self._reads, self._writes = zip(*map(self._uses, self._code), strict=True)
         self._shared_slots = set().union(*self._reads)
@@ -97,7 +101,8 @@ class Program:
         sizes = [
             SIZES[one.parts[-1]]
             for one in self.kernel.code
-            if one.parts[0] in ("ld", "st", "atom", "red") and not {"global", "param", "local"} & set(one.parts)
+            if one.parts[0] in ("ld", "st", "atom", "red")
+            and not {"global", "param", "local"} & set(one.parts)
         ]
         return min(sizes, default=4)
 
@@ -195,7 +200,9 @@ class Program:
             raise instruction.error("is not known to this interpreter")
         target, *sources = instruction.operands
         sizes = source_sizes(instruction)
-        slots = [self.source(one, size, instruction) for one, size in zip(sources, sizes, strict=False)][: len(sizes)]
+        slots = [self.source(one, size, instruction) for one, size in zip(sources, sizes, strict=False)][
+            : len(sizes)
+        ]
         negated = [i for i, one in enumerate(sources) if isinstance(one, Register) and one.negated]
         if negated:
             function = _with_negated(function, negated)
@@ -224,7 +231,20 @@ def _offset(slots, machine, slot, offset):
 def operands(instruction):
     """(sources, destinations) of an instruction."""
     name, given = instruction.parts[0], instruction.operands
-    if name in ("st", "red", "cp", "bra", "brx", "ret", "exit", "bar", "barrier", "membar", "fence", "prefetch"):
+    if name in (
+        "st",
+        "red",
+        "cp",
+        "bra",
+        "brx",
+        "ret",
+        "exit",
+        "bar",
+        "barrier",
+        "membar",
+        "fence",
+        "prefetch",
+    ):
         return given, ()
     return given[1:], given[:1]
 

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for one target with nvcc, host code and PTX in one go, once a state of the sources (build/ptx)."""
+"""Builds csrc/cuda for one target with nvcc, host code and PTX in one go, under build/ptx."""
 
 import fcntl
 import hashlib
@@ -65,7 +65,20 @@ def _compile(source, target, folder):
     own.mkdir(exist_ok=True)
     made = own / "host.o"
     capability = f"arch=compute_{target},code=compute_{target}"
-    command = ["nvcc", *FLAGS, *INCLUDES, "-gencode", capability, "--keep", "--keep-dir", own, "-c", source, "-o", made]
+    command = [
+        "nvcc",
+        *FLAGS,
+        *INCLUDES,
+        "-gencode",
+        capability,
+        "--keep",
+        "--keep-dir",
+        own,
+        "-c",
+        source,
+        "-o",
+        made,
+    ]
     _run(command, f"{source.name} for compute capability {target}")
     for path in own.iterdir():
         if path.suffix not in (".ptx", ".o"):
@@ -78,13 +91,18 @@ def _link(objects, library):
     stub = library.with_name("runtime_stub.o")
     _run(["g++", "-std=c++17", "-O1", "-fPIC", *toolkit, "-c", STUB, "-o", stub], STUB.name)
     partial = library.with_suffix(".partial")
-    _run(["g++", "-shared", "-Wl,-z,defs", *objects, stub, "-o", partial], "linking with the stub of the CUDA runtime")
+    _run(
+        ["g++", "-shared", "-Wl,-z,defs", *objects, stub, "-o", partial],
+        "linking with the stub of the CUDA runtime",
+    )
     partial.rename(library)
 
 
 def _toolkit_includes():
     """The folders of the toolkit's headers, as nvcc itself finds them."""
-    said = subprocess.run(["nvcc", "--dryrun", "-c", STUB], capture_output=True, text=True, check=False).stderr
+    said = subprocess.run(
+        ["nvcc", "--dryrun", "-c", STUB], capture_output=True, text=True, check=False
+    ).stderr
     found = [line.split('"-I', 1)[1] for line in said.splitlines() if "INCLUDES=" in line and '"-I' in line]
     return [part.strip().strip('"') for part in found[0].split('"-I')] if found else []
 

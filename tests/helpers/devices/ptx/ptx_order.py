@@ -1,14 +1,21 @@
 """In which order the pieces of a kernel run when threads have parted: every loop before what follows it.
 
-The weak topological order of the flow graph (Bourdoncle, 1993): a strongly connected part is a loop, its first piece
-stands before the others, which are ordered in the same way without the ways back to it. Lanes that wait at the end
-of a branch or a loop are met there by those that took another way, wherever the compiler has put the code.
+The weak topological order of the flow graph (Bourdoncle, 1993): a strongly connected part is a loop, its
+first piece stands before the others, which are ordered in the same way without the ways back to it. Lanes
+that wait at the end of a branch or a loop are met there by those that took another way, wherever the
+compiler has put the code.
 """
 
 
 def flow_order(successors):
-    """All pieces in order, piece 0 first; `successors` by piece."""
-    return list(_ordered(range(len(successors)), successors))
+    """All pieces in order, piece 0 first and those that it does not lead to last; `successors` by piece."""
+    reached, waiting = {0}, [0]
+    while waiting:
+        new = set(successors[waiting.pop()]) - reached
+        reached |= new
+        waiting += new
+    order = list(_ordered(sorted(reached), successors))
+    return order + [piece for piece in range(len(successors)) if piece not in reached]
 
 
 def _ordered(nodes, successors):
@@ -22,7 +29,7 @@ def _ordered(nodes, successors):
 
 
 def _parts(nodes, successors):
-    """Strongly connected parts in topological order, each with the node first that is reached first (Tarjan)."""
+    """Strongly connected parts in topological order, each from the node that is reached first (Tarjan)."""
     inside = set(nodes)
     index, low, stack, waiting, found = {}, {}, [], set(), []
 

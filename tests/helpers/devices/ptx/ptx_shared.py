@@ -1,14 +1,17 @@
 """Shared memory of blocks that run together: who has read and written each word since the last barrier.
 
-Every *granule* (as many bytes as the kernel's narrowest access) has a tag for its last write and one for its reads:
+Every *granule* (as many bytes as the kernel's narrowest access) has a tag for its last write and one for
+its reads:
 
-    epoch: 32 bits and up | warp's epoch: 20 bits | warp: 6 | lane: 6          63: several warps, several lanes
+    epoch: 32 bits and up | warp's epoch: 20 bits | warp: 6 | lane: 6          63: several warps, several
+    lanes
 
-A block's epoch counts its barriers, a warp's those of the warp alone. Two accesses of a granule, one of them a write,
-race when they are of one epoch and of two threads, except for lanes of one warp with a barrier of the warp between.
+A block's epoch counts its barriers, a warp's those of the warp alone. Two accesses of a granule, one of
+them a write, race when they are of one epoch and of two threads, except for lanes of one warp with a
+barrier of the warp between.
 
-Copies by cp.async land when the thread waits for their group and not before. Until then nobody may touch their
-destination, and after it the thread alone until the next barrier.
+Copies by cp.async land when the thread waits for their group and not before. Until then nobody may touch
+their destination, and after it the thread alone until the next barrier.
 """
 
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ _SEVERAL = 63
 
 @dataclass
 class _Copy:
-    """Copies of one instruction: lanes, number of their group, destination, source, bytes and bytes to read."""
+    """Copies of one instruction: lanes, numbers of their groups, places, sources, bytes, bytes to read."""
 
     lanes: np.ndarray
     group: np.ndarray
@@ -185,7 +188,10 @@ def _race(tags, mine):
     if not together.any():
         return together
     same_time = tags >> _WARP_EPOCH == mine >> _WARP_EPOCH
-    other_warp, other_lane = _field(tags, _WARP) != _field(mine, _WARP), _field(tags, _LANE) != _field(mine, _LANE)
+    other_warp, other_lane = (
+        _field(tags, _WARP) != _field(mine, _WARP),
+        _field(tags, _LANE) != _field(mine, _LANE),
+    )
     return together & (other_warp | other_lane & same_time)
 
 

@@ -1,8 +1,9 @@
 """What a run has executed and moved: instructions, sectors of global memory, wavefronts of shared memory.
 
-A warp's access to global memory takes as many sectors of 32 bytes as it touches; ideal are as many as its distinct
-bytes fill. Shared memory serves one word of each of its 32 banks in a wavefront, accesses of 8 and 16 bytes a half
-and a quarter of a warp at a time; ideal are as many wavefronts as the distinct words of each part fill.
+A warp's access to global memory takes as many sectors of 32 bytes as it touches; ideal are as many as its
+distinct bytes fill. Shared memory serves one word of each of its 32 banks in a wavefront, accesses of 8 and
+16 bytes a half and a quarter of a warp at a time; ideal are as many wavefronts as the distinct words of
+each part fill.
 """
 
 from collections import Counter
@@ -20,7 +21,9 @@ class Counts(Counter):
         parts = opcode.split(".")
         kind = "f16x2" if parts[-1] == "f16x2" else parts[0]
         if parts[0] in ("ld", "st"):
-            space = next((part for part in parts[1:] if part in ("global", "shared", "local", "param")), "generic")
+            space = next(
+                (part for part in parts[1:] if part in ("global", "shared", "local", "param")), "generic"
+            )
             kind = f"{parts[0]}.{space}"
         self[f"instructions {kind}"] += warps
         self["instructions"] += warps
@@ -37,7 +40,9 @@ class Counts(Counter):
         """An access of `size` bytes a lane at the offsets `at` in a block's shared memory."""
         together = 32 if size <= 4 else 128 // size
         first = _by_warps(lanes, at, together) >> 2
-        words = np.concatenate([np.where(first >= 0, first + i, _NONE) for i in range(max(1, size // 4))], axis=1)
+        words = np.concatenate(
+            [np.where(first >= 0, first + i, _NONE) for i in range(max(1, size // 4))], axis=1
+        )
         words.sort(axis=1)
         new = np.ones(words.shape, bool)
         new[:, 1:] = words[:, 1:] != words[:, :-1]
@@ -49,7 +54,7 @@ class Counts(Counter):
 
 
 def _by_warps(lanes, values, together):
-    """[parts, together] of the lanes' values, -1 for lanes that are not there; parts without any are left out."""
+    """[parts, together] of the lanes' values, -1 for lanes that are not there; no part without any."""
     part = lanes // together
     names, index = np.unique(part, return_inverse=True) if len(lanes) % together else (part[::together], None)
     if index is None and (part.reshape(-1, together) == names[:, None]).all():

@@ -1,5 +1,6 @@
-// Test equipment: a CUDA runtime without a device. The host code of csrc/cuda, compiled by nvcc as ever, is linked with it in
-// place of libcudart: every launch goes to a function of the tests, with the kernel's name in the PTX and its arguments.
+// Test equipment: a CUDA runtime without a device. The host code of csrc/cuda, compiled by nvcc as ever, is linked with it
+// in place of libcudart: every launch goes to a function of the tests, with the kernel's name in the PTX and its
+// arguments.
 #include <cuda_runtime_api.h>
 
 #include <string>
