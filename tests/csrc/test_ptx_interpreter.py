@@ -176,6 +176,7 @@ def test_threads_exchange_words_across_a_barrier():
         ),
         ("setp.gt.u32 %p1, %r1, 7; @%p1 bar.sync 0;", "by part of a warp"),
         ("setp.gt.u32 %p1, %r1, 7; @%p1 vote.sync.ballot.b32 %r10, %p1, -1;", "by part of a warp"),
+        ("ld.global.nc.u32 %r10, [%d5];", "loads as read-only"),
         ("LOOP: bra.uni LOOP;", "does not end"),
         ("tex.1d.v4.s32.s32 %r10, [%d4], %r4;", "tex.1d.v4.s32.s32"),
         ("frob.u32 %r10, %r4;", "frob.u32: is not known"),

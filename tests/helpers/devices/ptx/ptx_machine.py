@@ -1,11 +1,13 @@
 """Runs launches of PTX kernels: many blocks at a time, all threads as lanes of numpy arrays.
 
-The lanes that stand at the lowest piece of code run it together; where threads part, the ones behind so
-catch up with those ahead. Blocks are drawn in random order and run some at a time, seeded: an order that a
-kernel relies on without asking for it shows under some seed. What a kernel must not do is an error
-(`PtxError`): memory outside of live tensors or of the block's own, addresses that are not aligned, races in
-shared memory, copies under way that are read, instructions of a whole warp that a part of it executes,
-barriers that not all threads reach.
+The lanes that stand at the first piece of code, in the order of `ptx_order`, run it together; where threads
+part, the ones behind so catch up with those ahead. Blocks are drawn in random order and run some at a time,
+seeded: an order that a kernel relies on without asking for it shows under some seed. What a kernel must not
+do is an error (`PtxError`): memory outside of live tensors or of the block's own, addresses that are not
+aligned, read-only loads of what the launch writes, races in shared memory, copies under way that are read,
+barriers and other instructions of whole warps that a part of one executes.
+
+Not modelled: the order of memory accesses between blocks and fences, time, and what ptxas makes of the PTX.
 """
 
 import contextlib
@@ -88,6 +90,7 @@ class Machine:
         self.memory.look()
         count = int(np.prod(grid))
         order = self._rng.permutation(count)
+        self.memory.start()
         together = max(1, self._limit // threads)
         with np.errstate(all="ignore"):
             for start in range(0, count, together):
@@ -95,6 +98,10 @@ class Machine:
                     self, program, order[start : start + together], grid, block, arguments, dynamic
                 )
                 blocks.run()
+        try:
+            self.memory.finish()
+        except PtxError as error:
+            raise PtxError(f"{name}: {error}") from error
 
 
 class _Blocks:
@@ -278,9 +285,11 @@ class _Blocks:
         return found
 
     def load(self, space, at, size, count, read_only):
-        """`count` words of `size` bytes from each lane's address."""
+        """`count` words of `size` bytes from each lane's address; `read_only`: nobody writes there."""
         lanes, parts = self.lanes, []
         for name, which, places in self._spaces(space, at):
+            if read_only and name == "global":
+                self.memory.promise(places, size * count)
             parts.append(
                 (which, self._load(name, lanes if which is None else lanes[which], places, size, count))
             )
@@ -325,6 +334,7 @@ class _Blocks:
                 continue
             if name == "global":
                 self.memory.check(places, whole)
+                self.memory.note(places, whole)
                 self._counts.global_access("stored", own, places, whole)
                 target = self.memory
             elif name == "local":

@@ -49,6 +49,7 @@ class GlobalMemory(Words):
         self._views = {size: np.asarray(_Process(size)) for size in (1, 2, 4, 8)}
         self._taken = {}  # (first, end) → storage
         self._starts = self._ends = np.empty(0, np.int64)
+        self.start()
 
     def load(self, at, size):
         return super().load(at - _FIRST, size)
@@ -75,6 +76,25 @@ class GlobalMemory(Words):
         self._starts = np.array([-1, *(first for first, _ in merged)], np.int64)
         self._ends = np.array([-1, *(end for _, end in merged)], np.int64)
 
+    def start(self):
+        """Forgets what a launch before has promised and written."""
+        self._promised, self._written = [], []
+
+    def promise(self, at, size):
+        """Notes loads that say that nothing writes there during the launch (`ld.global.nc`)."""
+        self._promised.append(_words(at, size))
+
+    def note(self, at, size):
+        """Notes stores."""
+        self._written.append(_words(at, size))
+
+    def finish(self):
+        """Raises PtxError where the launch has written what it promised not to."""
+        if self._promised and self._written:
+            both = np.intersect1d(np.concatenate(self._promised), np.concatenate(self._written))
+            if len(both):
+                raise PtxError(f"loads as read-only (.nc) what it writes, at {hex(4 * int(both[0]))}")
+
     def check(self, at, size):
         """Raises PtxError where words are not aligned or not inside of live tensors."""
         crooked = at % size != 0
@@ -87,6 +107,11 @@ class GlobalMemory(Words):
             near = int(place[outside][0])
             beyond = f"{first - self._ends[near]} bytes beyond the end of one" if near > 0 else "before all"
             raise PtxError(f"{size} bytes at {hex(first)} are outside of live tensors: {beyond}")
+
+
+def _words(at, size):
+    """Numbers of the words of 4 bytes that accesses touch, each once."""
+    return np.unique((at >> 2)[:, None] + np.arange(max(1, size // 4)))
 
 
 @contextlib.contextmanager
