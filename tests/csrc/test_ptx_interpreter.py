@@ -30,12 +30,17 @@ START = "mov.u32 %r10, %r4; mov.u32 %r11, %r5; mov.u32 %r12, %r6; mov.u32 %r13, 
 
 def run(body, values, seed=0, target=80):
     """uint32 [threads, 4]: registers %r10..13 after a body, of threads that have `values` in %r4..7."""
+    return launched(body, values, seed, target)[0]
+
+
+def launched(body, values, seed=0, target=80):
+    """The same, and what was counted."""
     machine = Machine([HEAD + FRAME.format(body=body)], target, seed)
-    given, out = torch.from_numpy(values.view(np.int32).copy()), torch.zeros(values.shape, dtype=torch.int32)
+    given, out = torch.from_numpy(values.view(np.int32)).clone(), torch.zeros(values.shape, dtype=torch.int32)
     with watched(machine.memory):
         arguments = np.array([given.data_ptr(), out.data_ptr()], np.uint64).tobytes()
         machine.launch("k", (1, 1, 1), (len(values), 1, 1), arguments)
-    return out.numpy().view(np.uint32)
+    return out.numpy().view(np.uint32), machine.counts["k"]
 
 
 def words(seed=0, threads=64):
@@ -186,6 +191,30 @@ def test_what_a_kernel_must_not_do_is_an_error(body, message, monkeypatch):
     monkeypatch.setattr("ptx_machine._STEPS", 1000)
     with pytest.raises(PtxError, match=message):
         run(START + body, words())
+
+
+@pytest.mark.parametrize(("shift", "wavefronts"), [(0, 1), (2, 1), (3, 2), (5, 8)])
+def test_conflicts_of_banks_are_counted(shift, wavefronts):
+    values = words(threads=32)
+    place = (
+        f"mov.u32 %r20, box; shl.b32 %r21, %r1, {shift}; and.b32 %r21, %r21, -4; add.s32 %r22, %r20, %r21;"
+    )
+    _, counts = launched(f"{START} {place} ld.shared.u32 %r10, [%r22];", values)
+    assert counts["shared wavefronts"] == wavefronts
+    assert counts["shared wavefronts, ideal"] == 1
+    assert counts["shared reads of what nobody wrote"] == 32
+
+
+def test_sectors_and_instructions_are_counted():
+    scattered = (
+        "mul.wide.u32 %d6, %r1, 28; and.b64 %d6, %d6, 508; add.s64 %d6, %d1, %d6; ld.global.u32 %r10, [%d6];"
+    )
+    _, counts = launched(START + scattered, words(threads=32))
+    touched = {(28 * thread & 508) // 32 for thread in range(32)}
+    assert counts["loaded sectors"] == 32 * 16 // 32 + len(touched)
+    assert counts["loaded sectors, ideal"] == 16 + 32 * 4 // 32
+    assert counts["instructions ld.global"] == 2
+    assert counts["instructions mul"] == 2
 
 
 def test_instructions_of_later_targets_are_refused():

@@ -33,6 +33,7 @@ class Machine:
         counts: figures by kernel.
         texts: the kernels' PTX by their names.
         executed: warps that have run each piece, by kernel.
+        together: threads that run at a time, at most.
         steps: pieces that blocks run at most; more is a loop without end.
     """
 
@@ -43,7 +44,8 @@ class Machine:
         self.texts = {name: own for text in texts for name, own in split_ptx(text).items()}
         self.executed = defaultdict(Counter)
         self.steps = _STEPS
-        self._programs, self._target, self._limit = {}, target, lanes
+        self.together = lanes
+        self._programs, self._target = {}, target
 
     def program(self, name):
         """A kernel made ready to run, when it is first needed."""
@@ -91,7 +93,7 @@ class Machine:
         count = int(np.prod(grid))
         order = self._rng.permutation(count)
         self.memory.start()
-        together = max(1, self._limit // threads)
+        together = max(1, self.together // threads)
         with np.errstate(all="ignore"):
             for start in range(0, count, together):
                 blocks = _Blocks(
