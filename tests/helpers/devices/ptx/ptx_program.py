@@ -17,6 +17,7 @@ from ptx_text import SIZES, Address, Constant, PtxError, Register, Special, Symb
 from ptx_types import UNSIGNED
 
 _ENDS = ("bra", "brx", "ret", "exit", "bar", "barrier")
+_WITHOUT_TARGET = ("st", "red", "cp", "membar", "fence", "prefetch", "griddepcontrol", *_ENDS)
 
 
 @dataclass
@@ -24,10 +25,13 @@ class Piece:
     """Straight code.
 
     Attributes:
-        steps: functions of (slots, machine). inputs, outputs: slots that are taken from the lanes and given
-        back. opcodes: how often each stands here, its end included. end: the instruction that ends the
-        piece, or None where the next piece follows; `guard`: its slot and sign. following, targets: pieces
-        that come next in the text, or that the end branches to, one by `selector`.
+        steps: functions of (slots, machine).
+        inputs, outputs: slots that are taken from the lanes and given back.
+        opcodes: how often each stands here, its end included.
+        end: the instruction that ends the piece, or None where the next piece follows.
+        guard: the slot of the end's predicate, and whether it is negated.
+        following, targets: pieces that come next in the text, or that the end branches to.
+        selector: the slot that picks one of several targets.
     """
 
     steps: list = field(default_factory=list)
@@ -199,21 +203,15 @@ class Program:
         if function is None:
             raise instruction.error("is not known to this interpreter")
         target, *sources = instruction.operands
-        sizes = source_sizes(instruction)
-        slots = [self.source(one, size, instruction) for one, size in zip(sources, sizes, strict=False)][
-            : len(sizes)
-        ]
+        sizes = source_sizes(instruction)  # of fewer than all where the last is part of the function
+        slots = [self.source(one, size, instruction) for one, size in zip(sources, sizes, strict=False)]
         negated = [i for i, one in enumerate(sources) if isinstance(one, Register) and one.negated]
         if negated:
             function = _with_negated(function, negated)
-        return _computed(function, self.target(target, instruction), slots, guarded, self.size_of(target))
+        return _computed(function, self.target(target, instruction), slots, guarded, target.size)
 
     def _action_targets(self, instruction):
         return [self.target(one, instruction) for one in _registers(operands(instruction)[1])]
-
-    @staticmethod
-    def size_of(register):
-        return register.size
 
     def address(self, operand, instruction):
         """A function of slots that gives the int64 offsets of an address."""
@@ -231,20 +229,7 @@ def _offset(slots, machine, slot, offset):
 def operands(instruction):
     """(sources, destinations) of an instruction."""
     name, given = instruction.parts[0], instruction.operands
-    if name in (
-        "st",
-        "red",
-        "cp",
-        "bra",
-        "brx",
-        "ret",
-        "exit",
-        "bar",
-        "barrier",
-        "membar",
-        "fence",
-        "prefetch",
-    ):
+    if name in _WITHOUT_TARGET:
         return given, ()
     return given[1:], given[:1]
 
@@ -283,12 +268,12 @@ def _computed(function, target, sources, guarded, size):
         value = function(*[slots[source] for source in sources])
         if value.ndim == 0:
             value = np.full(len(machine.lanes), value)
-        slots[target] = value if value.dtype == kind else _fitted(value, kind, machine)
+        slots[target] = value if value.dtype == kind else _fitted(value, kind)
 
     return step
 
 
-def _fitted(value, kind, machine):
+def _fitted(value, kind):
     if kind is np.bool_ or value.dtype == bool:
         raise PtxError(f"a value of {value.dtype} for a register of {kind.__name__}")
     return value.astype(kind)

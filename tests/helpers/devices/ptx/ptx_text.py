@@ -88,10 +88,12 @@ class Kernel:
     """An entry of a PTX module.
 
     Attributes:
-        parameters: offset in the parameter block by name; `sizes` in bytes; `parameter_bytes` is the whole.
-        variables: name → (space, offset in it); `bytes` of each space; `dynamic`: the one of the launch's
-        size. code: instructions in order; `labels` → index of the one that follows; `tables` of labels for
-        brx.
+        parameters: offset in the parameter block by name; `sizes` in bytes; `parameter_bytes`: the whole.
+        variables: (space, offset in it) by name; `bytes` of each space.
+        dynamic: the variable whose size a launch gives, or None.
+        code: instructions in order.
+        labels: index of the instruction that follows, by name.
+        tables: labels that a brx chooses from, by name.
     """
 
     name: str
