@@ -36,7 +36,7 @@ def difference(device, bits, tokens):
             device.machine.counts.clear()
             linear(torch.zeros(tokens, k).half(), tensors)
         kernel = next(name for name in device.machine.counts if "gem" in short_name(name))
-        found.append(device.machine.counts[kernel])
+        found.append(Counts(device.machine.counts[kernel]))
     more = Counts(found[1])
     more.subtract(found[0])
     return short_name(kernel), (LONG - SHORT) * 128, more
