@@ -77,7 +77,7 @@ def test_words_come_back_from_the_device_layout(device):
 # ---- Products -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", some(1, *FLOATS), ids=str)
 @pytest.mark.parametrize("tokens", some(3, 1, 9, 17, 8, 16, 65))
 def test_linear_is_as_accurate_as_torch(device, tokens, dtype):
     tensors = oracle.random_tensors(EVERY_WIDTH, 160, bias=True)

@@ -97,7 +97,13 @@ def survivors(case, most):
 
 
 @pytest.mark.parametrize(
-    "case", ["weights", "layout", "3 tokens", "20 tokens", pytest.param("experts", marks=pytest.mark.slow)]
+    "case",
+    [
+        "weights",
+        "layout",
+        "20 tokens",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("3 tokens", "experts")),
+    ],
 )
 def test_every_fault_is_seen(case):
     tried, left = survivors(case, most=1)
