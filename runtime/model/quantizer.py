@@ -157,14 +157,14 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{model.config.name_or_path}: transformers did not load {len(missed)} tensors, {missed[0]} "
                 "first, and would run with random weights; use dbrx_quant.runtime.load_model"
             )
-        for module in model.modules():
-            if isinstance(module, QuantLinear):
-                module.tile()
         assert self._contents is not None
         staying = None
         if self._gpu is not None:
             leave_on_host(model, self._contents, self._gpu)
             staying = self._gpu.host_names(self._contents)
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.tile()
         use_repacked(model, self._contents, self._keys.saving, self._memory, staying)
         self._contents = self._memory = None  # what is loaded holds on to what it needs
         model.requires_grad_(False)  # else torch.compile traces a backward pass, which there isn't
