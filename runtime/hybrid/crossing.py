@@ -1,9 +1,9 @@
 """The sum over a token's experts of which a device computes some and the host the others, at the same time.
 
-Tokens and their routing are on the device. Their copies to the host go out first, then the device's own experts
-are launched; the host waits for the copies alone and computes while the device does. Its sums go back and are
-added to the device's, always in this order. On a GPU all copies go through pinned memory of torch's allocator,
-which gives a piece out again only when the copy is done.
+Tokens and their routing are on the device. Their copies to the host go out first, then the device's own
+experts are launched; the host waits for the copies alone and computes while the device does. Its sums go back
+and are added to the device's, always in this order. On a GPU all copies go through pinned memory of torch's
+allocator, which gives a piece out again only when the copy is done.
 
 Axes: T tokens, E experts, D hidden, A experts per token.
 """
@@ -22,7 +22,7 @@ PASS_TOKENS = 512  # that cross at once: bounds pinned memory; as many as the CU
 
 
 def numbering(count: int, own: Sequence[int]) -> Tensor:
-    """The number of each of E = `count` experts among `own`, int64 [E + 1]; of others, and of E, how many own are.
+    """The number of each of E = `count` experts among `own`, int64 [E + 1]; of others, and of E, their count.
 
     So both sides read the same routing: what is not theirs is "no expert" to them.
     """
@@ -79,7 +79,7 @@ class Copies:
                 torch.empty(one.shape, dtype=one.dtype, pin_memory=True).copy_(one, non_blocking=True)
                 for one in tensors
             )
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(device))
         else:
             self._copies = tuple(one.cpu() for one in tensors)

@@ -62,9 +62,7 @@ class Batch:
 def workspace_bytes(architecture: Architecture, batch: Batch) -> int:
     """Bytes for activations and for what the kernels write in between, from above."""
     states = _STATES * batch.tokens * architecture.hidden * batch.item_bytes
-    inner = max(
-        (s.shape[1] for b in architecture.blocks for stage in b.stages for s in stage), default=0
-    )
+    inner = max((s.shape[1] for b in architecture.blocks for stage in b.stages for s in stage), default=0)
     states += 3 * batch.tokens * inner * batch.item_bytes
     logits = batch.logits * architecture.vocabulary * (batch.item_bytes + 8)
     experts = max((_experts_bytes(b.experts, batch) for b in architecture.blocks if b.experts), default=0)

@@ -1,4 +1,4 @@
-"""The GPU that holds a part of a model: whether there is one that the kernels run on, and what it has free."""
+"""The GPU that holds a part of a model: whether there is one that the kernels run on, with memory enough."""
 
 import torch
 

@@ -1,8 +1,8 @@
-"""What of a model a GPU holds within a limit, and what the host computes: planned from headers, told before loading.
+"""What of a model a GPU holds within a limit, and what the host computes: planned from headers, then told.
 
-What every token needs is on the GPU: attention, routers, norms, dense parts, head, and the cache. Then come the
-busiest experts of all blocks (`plan.py`). Where not all experts have room, the embedding stays in main memory: of
-it a token reads one row.
+What every token needs is on the GPU: attention, routers, norms, dense parts, head, and the cache. Then come
+the busiest experts of all blocks (`plan.py`). Where not all experts have room, the embedding stays in main
+memory: of it a token reads one row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,7 +89,11 @@ class GpuPlan:
         )
         if not any(self.host_experts.values()):
             return
-        use = "by measurement.json" if self.measured else "if all are chosen alike: there is no measurement.json"
+        use = (
+            "by measurement.json"
+            if self.measured
+            else "if all are chosen alike: there is no measurement.json"
+        )
         yield (
             f"experts on the GPU: {_counts(self.device_experts, self.host_experts)}; "
             f"{100 * self.share:.0f} % of what a token reads of experts, {use}"
@@ -164,8 +168,12 @@ def _expert_sizes(
     for block in contents.architecture.blocks:
         if block.experts:
             each = block.experts.linears
-            there[block.index] = tuple(sum(linear_bytes(contents, s, item_bytes) for s in own) for own in each)
-            stored[block.index] = tuple(sum(linear_bits(contents.checkpoint, s) // 8 for s in own) for own in each)
+            there[block.index] = tuple(
+                sum(linear_bytes(contents, s, item_bytes) for s in own) for own in each
+            )
+            stored[block.index] = tuple(
+                sum(linear_bits(contents.checkpoint, s) // 8 for s in own) for own in each
+            )
     return there, stored
 
 
@@ -174,7 +182,9 @@ def _common_bytes(contents: Contents, item_bytes: int) -> int:
     architecture = contents.architecture
     count = 0
     for spec in architecture.linears():
-        shared = spec is architecture.head and architecture.tied and f"{spec.name}.weight" not in contents.names
+        shared = (
+            spec is architecture.head and architecture.tied and f"{spec.name}.weight" not in contents.names
+        )
         if spec.expert is None and not (shared and not contents.is_quantized(spec)):
             count += linear_bytes(contents, spec, item_bytes)
     for kept in architecture.all_floats():
@@ -188,11 +198,12 @@ def _common_bytes(contents: Contents, item_bytes: int) -> int:
 def _refuse(
     memory: GpuMemory, context: int, common: int, cache: int, workspace: int, has_experts: bool
 ) -> None:
-    what = "what every token needs takes" if has_experts else "the model, which has no experts to leave out, takes"
+    what = "what every token needs" if has_experts else "the model, which has no experts to leave out,"
+    total = common + cache + workspace
     raise ValueError(
-        f"gpu memory: {_gb(memory.limit)} are too little: {what} {_gb(common)}, a cache of {context} tokens "
-        f"{_gb(cache)}, workspace {_gb(workspace)}: {_gb(common + cache + workspace)} in all; give that much, "
-        "fewer tokens, or leave it out to run on the CPU"
+        f"gpu memory: {_gb(memory.limit)} are too little: {what} takes {_gb(common)}, "
+        f"a cache of {context} tokens {_gb(cache)}, workspace {_gb(workspace)}: {_gb(total)} in all; "
+        "give that much, fewer tokens, or leave it out to run on the CPU"
     )
 
 
@@ -207,7 +218,7 @@ def _experts(contents: Contents, chosen: Mapping[int, Sequence[int]]) -> Iterato
 def _counts(device: Mapping[int, Sequence[int]], host: Mapping[int, Sequence[int]]) -> str:
     """How many experts of each block are on the GPU: `6 of 16 in blocks 0-13, 7 of 16 in 14`."""
     counts = [(block, len(own), len(own) + len(host[block])) for block, own in device.items()]
-    parts = []
+    parts: list[str] = []
     for (own, count), run in groupby(counts, key=lambda one: one[1:]):
         blocks = [block for block, _, _ in run]
         named = f"{blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"{blocks[0]}"

@@ -1,4 +1,4 @@
-"""Which experts a GPU holds: those that save most reading of main memory for the bytes that they take there."""
+"""Which experts a GPU holds: those that save most reading of main memory for the bytes that they take."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,9 +8,9 @@ def resident_experts(
 ) -> dict[int, tuple[int, ...]]:
     """Block → its experts that the GPU holds, ascending: the busiest of all blocks, as many as fit.
 
-    An expert saves its bytes times its use and takes its bytes, so the order is that of the use. What stays in
-    main memory is read less often than with any other choice, but for the use of one expert at most. Of equally
-    busy experts every block gets its first one before any gets a second: both sides then work in every block.
+    An expert saves its bytes times its use and takes its bytes, so the order is that of the use. No choice
+    saves more than this one and one expert. Of equally busy experts every block gets its first one before any
+    gets a second: both sides then work in every block.
 
     Args:
         budget: bytes on the GPU for experts.

@@ -16,6 +16,7 @@ from dbrx_quant.runtime.model.linear import QuantLinear
 
 host_experts_op = experts_op  # by the device of its tensors; a name of its own, for tests
 
+
 class _Expert(nn.Module):
     """The three linears of one expert, under their names in the file."""
 
@@ -23,8 +24,8 @@ class _Expert(nn.Module):
 class QuantExperts(nn.Module):
     """Sum over a token's experts of weight * down(activation(gate(x)) * up(x)), as transformers' experts do.
 
-    The linears are children `<expert>.<key>`, so buffers are named as in the file: `3.w1.q_weight`. Some of the
-    experts may stay on the host (`leave_on_host`), which computes them while the device computes the others.
+    The linears are children `<expert>.<key>`, so buffers are named as in the file: `3.w1.q_weight`. Some of
+    the experts may stay on the host (`leave_on_host`), which computes them while the device computes others.
 
     Args:
         linears: (gate, up, down) of each expert; no biases.
@@ -125,7 +126,6 @@ class QuantExperts(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        host = f", {len(self.host_experts)} of them on the host" if self.host_experts else ""
-        return (
-            f"{self.num_experts} experts of {self.hidden_size} by {self.ffn_hidden_size}, {self.activation}{host}"
-        )
+        where = f", {len(self.host_experts)} on the host" if self.host_experts else ""
+        sizes = f"{self.hidden_size} by {self.ffn_hidden_size}"
+        return f"{self.num_experts} experts of {sizes}, {self.activation}{where}"

@@ -52,19 +52,19 @@ def load_model(
             experts that are chosen most; the others are read from the disk when they are used. Where not all
             of the model has room, `repacked.bin` is made in the folder, unless it is there. The cache and the
             program itself come on top. Default: all of them.
-        gpu_memory: bytes that the model may take of a GPU's memory: `device`, or the current GPU where that is
-            "cpu". It gets what every token needs, the cache and as many experts as have room, the busiest
-            first; the CPU computes the others while the GPU computes its own. With `memory`, that many bytes
-            of those stay in main memory. Default: all of the model is on one device.
-        notify: called with each line on what is done for `memory` and `gpu_memory`. Default: they go to the log.
+        gpu_memory: bytes that the model may take of a GPU's memory: `device`, or the current GPU where that
+            is "cpu". It gets what every token needs, the cache and as many experts as have room, the busiest
+            first; the CPU computes the others while the GPU computes its own. With `memory`, that many
+            bytes of those stay in main memory. Default: all of the model is on one device.
+        notify: called with each line on what is done for `memory` and `gpu_memory`. Default: the log.
         **options: passed on to `from_pretrained`, such as `attn_implementation`.
 
     Raises:
         CheckpointError: the folder is no EXL2 checkpoint, does not fit its configuration in every tensor, or
             holds NaN or infinity (0.1 s a gigabyte of 16-bit tensors to see). A model is never returned with
             weights that were not read.
-        ValueError: `memory` is too little for what has to stay, or the model is not on the CPU; `gpu_memory` is
-            too little for what every token needs, or more than is free.
+        ValueError: `memory` is too little for what has to stay, or the model is not on the CPU; `gpu_memory`
+            is too little for what every token needs, or more than is free.
         RuntimeError: `gpu_memory`, and no GPU here that the kernels run on.
         OSError: `repacked.bin` has to be made, and cannot be.
     """
@@ -134,7 +134,7 @@ def _split(
     dtype: torch.dtype,
     notify: Notify,
 ) -> tuple[GpuPlan | None, torch.device]:
-    """What a GPU holds of a model, None where that is all of it; and the GPU. Says what is going to be where."""
+    """What a GPU holds of a model, None where that is all of it, and the GPU; tells what is where."""
     asked = memory if isinstance(memory, GpuMemory) else GpuMemory(memory)
     longest = getattr(config, "max_position_embeddings", None)
     plan = plan_gpu(contents, asked, longest, dtype.itemsize)

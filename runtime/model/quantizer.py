@@ -37,13 +37,13 @@ from dbrx_quant.runtime.model.memory import Memory
 
 METHOD = "exl2"
 
-_in_use: ContextVar[tuple[Contents, Memory | None, GpuPlan | None] | None] = ContextVar("in_use", default=None)
+_in_use: ContextVar[tuple[Contents, Memory | None, GpuPlan | None] | None] = ContextVar(
+    "in_use", default=None
+)
 
 
 @contextmanager
-def use_contents(
-    contents: Contents, memory: Memory | None, gpu: GpuPlan | None = None
-) -> Iterator[None]:
+def use_contents(contents: Contents, memory: Memory | None, gpu: GpuPlan | None = None) -> Iterator[None]:
     """Have `from_pretrained(None, state_dict=...)` load these contents, already checked, inside the block.
 
     Args:

@@ -106,9 +106,7 @@ def build_app(
     tokenizer.parse_response = tolerant(tokenizer.parse_response, tokenizer.decode)
     texts = TextProcess(tokenizer)
     try:
-        model = load_model(
-            folder, device=device, memory=memory, gpu_memory=gpu_memory, notify=notify
-        )
+        model = load_model(folder, device=device, memory=memory, gpu_memory=gpu_memory, notify=notify)
         texts.encode("", 0)  # it is ready when the server is
     except BaseException:
         texts.close()

@@ -63,9 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     typed = sys.stdin.isatty() and sys.stdout.isatty() and not arguments.json
     hide_loading_bar(arguments.quiet or typed)
     gpu = gpu_memory(arguments)
-    model = load_model(
-        folder, device=arguments.device, memory=arguments.memory, gpu_memory=gpu, notify=say
-    )
+    model = load_model(folder, device=arguments.device, memory=arguments.memory, gpu_memory=gpu, notify=say)
     torch.manual_seed(arguments.seed)
     conversation = Conversation(
         model,

@@ -64,9 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"the prompt has {ids.shape[1]} tokens, the model takes {context} with the answer; shorten it"
         )
     gpu = gpu_memory(arguments, ids.shape[1] + most)
-    model = load_model(
-        folder, device=arguments.device, memory=arguments.memory, gpu_memory=gpu, notify=say
-    )
+    model = load_model(folder, device=arguments.device, memory=arguments.memory, gpu_memory=gpu, notify=say)
     torch.manual_seed(arguments.seed)
     stream = TextStream(tokenizer, (lambda piece: None) if arguments.json else _write)
     interrupted = False

@@ -174,8 +174,8 @@ def add_gpu_memory_argument(parser: argparse._ActionsContainer) -> None:
         "--gpu-memory",
         metavar="SIZE",
         type=size,
-        help="split a mixture of experts: so much of a GPU's memory, such as 22GB, for what every token needs, "
-        "the cache and the busiest experts; the CPU computes the others (default: all on --device)",
+        help="split a mixture of experts: so much of a GPU's memory, such as 22GB, holds what every token "
+        "needs, the cache and the busiest experts; the CPU computes the others (default: one device)",
     )
 
 

@@ -69,20 +69,21 @@ def random_linear(
 def rounded_linear(weight: Tensor, bits: int) -> dict[str, Tensor]:
     """The stored tensors of a weight [N, K], rounded to the nearest code in groups of 32 rows."""
     weight = functional.pad(weight.float(), (0, 0, 0, padded_columns(len(weight)) - len(weight))).T
-    k, n = weight.shape
+    k = len(weight)
     groups = uniform_groups(k, bits, 32)
     parts = weight.split(32)
+    rows = torch.tensor([len(part) for part in parts])
     scales = torch.stack([part.abs().amax(0) for part in parts]) / (2 ** (bits - 1) - 1)  # [G, N]
     most = scales.amax(1).clamp(min=1e-6).half()
     steps = ((scales / most[:, None].float()).sqrt() * 16).ceil().clamp(1, 16)
-    scales = (steps**2 * (most[:, None].float() / 256)).repeat_interleave(torch.tensor([len(p) for p in parts]), 0)
+    scales = (steps**2 * (most[:, None].float() / 256)).repeat_interleave(rows, 0)  # [K, N]
     low = 2 ** (bits - 1)
     codes = ((weight / scales).round() + low).clamp(0, 2 * low - 1).byte()
     return pack_linear(UnpackedLinear(codes, (steps - 1).byte(), most, groups, torch.arange(k)))
 
 
 def round_folder(source: Path, path: Path, bits: int = 4) -> Path:
-    """Write a model's EXL2 checkpoint with all linears rounded: quick, and close enough to say the same words."""
+    """Write a model's EXL2 checkpoint with all linears rounded: quick, and near enough to say words."""
     opened = open_source(source)
     architecture, checkpoint = opened.architecture, opened.checkpoint
     path.mkdir(parents=True)

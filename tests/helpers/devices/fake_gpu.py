@@ -1,7 +1,7 @@
 """The CPU in the part of a GPU: linears are tiled and run on the CUDA emulator, but for those that stay.
 
-Wants the fixture `emulated`. Tensors of both sides are on the CPU, so what only devices tell apart is not seen
-here (`far_device.py` sees it).
+Wants the fixture `emulated`. Tensors of both sides are on the CPU, so what only devices tell apart is not
+seen here (`far_device.py` sees it).
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Models of which a GPU, played by the CUDA emulator, has a part: the words of the CPU alone, and what is where."""
+"""Models of which a GPU, played by the CUDA emulator, has a part: the CPU's own words, and what is where."""
 
 import copy
 import json
@@ -171,7 +171,7 @@ def test_only_the_hosts_experts_come_out_of_the_repacked_file(folders, tmp_path,
 
 def test_memory_for_the_hosts_part_may_be_too_little(folders, gpu):
     gpu()
-    with use_activations("int16"), pytest.raises(ValueError, match="memory: .* are too little"):
+    with use_activations("int16"), pytest.raises(ValueError, match=r"memory: .* are too little"):
         split_model(folders("dbrx").path, 0.3, memory=1000)
 
 
