@@ -15,12 +15,11 @@ def contents_of(folder):
     return read_contents(architecture, architecture.open(folder))
 
 
-def room_for(folder, share, item_bytes=4):
+def room_for(folder, share, item_bytes=4, context=CONTEXT):
     """A limit that leaves this share of the bytes of all experts, and a little for the last one to fit."""
     contents = contents_of(folder)
-    whole = plan_gpu(contents, GpuMemory(EVERYTHING, CONTEXT), None, item_bytes)
+    whole = plan_gpu(contents, GpuMemory(EVERYTHING, context), None, item_bytes)
     shape = next(spec.shape for spec in contents.architecture.floats if len(spec.shape) == 2)
     table = allocated(item_bytes * shape[0] * shape[1])
-    return GpuMemory(
-        whole.common - table + whole.cache + whole.workspace + int(share * whole.experts), CONTEXT
-    )
+    common = whole.common - table + whole.cache + whole.workspace
+    return GpuMemory(common + int(share * whole.experts), context)
