@@ -7,7 +7,6 @@ memory: of it a token reads one row.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from dbrx_quant.runtime.families.facts import LinearSpec
 from dbrx_quant.runtime.folder.contents import Contents
@@ -216,14 +215,13 @@ def _experts(contents: Contents, chosen: Mapping[int, Sequence[int]]) -> Iterato
 
 
 def _counts(device: Mapping[int, Sequence[int]], host: Mapping[int, Sequence[int]]) -> str:
-    """How many experts of each block are on the GPU: `6 of 16 in blocks 0-13, 7 of 16 in 14`."""
-    counts = [(block, len(own), len(own) + len(host[block])) for block, own in device.items()]
-    parts: list[str] = []
-    for (own, count), run in groupby(counts, key=lambda one: one[1:]):
-        blocks = [block for block, _, _ in run]
-        named = f"{blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"{blocks[0]}"
-        parts.append(f"{own} of {count} in {'blocks ' if not parts else ''}{named}")
-    return ", ".join(parts)
+    """How many experts of each block are there: `6 of 16 in every block`, `7 6 6 of 16 in blocks 0 to 2`."""
+    counts = [len(own) for own in device.values()]
+    first, last = min(device), max(device)
+    most = len(device[first]) + len(host[first])
+    if len(set(counts)) == 1:
+        return f"{counts[0]} of {most} in every block"
+    return f"{' '.join(map(str, counts))} of {most} in blocks {first} to {last}"
 
 
 def _gb(count: float) -> str:

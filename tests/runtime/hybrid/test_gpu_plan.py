@@ -119,7 +119,7 @@ def test_what_is_going_to_be_where_is_said(folders):
     assert planned.startswith("GPU: 0.20 GB of 0.20 GB planned: 0.")
     assert f"for a cache of {CONTEXT} tokens" in planned
     assert planned.endswith("of workspace, the embedding in main memory")
-    assert experts.startswith("experts on the GPU: 2 of 4 in blocks 0-1; ")
+    assert experts.startswith("experts on the GPU: 2 of 4 in every block; ")
     assert experts.endswith(
         "% of what a token reads of experts, if all are chosen alike: there is no measurement.json"
     )
@@ -127,7 +127,11 @@ def test_what_is_going_to_be_where_is_said(folders):
 
 
 def test_blocks_without_experts_are_not_counted(folders):
-    assert "of 4 in blocks 0; " in lines_of(folders("qwen3 moe"), 0.5)[1]
+    assert "2 of 4 in every block; " in lines_of(folders("qwen3 moe"), 0.55)[1]
+
+
+def test_uneven_numbers_are_told_block_by_block(folders):
+    assert "experts on the GPU: 3 2 of 4 in blocks 0 to 1; " in lines_of(folders("mixtral"), 0.68)[1]
 
 
 def test_a_model_that_fits_is_on_the_gpu_whole(folders):

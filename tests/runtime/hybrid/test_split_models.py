@@ -119,7 +119,7 @@ def test_the_busiest_experts_are_on_the_gpu_by_the_measurement_beside_the_shards
     said = []
     model = split_model(folder, 0.55, said)
     assert [one.host_experts for one in mixtures_of(model)] == [(1, 3), (0, 2)]
-    assert "2 of 4 in blocks 0-1; " in said[1]
+    assert "2 of 4 in every block; " in said[1]
     assert "% of what a token reads of experts, by measurement.json" in said[1]
 
 

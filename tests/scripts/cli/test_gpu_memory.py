@@ -60,7 +60,7 @@ def test_generate_tells_what_is_where_and_answers(folder, capsys, emulated, monk
     assert code == 0
     assert out.strip()
     assert "GPU: " in err
-    assert "experts on the GPU: 1 of 2 in blocks 0-1; " in err
+    assert "experts on the GPU: 1 of 2 in every block; " in err
     assert "main memory: the other experts, " in err
 
 
