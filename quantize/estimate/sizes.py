@@ -11,6 +11,7 @@ from dbrx_quant.runtime.exl2.format import SUFFIXES, WIDTHS, padded_columns, sto
 from dbrx_quant.runtime.families.facts import Architecture, LinearSpec
 from dbrx_quant.runtime.families.source import open_source
 from dbrx_quant.runtime.files.errors import CheckpointError
+from dbrx_quant.runtime.folder.sizes import cache_bytes
 
 HEADER_BYTES = 68  # of a tensor in a shard's header, its name aside
 
@@ -69,13 +70,6 @@ def fixed_bytes(architecture: Architecture, head_bits: int) -> int:
 def total_bytes(architecture: Architecture, bpw: float, head_bits: int) -> int:
     """Size of a checkpoint's shards."""
     return int(bpw * decoder_weights(architecture) / 8) + fixed_bytes(architecture, head_bits)
-
-
-def cache_bytes(architecture: Architecture, context: int) -> int:
-    """Size of the keys and values of `context` tokens in half precision."""
-    first = architecture.blocks[0]
-    cached = sum(spec.shape[1] for stage in first.stages for spec in stage if spec.role in ("k", "v"))
-    return 2 * cached * context * len(architecture.blocks)
 
 
 def bpw_for_size(options: ConvertOptions, size: int) -> float:

@@ -1,4 +1,4 @@
-"""What a quantized checkpoint takes on disk, counted from its headers."""
+"""What a quantized checkpoint takes on disk, counted from its headers, and its cache in memory."""
 
 from dataclasses import dataclass
 
@@ -67,3 +67,10 @@ def stored_bits(checkpoint: Checkpoint, architecture: Architecture) -> StoredBit
         head_weights=architecture.head.shape[0] * architecture.head.shape[1],
         total_bytes=sum(checkpoint.info(name).nbytes for name in checkpoint.names()),
     )
+
+
+def cache_bytes(architecture: Architecture, context: int, item_bytes: int = 2) -> int:
+    """Bytes of the keys and values of `context` tokens; in half precision by default."""
+    first = architecture.blocks[0]
+    cached = sum(spec.shape[1] for stage in first.stages for spec in stage if spec.role in ("k", "v"))
+    return item_bytes * cached * context * len(architecture.blocks)

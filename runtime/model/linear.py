@@ -31,7 +31,8 @@ class QuantLinear(nn.Module):
     too: nothing is copied.
 
     Moved to a GPU, it keeps q_weight in the layout of the kernels there (`kernels/cuda_tiles.py`) instead
-    of the file's. Moved away, in `tensors()` and in a state_dict, q_weight is as in the file again.
+    of the file's. Moved away, in `tensors()` and in a state_dict, q_weight is as in the file again. One that
+    stays on the host (`stay_on_host`) is not moved with its model.
 
     Args:
         in_features: K.
@@ -62,6 +63,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.stays = False
         n = padded_columns(out_features)
 
         def register(name: str, *shape: int) -> None:
@@ -120,12 +122,18 @@ class QuantLinear(nn.Module):
         with self._as_stored():
             return dict(self.named_buffers(recurse=False))
 
+    def stay_on_host(self) -> None:
+        """Leave the tensors where they are from now on, wherever the model is moved."""
+        self.stays = True
+
     def tile(self) -> None:
         """Put q_weight into the layout of the CUDA kernels, if it is on a GPU and they are available.
 
         The file's words are let go; while the new ones are made, both are there.
         """
         stored = self.stored()
+        if self.stays:
+            return
         device = stored.q_weight.device
         if cuda_tiles.on_gpu(stored.q_weight) and not stored.tiled and _cuda.why_unavailable(device) is None:
             self._buffers["q_weight"] = cuda_tiles.tile(stored)
@@ -169,6 +177,8 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Other devices read the file's words; and `.to(torch.bfloat16)` means the activations: the fp16
         # tensors of the format keep their bits.
+        if self.stays:
+            return self
         empty = self.q_weight.is_meta
         self.untile()
         before = {name: self._buffers[name] for name in _HALVES}

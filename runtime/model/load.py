@@ -10,9 +10,11 @@ import torch
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
 from dbrx_quant.runtime.files.errors import CheckpointError
-from dbrx_quant.runtime.folder.contents import DERIVED, read_contents
+from dbrx_quant.runtime.folder.contents import DERIVED, Contents, read_contents
 from dbrx_quant.runtime.folder.find import find_folder
 from dbrx_quant.runtime.folder.finite import check_finite
+from dbrx_quant.runtime.hybrid.gpu_device import splitting_device
+from dbrx_quant.runtime.hybrid.gpu_plan import GpuMemory, GpuPlan, plan_gpu
 from dbrx_quant.runtime.model.memory import Notify, prepare_memory
 from dbrx_quant.runtime.model.placement import AUTO, find_devices, place
 from dbrx_quant.runtime.model.quantizer import METHOD, use_contents
@@ -30,6 +32,7 @@ def load_model(
     revision: str | None = None,
     device_map: Any = None,
     memory: int | None = None,
+    gpu_memory: int | GpuMemory | None = None,
     notify: Notify | None = None,
     **options: Any,
 ) -> Any:
@@ -52,7 +55,11 @@ def load_model(
             experts that are chosen most; the others are read from the disk when they are used. Where not all
             of the model has room, `repacked.bin` is made in the folder, unless it is there. The cache and the
             program itself come on top. Default: all of them.
-        notify: called with each line on what is done for `memory`. Default: they go to the log.
+        gpu_memory: bytes that the model may take of a GPU's memory: `device`, or the current GPU where that
+            is "cpu". It gets what every token needs, the cache and as many experts as have room, the busiest
+            first; the CPU computes the others while the GPU computes its own. With `memory`, that many
+            bytes of those stay in main memory. Default: all of the model is on one device.
+        notify: called with each line on what is done for `memory` and `gpu_memory`. Default: the log.
         **options: passed on to `from_pretrained`, such as `attn_implementation`.
 
     Raises:
@@ -61,7 +68,8 @@ def load_model(
             weights that were not read.
         RuntimeError: there is no such GPU, or the CUDA kernels cannot run there; before anything is read.
         ValueError: the devices have too little free memory; `memory` is too little for what has to stay, or
-            the model is not on the CPU.
+            the model is not on the CPU; `gpu_memory` is too little for what every token needs, or more than
+            is free, or asked for several devices.
         OSError: `repacked.bin` has to be made, and cannot be.
     """
     import transformers
@@ -74,6 +82,14 @@ def load_model(
     check_finite(contents)
     generation = _generation_config(folder, config)
     config.quantization_config = _quantization(config, folder)
+    notify = notify or _logger.warning
+    split = None
+    if gpu_memory is not None:
+        if devices is None or (len(devices) > 1 and device != AUTO):
+            raise ValueError("gpu_memory: it splits a model over one GPU and the CPU; name one device")
+        dtype = dtype or torch.float16
+        split, gpu = _split(contents, gpu_memory, devices[0], config, dtype, notify)
+        devices = [torch.device("cpu") if split else gpu]
     on_cpu = not torch.accelerator.is_available() if devices is None else devices[0].type == "cpu"
     dtype = dtype or (torch.float32 if on_cpu else torch.float16)
     if devices is not None:
@@ -82,11 +98,12 @@ def load_model(
     if memory is not None:
         if not on_cpu:
             raise ValueError("memory: weights stay in memory or on disk on the CPU only; leave it out")
-        plan = prepare_memory(contents, memory, dtype.itemsize, notify or _logger.warning)
+        host = split.host_names(contents) if split else None
+        plan = prepare_memory(contents, memory, dtype.itemsize, notify, host)
     checkpoint = contents.checkpoint
     names = [name for name in checkpoint.names() if not name.endswith(DERIVED)]
     try:
-        with use_contents(contents, plan):
+        with use_contents(contents, plan, split):
             model = getattr(transformers, config.architectures[0]).from_pretrained(
                 None,
                 config=config,
@@ -104,9 +121,30 @@ def load_model(
         raise CheckpointError(
             f"{path}: transformers cannot build the model that it describes: {error!r}"
         ) from error
+    if split:
+        model.to(gpu)
+        checkpoint.release_all()  # what the device holds now; what stays comes from the file again
     model.generation_config = generation
     model.config.name_or_path = str(source)
     return model
+
+
+def _split(
+    contents: Contents,
+    memory: int | GpuMemory,
+    device: torch.device,
+    config: Any,
+    dtype: torch.dtype,
+    notify: Notify,
+) -> tuple[GpuPlan | None, torch.device]:
+    """What a GPU holds of a model, None where that is all of it, and the GPU; tells what is where."""
+    asked = memory if isinstance(memory, GpuMemory) else GpuMemory(memory)
+    longest = getattr(config, "max_position_embeddings", None)
+    plan = plan_gpu(contents, asked, longest, dtype.itemsize)
+    chosen = splitting_device(device, asked.limit)
+    for line in plan.lines():
+        notify(line)
+    return None if plan.whole else plan, chosen
 
 
 def _quantization(config: Any, folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ system as long as it has room.
 import mmap
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +104,7 @@ class Memory:
         limit: bytes.
         plan: what stays.
         file: the repacked file; None where all weights stay and there is none.
+        places: of the linears that are planned for.
         measured: whether a measurement told which experts are busy.
         notify: called with each line for the user.
     """
@@ -111,6 +112,7 @@ class Memory:
     limit: int
     plan: MemoryPlan
     file: RepackedFile | None
+    places: Sequence[Place]
     measured: bool
     notify: Notify
 
@@ -124,7 +126,7 @@ class Memory:
             return {}
         kept, seconds = _copies(self.file, self.plan.names)
         if not self.plan.complete:
-            rest = [place for place in self.file.places if place.spec.name not in self.plan.names]
+            rest = [place for place in self.places if place.spec.name not in self.plan.names]
             self.notify(self._summary(disk_rate(self.file, rest), memory_rate()))
         else:
             self.notify(
@@ -145,7 +147,13 @@ class Memory:
         )
 
 
-def prepare_memory(contents: Contents, limit: int, item_bytes: int, notify: Notify) -> Memory:
+def prepare_memory(
+    contents: Contents,
+    limit: int,
+    item_bytes: int,
+    notify: Notify,
+    host: Collection[str] | None = None,
+) -> Memory:
     """Decide what stays in memory, and make the repacked file where it is needed and not there.
 
     Args:
@@ -153,6 +161,7 @@ def prepare_memory(contents: Contents, limit: int, item_bytes: int, notify: Noti
         limit: bytes of weights in memory.
         item_bytes: of an element of the tensors that are not quantized, as they are loaded.
         notify: called with each line for the user.
+        host: the linears and tensors that a GPU does not hold; None: there is no GPU.
 
     Raises:
         ValueError: the limit is too small, or activations are `float`, whose kernels read the shards.
@@ -167,8 +176,9 @@ def prepare_memory(contents: Contents, limit: int, item_bytes: int, notify: Noti
         raise RuntimeError(f"memory: needs the native kernels: {reason}")
     folder = contents.checkpoint.folder
     use, measured = expert_use(folder, contents.architecture)
-    places = plan_repacked(contents)
+    places = [place for place in plan_repacked(contents) if host is None or place.spec.name in host]
     floats = [name for name in contents.names if name.rpartition(".")[0] not in contents.groups]
+    floats = [name for name in floats if host is None or name in host]
     elements = sum(int(np.prod(contents.checkpoint.info(name).shape)) for name in floats)
     fixed = elements * item_bytes + sum(place.head_bytes for place in places)
     plan = plan_memory(places, use, fixed, limit)
@@ -181,7 +191,7 @@ def prepare_memory(contents: Contents, limit: int, item_bytes: int, notify: Noti
         size = _gb(sum(place.body_bytes for place in places))
         notify(f"{folder / REPACKED_NAME}: writing {size}, once; `dbrx-quant repack` does it ahead")
         file = _write(contents)
-    return Memory(limit, plan, file, measured, notify)
+    return Memory(limit, plan, file, places, measured, notify)
 
 
 def _write(contents: Contents) -> RepackedFile:

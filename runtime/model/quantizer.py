@@ -32,23 +32,27 @@ from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.runtime.folder.contents import Contents, read_contents
 from dbrx_quant.runtime.folder.finite import check_finite
 from dbrx_quant.runtime.folder.index import unnamed_shard
+from dbrx_quant.runtime.hybrid.gpu_plan import GpuPlan
 from dbrx_quant.runtime.model.memory import Memory
 from dbrx_quant.runtime.model.placement import check_device_map, settle
 
 METHOD = "exl2"
 
-_in_use: ContextVar[tuple[Contents, Memory | None] | None] = ContextVar("in_use", default=None)
+_in_use: ContextVar[tuple[Contents, Memory | None, GpuPlan | None] | None] = ContextVar(
+    "in_use", default=None
+)
 
 
 @contextmanager
-def use_contents(contents: Contents, memory: Memory | None) -> Iterator[None]:
+def use_contents(contents: Contents, memory: Memory | None, gpu: GpuPlan | None = None) -> Iterator[None]:
     """Have `from_pretrained(None, state_dict=...)` load these contents, already checked, inside the block.
 
     Args:
         contents: what is loaded.
         memory: how much of it stays in memory; None: no limit is known.
+        gpu: what a GPU is going to hold, if anything stays on the host.
     """
-    token = _in_use.set((contents, memory))
+    token = _in_use.set((contents, memory, gpu))
     try:
         yield
     finally:
@@ -83,6 +87,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._keys: Any = None
         self._contents: Contents | None = None
         self._memory: Memory | None = None
+        self._gpu: GpuPlan | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse devices where the model would not run, or not be, before anything is loaded."""
@@ -99,8 +104,11 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_compileable(self) -> bool:
-        """Every op has a fake kernel and none depends on values, so `torch.compile` takes whole graphs."""
-        return True
+        """Every op has a fake kernel and none depends on values, so `torch.compile` takes whole graphs.
+
+        Not where the host computes experts: it waits for what the device has chosen.
+        """
+        return self._gpu is None
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Report weights that transformers would not find by itself, such as exllamav2's.
@@ -125,7 +133,8 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{type(model).__name__} is not what config.json names, {architectures}; "
                 "load EXL2 models with AutoModelForCausalLM or load_model"
             )
-        contents, self._memory = _in_use.get() or (_open_contents(model, checkpoint_files), None)
+        in_use = _in_use.get() or (_open_contents(model, checkpoint_files), None, None)
+        contents, self._memory, self._gpu = in_use
         saving = swap_modules(model, contents)
         self._contents = contents
         loading = dict(saving)
@@ -133,7 +142,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
             known = {name: contents.architecture.normalise(name) for name in read_header(Path(file))}
             loading |= {name: saving[key] for name, key in known.items() if key in saving}
         self._keys = KeyTable(loading, saving)
-        if any(block.experts for block in contents.architecture.blocks):
+        if self._gpu is None and any(block.experts for block in contents.architecture.blocks):
             model._can_compile_fullgraph = True  # what couldn't was the loop over experts, which is gone
         return model
 
@@ -145,6 +154,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         from dbrx_quant.runtime.model.linear import QuantLinear
         from dbrx_quant.runtime.model.native_step import install_native_step
         from dbrx_quant.runtime.model.repacked_linears import use_repacked
+        from dbrx_quant.runtime.model.swap import leave_on_host
 
         missed = sorted(set(self._keys.saving.values()) - self._keys.renamed)
         if missed:
@@ -154,11 +164,15 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
             settle(model)
+        assert self._contents is not None
+        staying = None
+        if self._gpu is not None:
+            leave_on_host(model, self._contents, self._gpu)
+            staying = self._gpu.host_names(self._contents)
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.tile()
-        assert self._contents is not None
-        use_repacked(model, self._contents, self._keys.saving, self._memory)
+        use_repacked(model, self._contents, self._keys.saving, self._memory, staying)
         self._contents = self._memory = None  # what is loaded holds on to what it needs
         model.requires_grad_(False)  # else torch.compile traces a backward pass, which there isn't
         install_native_step(model)

@@ -1,7 +1,7 @@
 """A loaded model's linears get their bodies out of the folder's repacked file, where it has one."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dbrx_quant.runtime.files.errors import CheckpointError
@@ -15,7 +15,13 @@ from dbrx_quant.runtime.model.memory import Memory
 _logger = logging.getLogger(__name__)
 
 
-def use_repacked(model: Any, contents: Contents, keys: Mapping[str, str], memory: Memory | None) -> None:
+def use_repacked(
+    model: Any,
+    contents: Contents,
+    keys: Mapping[str, str],
+    memory: Memory | None,
+    staying: Collection[str] | None = None,
+) -> None:
     """Give the linears that are on the CPU their bodies; the log says why a file is not used.
 
     Args:
@@ -23,12 +29,13 @@ def use_repacked(model: Any, contents: Contents, keys: Mapping[str, str], memory
         contents: what it was loaded from.
         keys: stored tensor name → key in the model's `state_dict`.
         memory: what stays in memory; None: all bodies are mapped, and the system keeps them as it has room.
+        staying: linears that stay on the CPU; None: those that are there now.
     """
     linears: dict[str, QuantLinear] = {}
     for name in contents.groups:
         module = model.get_submodule(keys[f"{name}.q_weight"].rpartition(".")[0])
         assert isinstance(module, QuantLinear)
-        if module.q_weight.device.type == "cpu":
+        if module.q_weight.device.type == "cpu" and (staying is None or name in staying):
             linears[name] = module
     bodies = _bodies(contents) if memory is None and linears else memory.bodies() if memory else {}
     for name, module in linears.items():

@@ -11,6 +11,8 @@ import dbrx_quant.runtime.kernels.ops  # noqa: F401  (defines the operators that
 from dbrx_quant.runtime.exl2.format import SUFFIXES
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec, find_source, module_linears
 from dbrx_quant.runtime.folder.contents import Contents
+from dbrx_quant.runtime.hybrid.gpu_plan import GpuPlan
+from dbrx_quant.runtime.hybrid.host_embedding import HostEmbedding
 from dbrx_quant.runtime.model.experts import QuantExperts
 from dbrx_quant.runtime.model.linear import FusedLinear, QuantLinear
 
@@ -43,6 +45,23 @@ def swap_modules(model: Any, contents: Contents) -> dict[str, str]:
     ):
         _untie(model)
     return {name: table[name] for name in contents.names}
+
+
+def leave_on_host(model: Any, contents: Contents, plan: GpuPlan) -> None:
+    """Have a model with its weights, on the host, leave there what a plan does not put on a GPU.
+
+    Moving it to the device afterwards moves the rest.
+    """
+    architecture = contents.architecture
+    for block in architecture.blocks:
+        if block.experts and (own := plan.host_experts[block.index]):
+            experts = model.get_submodule(block.experts.module)
+            assert isinstance(experts, QuantExperts)
+            experts.leave_on_host(own)
+    if plan.embedding is not None:
+        (parameter,) = (kept.parameter for kept in architecture.floats if kept.name == plan.embedding)
+        weight = model.get_parameter(parameter).detach()
+        model.set_submodule(parameter.removesuffix(".weight"), HostEmbedding(weight))
 
 
 def _swap_linears(model: Any, contents: Contents, module: str, specs: list[LinearSpec]) -> dict[str, str]:

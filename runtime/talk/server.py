@@ -29,6 +29,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 from transformers.utils.logging import get_logger
 
+from dbrx_quant.runtime.hybrid.gpu_plan import GpuMemory
 from dbrx_quant.runtime.model.load import load_model
 from dbrx_quant.runtime.model.memory import Notify
 from dbrx_quant.runtime.talk.calls import tolerant
@@ -80,6 +81,7 @@ def build_app(
     limits: Limits = Limits(),
     *,
     memory: int | None = None,
+    gpu_memory: GpuMemory | None = None,
     notify: Notify | None = None,
 ) -> Door:
     """The web application, its model loaded.
@@ -92,6 +94,7 @@ def build_app(
         hosts: further names that the server is called by.
         limits: of each request.
         memory: as `load_model` takes it.
+        gpu_memory: likewise.
         notify: likewise.
 
     Raises:
@@ -103,7 +106,7 @@ def build_app(
     tokenizer.parse_response = tolerant(tokenizer.parse_response, tokenizer.decode)
     texts = TextProcess(tokenizer)
     try:
-        model = load_model(folder, device=device, memory=memory, notify=notify)
+        model = load_model(folder, device=device, memory=memory, gpu_memory=gpu_memory, notify=notify)
         texts.encode("", 0)  # it is ready when the server is
     except BaseException:
         texts.close()

@@ -7,10 +7,12 @@ from typing import Any
 
 from dbrx_quant.scripts.terminal.arguments import (
     add_device_argument,
+    add_gpu_memory_argument,
     add_memory_argument,
     add_model_argument,
     add_quiet_argument,
     find_model,
+    gpu_memory,
     natural,
     positive,
     temperature,
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_argument(parser)
     parser.add_argument("--plain", action="store_true", help="show answers as plain text, not as Markdown")
     add_memory_argument(parser)
+    add_gpu_memory_argument(parser)
     add_quiet_argument(parser)
 
 
@@ -60,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{folder}: no chat template; 'dbrx-quant generate' continues a text")
     typed = sys.stdin.isatty() and sys.stdout.isatty() and not arguments.json
     hide_loading_bar(arguments.quiet or typed)
-    model = load_model(folder, device=arguments.device, memory=arguments.memory, notify=say)
+    gpu = gpu_memory(arguments)
+    model = load_model(folder, device=arguments.device, memory=arguments.memory, gpu_memory=gpu, notify=say)
     torch.manual_seed(arguments.seed)
     conversation = Conversation(
         model,

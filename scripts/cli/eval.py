@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from dbrx_quant.runtime.progress import counter
 from dbrx_quant.scripts.terminal.arguments import (
     add_device_argument,
+    add_gpu_memory_argument,
     add_model_argument,
     add_quiet_argument,
     find_model,
+    gpu_memory,
     positive,
 )
 from dbrx_quant.scripts.terminal.output import (
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=positive, default=512, help="tokens a window (default: %(default)s)")
     add_device_argument(parser)
     parser.add_argument("--no-save", action="store_true", help="leave DIR/evaluation.json unchanged")
+    add_gpu_memory_argument(parser)
     add_quiet_argument(parser)
 
 
@@ -74,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         read_evaluations(folder)  # a damaged file is found before the work, not after it
     rows = windows(folder, arguments.text, arguments.windows, arguments.length)
     reference = _reference(arguments, rows)
-    candidate = load_model(folder, device=arguments.device)
+    gpu = gpu_memory(arguments, arguments.length, arguments.length)
+    candidate = load_model(folder, device=arguments.device, gpu_memory=gpu, notify=say)
     with counter("evaluate", "window", arguments.quiet) as progress:
         scores = evaluate(candidate, reference, rows, progress)
     routed = scores.router_topk

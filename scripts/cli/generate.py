@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.scripts.terminal.arguments import (
     add_device_argument,
+    add_gpu_memory_argument,
     add_memory_argument,
     add_model_argument,
     add_quiet_argument,
     find_model,
+    gpu_memory,
     natural,
     positive,
     temperature,
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="treat the prompt as a user's turn in a chat")
     add_device_argument(parser)
     add_memory_argument(parser)
+    add_gpu_memory_argument(parser)
     add_quiet_argument(parser)
 
 
@@ -61,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"the prompt has {ids.shape[1]} tokens, the model takes {context} with the answer; shorten it"
         )
-    model = load_model(folder, device=arguments.device, memory=arguments.memory, notify=say)
+    gpu = gpu_memory(arguments, ids.shape[1] + most)
+    model = load_model(folder, device=arguments.device, memory=arguments.memory, gpu_memory=gpu, notify=say)
     torch.manual_seed(arguments.seed)
     stream = TextStream(tokenizer, (lambda piece: None) if arguments.json else _write)
     interrupted = False

@@ -14,10 +14,12 @@ from typing import Any
 from dbrx_quant.runtime.redact import hide
 from dbrx_quant.scripts.terminal.arguments import (
     add_device_argument,
+    add_gpu_memory_argument,
     add_memory_argument,
     add_model_argument,
     add_quiet_argument,
     find_model,
+    gpu_memory,
     natural,
     positive,
 )
@@ -70,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for one answer; it is cut off there (default: %(default)s)",
     )
     add_memory_argument(parser)
+    add_gpu_memory_argument(parser)
     add_quiet_argument(parser)
 
 
@@ -110,8 +113,9 @@ def run(arguments: argparse.Namespace) -> int:
             say("warning: everyone who can reach this machine can use the model; --api-key-file sets a key")
         limits = Limits(arguments.queue, arguments.timeout, arguments.context)
         hosts = [arguments.host, *arguments.allow_host]
-        memory = arguments.memory
-        app = build_app(folder, name, arguments.device, key, hosts, limits, memory=memory, notify=say)
+        memory, gpu = arguments.memory, gpu_memory(arguments, arguments.context)
+        device = arguments.device
+        app = build_app(folder, name, device, key, hosts, limits, memory=memory, gpu_memory=gpu, notify=say)
         host, number = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{number}/v1"

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from dbrx_quant.quantize.estimate.memory import peak_bytes, states_bytes
 from dbrx_quant.quantize.estimate.sizes import (
-    cache_bytes,
     decoder_weights,
     fixed_bytes,
     shape_range,
@@ -18,6 +17,7 @@ from dbrx_quant.quantize.estimate.sizes import (
 )
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.facts import Architecture
+from dbrx_quant.runtime.folder.sizes import cache_bytes
 from dbrx_quant.scripts.terminal.output import print_json, quiet_on_closed_pipe
 
 BPWS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.25, 5.0, 6.0)

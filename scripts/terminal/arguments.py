@@ -8,12 +8,15 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dbrx_quant.quantize.declared import Declared, flag
 from dbrx_quant.quantize.options import ConvertOptions, declarations, defaults
 from dbrx_quant.runtime.files.errors import CheckpointError
 from dbrx_quant.scripts.terminal.verb import UsageError
+
+if TYPE_CHECKING:
+    from dbrx_quant.runtime.hybrid.gpu_plan import GpuMemory
 
 LOWEST_BPW, HIGHEST_BPW = 2.0, 8.5  # what the format's widths allow; a model's own range is narrower
 
@@ -173,6 +176,32 @@ def add_memory_argument(parser: argparse._ActionsContainer) -> None:
         help="weights that stay in memory, such as 20GB: what every token needs, then the busiest experts; "
         "the others come from disk (CPU only; default: all stay)",
     )
+
+
+def add_gpu_memory_argument(parser: argparse._ActionsContainer) -> None:
+    """`--gpu-memory`, of the verbs that run a model; `gpu_memory` reads it."""
+    parser.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        type=size,
+        help="split a mixture of experts: so much of a GPU's memory, such as 22GB, holds what every token "
+        "needs, the cache and the busiest experts; the CPU computes the others (default: one device)",
+    )
+
+
+def gpu_memory(
+    arguments: argparse.Namespace, context: int | None = None, logits: int = 1
+) -> "GpuMemory | None":
+    """What `--gpu-memory` asks for, as `load_model` takes it.
+
+    Args:
+        arguments: from a parser with `add_gpu_memory_argument`.
+        context: tokens that the cache has to hold, where that is known.
+        logits: tokens of which logits are made at once.
+    """
+    from dbrx_quant.runtime.hybrid.gpu_plan import GpuMemory
+
+    return None if arguments.gpu_memory is None else GpuMemory(arguments.gpu_memory, context, logits)
 
 
 def add_quiet_argument(parser: argparse._ActionsContainer) -> None:

@@ -5,12 +5,14 @@ A twin is the plain model filled with `dequantize_linear`'s weights: the loaded 
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from small_configs import CONFIGS
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dbrx_quant.runtime.exl2.format import (
@@ -21,13 +23,16 @@ from dbrx_quant.runtime.exl2.format import (
     dequantize_linear,
     pack_linear,
     padded_columns,
+    uniform_groups,
 )
 from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.config import load_config
+from dbrx_quant.runtime.families.facts import load_linear
+from dbrx_quant.runtime.families.source import open_source
 from dbrx_quant.runtime.files.atomic import save_tensors, write_json
 
 QUANTIZATION = {"quant_method": "exl2", "version": "0.3.2", "bits": 3.0, "head_bits": 6}
-__all__ = ["CONFIGS", "QuantizedFolder", "build_quantized_folder", "random_linear"]
+__all__ = ["CONFIGS", "QuantizedFolder", "build_quantized_folder", "random_linear", "round_folder"]
 
 
 def random_groups(k: int, generator: torch.Generator) -> GroupMap:
@@ -59,6 +64,39 @@ def random_linear(
         bias=torch.randn(stored, generator=generator).half() if bias else None,
     )
     return pack_linear(unpacked)
+
+
+def rounded_linear(weight: Tensor, bits: int) -> dict[str, Tensor]:
+    """The stored tensors of a weight [N, K], rounded to the nearest code in groups of 32 rows."""
+    weight = functional.pad(weight.float(), (0, 0, 0, padded_columns(len(weight)) - len(weight))).T
+    k = len(weight)
+    groups = uniform_groups(k, bits, 32)
+    parts = weight.split(32)
+    rows = torch.tensor([len(part) for part in parts])
+    scales = torch.stack([part.abs().amax(0) for part in parts]) / (2 ** (bits - 1) - 1)  # [G, N]
+    most = scales.amax(1).clamp(min=1e-6).half()
+    steps = ((scales / most[:, None].float()).sqrt() * 16).ceil().clamp(1, 16)
+    scales = (steps**2 * (most[:, None].float() / 256)).repeat_interleave(rows, 0)  # [K, N]
+    low = 2 ** (bits - 1)
+    codes = ((weight / scales).round() + low).clamp(0, 2 * low - 1).byte()
+    return pack_linear(UnpackedLinear(codes, (steps - 1).byte(), most, groups, torch.arange(k)))
+
+
+def round_folder(source: Path, path: Path, bits: int = 4) -> Path:
+    """Write a model's EXL2 checkpoint with all linears rounded: quick, and near enough to say words."""
+    opened = open_source(source)
+    architecture, checkpoint = opened.architecture, opened.checkpoint
+    path.mkdir(parents=True)
+    raw = json.loads((source / "config.json").read_text())
+    write_json(path / "config.json", raw | {"quantization_config": QUANTIZATION, "dtype": "float16"})
+    tensors = {kept.name: checkpoint.load(kept.name).half() for kept in architecture.all_floats()}
+    for spec in architecture.linears():
+        stored = rounded_linear(load_linear(checkpoint, spec), bits)
+        tensors |= {f"{spec.name}.{suffix}": tensor for suffix, tensor in stored.items()}
+    save_tensors(path / "model.safetensors", tensors, {"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, path / name)
+    return path
 
 
 @dataclass
