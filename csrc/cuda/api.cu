@@ -3,29 +3,14 @@
 // A plan is made twice by the same code: once on a null workspace to measure it, once to run.
 #include <initializer_list>
 
+#include "arena.h"
 #include "kernels.cuh"
 
 namespace dbrxq {
 namespace {
 
 constexpr int64_t kExpertTokens = 512;  // tokens of a pass through the experts: bounds the workspace
-constexpr int kErrorBase = 1000;        // statuses above are 1000 + cudaError_t
 constexpr int64_t kMaxRows = 65536;     // input channels; the format's permutations are 16-bit
-
-int status_of(int error) { return error == 0 ? DBRXQ_OK : kErrorBase + error; }
-
-// Hands out pieces of the workspace, each aligned to 256 bytes.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    const int64_t at = used;
-    used += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return base ? reinterpret_cast<T*>(base + at) : nullptr;
-  }
-};
 
 int parts_of(int dtype) { return dtype == DBRXQ_FLOAT32 ? 2 : 1; }
 

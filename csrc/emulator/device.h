@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <functional>
+
 #include "half.h"
 
 #define __global__
@@ -33,7 +35,28 @@ struct alignas(16) uint4 {
 };
 static inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-typedef void* cudaStream_t;
+
+// The runtime API that host code uses, as graphs.cpp plays it.
+typedef struct EmulatedStream* cudaStream_t;
+typedef struct EmulatedGraph* cudaGraph_t;
+typedef struct EmulatedGraph* cudaGraphExec_t;
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901,
+  cudaErrorStreamCaptureImplicit = 906,
+};
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
+constexpr unsigned cudaStreamNonBlocking = 1;
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
 
 namespace dbrxq {
 namespace emulator {
@@ -47,6 +70,8 @@ extern Position here;
 
 // Runs body() on every thread of every block.
 void run(dim3 grid, unsigned threads, void (*body)(void*), void* context);
+// Runs a launch, or records it where its stream is being captured; `what` names its arguments' types. A cudaError_t.
+int submit(cudaStream_t stream, const char* what, std::function<void()> launch);
 // The block's shared object.
 void* shared_memory(size_t bytes);
 // Waits until all running threads of the block are at a barrier.
@@ -123,11 +148,12 @@ static inline void copies_done() {
 }
 
 template <class... Parameters>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t, Parameters... arguments) {
-  auto call = [&] { kernel(arguments...); };
-  emulator::run(
-      grid, static_cast<unsigned>(threads), [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
-  return 0;
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, Parameters... arguments) {
+  return emulator::submit(stream, __PRETTY_FUNCTION__, [=] {
+    auto call = [&] { kernel(arguments...); };
+    emulator::run(
+        grid, static_cast<unsigned>(threads), [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+  });
 }
 
 inline int multiprocessors(int* count) {
@@ -147,6 +173,11 @@ static inline void __syncthreads() { ::dbrxq::emulator::block_barrier(); }
 static inline void __threadfence() {}
 static inline int atomicAdd(int* address, int value) {
   const int before = *address;
+  *address += value;
+  return before;
+}
+static inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  const unsigned long long before = *address;
   *address += value;
   return before;
 }
