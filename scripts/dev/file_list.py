@@ -29,6 +29,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "folder",
         "shards",
         "evaluation",
+        "step",
         "model",
         "talk",
     ),

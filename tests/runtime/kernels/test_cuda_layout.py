@@ -7,19 +7,16 @@ import pickle
 
 import pytest
 import torch
-from emulated import SANITIZED, SHAPES, dequantize, linear
+from emulated import SANITIZED, SHAPES, dequantize, linear, play_gpu
 from quant_models import CONFIGS, build_quantized_folder
 from safetensors.torch import load_file
 
 import oracles_ops as oracle
 from dbrx_quant.runtime import load_model
-from dbrx_quant.runtime.kernels import checks, cuda, cuda_tiles, ops
+from dbrx_quant.runtime.kernels import cuda, cuda_tiles, ops
 from dbrx_quant.runtime.kernels.stored import Stored
 from dbrx_quant.runtime.library import _cuda
-from dbrx_quant.runtime.model import experts
-from dbrx_quant.runtime.model import linear as linear_module
 from dbrx_quant.runtime.model.linear import QuantLinear
-from dbrx_quant.runtime.model.snapshot import Snapshot
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -103,13 +100,7 @@ def test_tiled_words_without_the_library_are_an_error(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(cuda_tiles, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(Snapshot, "all_on_cpu", lambda snapshot: False)
-    monkeypatch.setattr(checks, "_TILED_ON", ("cpu", "meta"))
-    kernels = ops.kernels(cuda)
-    monkeypatch.setattr(linear_module, "linear_op", kernels["linear"])
-    monkeypatch.setattr(linear_module, "linears_op", kernels["linears"])
-    monkeypatch.setattr(experts, "experts_op", kernels["experts"])
+    play_gpu(monkeypatch)
 
 
 def quant_linear(bias=True):

@@ -118,25 +118,28 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         for rows in (self._keys, self._values):
             rows.length = max(0, rows.length + tokens_to_remove)
 
-    def place(self, shape: tuple[int, int, int], dtype: torch.dtype, length: int) -> tuple[int, ...] | None:
+    def place(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, length: int, device: torch.device
+    ) -> tuple[int, ...] | None:
         """Addresses of keys and values with room for `length` positions, and the capacity; None: no fit.
 
         Args:
             shape: (B, J, head_dim) that keys and values must have, if there are any yet.
             dtype: likewise.
             length: positions.
+            device: likewise.
         """
-        if self._placed == (shape, dtype) and self._place[2] >= length:
+        if self._placed == (shape, dtype, device) and self._place[2] >= length:
             return self._place
         if not self.get_seq_length():
-            empty = torch.empty(shape[0], shape[1], 0, shape[2], dtype=dtype)
+            empty = torch.empty(shape[0], shape[1], 0, shape[2], dtype=dtype, device=device)
             self.lazy_initialization(empty, empty)
         keys, values = self._keys, self._values
         assert keys is not None
         assert values is not None
         for rows in (keys, values):
             found = (*rows.tensor.shape[:2], rows.tensor.shape[3])
-            if found != shape or rows.tensor.dtype != dtype or rows.tensor.device.type != "cpu":
+            if found != shape or rows.tensor.dtype != dtype or rows.tensor.device != device:
                 return None
         if keys.length != values.length:
             return None
@@ -144,7 +147,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         keys.reserve(room)
         values.reserve(room)
         self._place = (keys.tensor.data_ptr(), values.tensor.data_ptr(), room)
-        self._placed = (shape, dtype)
+        self._placed = (shape, dtype, device)
         return self._place
 
     def advance(self, tokens: int) -> None:
