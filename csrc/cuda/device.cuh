@@ -95,6 +95,13 @@ __device__ __forceinline__ void copies_done() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// Waits for all lanes of the warp; they see each other's writes to memory.
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+inline int clear_memory(void* memory, int64_t bytes, cudaStream_t stream) {
+  return static_cast<int>(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream));
+}
+
 template <class... Parameters>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, Parameters... arguments) {
   kernel<<<grid, threads, 0, stream>>>(arguments...);

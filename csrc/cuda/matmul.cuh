@@ -10,8 +10,6 @@
 
 namespace dbrxq {
 
-constexpr float kSecondPart = 1.0f / 2048;  // one half holds 11 bits: the second continues where the first stops
-
 struct Matmul {
   Linear only;                 // the linear, where there are no experts
   const Linear* first;         // device [E]: gate, or the one matrix
@@ -45,16 +43,6 @@ __device__ __forceinline__ bool find_tile(const Matmul& args, int row_tile, int 
 __device__ __forceinline__ Linear linear_of(const Matmul& args, int expert, int matrix) {
   if (!args.tile_expert) return args.only;
   return (matrix ? args.second : args.first)[expert];
-}
-
-__device__ __forceinline__ void store(void* y, int64_t index, int dtype, float value) {
-  if (dtype == DBRXQ_FLOAT32) {
-    static_cast<float*>(y)[index] = value;
-  } else if (dtype == DBRXQ_FLOAT16) {
-    static_cast<uint16_t*>(y)[index] = to_half(value);
-  } else {
-    static_cast<uint16_t*>(y)[index] = to_bfloat16(value);
-  }
 }
 
 // Sums of one warp into a panel [rows, 128] in shared memory.

@@ -147,6 +147,13 @@ static inline void copies_done() {
   emulator::finish_copies(Pending);
 }
 
+static inline void warp_barrier() { emulator::warp_meeting(nullptr, nullptr); }
+
+inline int clear_memory(void* memory, int64_t bytes, cudaStream_t) {
+  memset(memory, 0, static_cast<size_t>(bytes));
+  return 0;
+}
+
 template <class... Parameters>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, Parameters... arguments) {
   return emulator::submit(stream, __PRETTY_FUNCTION__, [=] {

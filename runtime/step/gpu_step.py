@@ -43,12 +43,10 @@ class _Shape:
 
     Attributes:
         step: the struct that all of them share.
-        workspace: theirs.
         graph: their graph, from the second on.
     """
 
     step: _abi.CudaStep
-    workspace: Tensor
     graph: _Graph | None = None
 
 
@@ -103,9 +101,12 @@ class GpuStep:
         self._shapes: dict[tuple[int, int], _Shape] = {}
         self._tokens = torch.zeros(_MOST_ROWS, dtype=torch.int64, device=device)
         self._past = torch.zeros(_MOST_ROWS, dtype=torch.int32, device=device)
+        with current(device):
+            size = self._largest_workspace()
+        self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
         self._states = torch.empty(_MOST_ROWS, self._hidden, dtype=last.dtype, device=device)
-        size = self.layers * ctypes.sizeof(_abi.CudaCache)
-        self._caches = torch.zeros(size, dtype=torch.uint8, device=device)
+        entries = self.layers * ctypes.sizeof(_abi.CudaCache)
+        self._caches = torch.zeros(entries, dtype=torch.uint8, device=device)
         self._places: list[Any] = []  # what is in it
 
     def fits(self) -> bool:
@@ -166,23 +167,29 @@ class GpuStep:
             own.graph = _Graph(handle.value)
         _cuda.check(native.dbrxq_cuda_graph_launch(own.graph.handle, on), "decode")
 
+    def _largest_workspace(self) -> int:
+        """Bytes that the steps of all shapes share."""
+        largest, size = 0, ctypes.c_int64()
+        for sequences in range(1, _MOST_ROWS + 1):
+            for tokens in range(1, _MOST_ROWS // sequences + 1):
+                status = _cuda.library().dbrxq_cuda_decode_workspace(
+                    ctypes.byref(self._decoder), sequences, tokens, ctypes.byref(size)
+                )
+                _cuda.check(status, "decode")
+                largest = max(largest, size.value)
+        return largest
+
     def _new_shape(self, sequences: int, tokens: int) -> _Shape:
-        size = ctypes.c_int64()
-        status = _cuda.library().dbrxq_cuda_decode_workspace(
-            ctypes.byref(self._decoder), sequences, tokens, ctypes.byref(size)
-        )
-        _cuda.check(status, "decode")
-        workspace = torch.zeros(max(1, size.value), dtype=torch.uint8, device=self._device)
         step = _abi.CudaStep(
             tokens=self._tokens.data_ptr(),
             past=self._past.data_ptr(),
             cache=self._caches.data_ptr(),
             states=self._states.data_ptr(),
-            workspace=workspace.data_ptr(),
+            workspace=self._workspace.data_ptr(),
             sequences=sequences,
             new_tokens=tokens,
         )
-        return _Shape(step, workspace)
+        return _Shape(step)
 
     def _kept(self, tensors: Sequence[Tensor]) -> None:
         self._keep += [tensor.detach() for tensor in tensors]

@@ -233,7 +233,7 @@ def weigh_loop(body: list[str], token_tiles: int) -> tuple[float, float]:
 
 def measure(nvcc: str, arch: str, folder: Path, jobs: int = 1) -> tuple[dict[str, Measured], bool]:
     """All kernels for one architecture, and whether their machine code could be read."""
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    sources = sorted((CSRC / "cuda").rglob("*.cu"))
     kernels: dict[str, Measured] = {}
     readable = True
     with ThreadPoolExecutor(jobs) as pool:

@@ -18,7 +18,7 @@ FLAGS = (
     "-ffp-contract=off",
 )
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-INCLUDES = tuple(f"-I{CSRC / folder}" for folder in (".", "include", "common", "cuda", "cuda/decoder"))
+INCLUDES = tuple(f"-I{CSRC / folder}" for folder in (".", "include", "common", "cuda"))
 
 
 def build(sanitized=False):

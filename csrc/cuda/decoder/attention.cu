@@ -60,8 +60,8 @@ __device__ void head_vector(const Attention& args, const float* from, const void
   for (int i = lane; i < half; i += 32) {
     float low = cut(from[i]), high = cut(from[i + half]);
     if (norm) {
-      low *= scale * load_element(norm, i, args.dtype);
-      high *= scale * load_element(norm, i + half, args.dtype);
+      low *= scale * load(norm, i, args.dtype);
+      high *= scale * load(norm, i + half, args.dtype);
     }
     if (cosines) {
       const float rotated = low * cosines[i] - high * sines[i];

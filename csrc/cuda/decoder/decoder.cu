@@ -4,7 +4,6 @@
 //   each layer:  x --norm, products--> queries, keys, values --attention.cu--> attended --product--> added to x
 //                x --router.cu--> experts;  x --norm, products--> added to x
 //   x --norm--> states
-#include "arena.h"
 #include "decoder.cuh"
 #include "graph.cuh"
 #include "products.cuh"
@@ -32,7 +31,8 @@ int check(const Decoder& d, int64_t sequences, int64_t tokens) {
     if (!is_linear_of(layer.output, d.heads * d.head_dim, d.hidden) || !layer.experts ||
         layer.experts->hidden != d.hidden || layer.experts->experts < 1 || layer.experts->experts > kMostExperts)
       return DBRXQ_BAD_SHAPE;
-    if (layer.router ? layer.active < 1 || layer.active > layer.experts->experts : layer.experts->experts != 1)
+    if (layer.router ? layer.active < 1 || layer.active > layer.experts->experts || layer.active > kFewSlots
+                     : layer.experts->experts != 1)
       return DBRXQ_BAD_SHAPE;
   }
   return DBRXQ_OK;
@@ -50,7 +50,7 @@ class Step {
   Step(const Decoder& decoder, int64_t sequences, int64_t tokens, int processors, Arena& arena)
       : decoder_(decoder),
         rows_(static_cast<int>(sequences * tokens)),
-        // First of all and as many for all shapes, so that these can share a workspace.
+        // These and those of the products come first and are as many for all shapes, which can so share a workspace.
         tickets_(arena.take<int32_t>(kMostRows * decoder.key_heads)),
         products_(decoder, rows_, arena) {
     int64_t experts = 1, active = 1;
@@ -84,40 +84,36 @@ class Step {
     logits_ = arena.take<float>(rows_ * experts);
     index_ = arena.take<int64_t>(rows_ * active);
     weights_ = arena.take<float>(rows_ * active);
-    only_ = arena.take<int64_t>(rows_);
-    ones_ = arena.take<float>(rows_);
   }
 
   int run(const dbrxq_cuda_step& step, cudaStream_t stream) const {
     const Decoder& d = decoder_;
-    int status = status_of(
-        embed({step.tokens, d.embedding, d.dtype, d.vocabulary, d.hidden, rows_, x_, only_, ones_}, stream));
-    for (int64_t i = 0; i < d.layer_count && status == DBRXQ_OK; ++i)
-      status = run_layer(d.layers[i], step.cache + i, step.past, stream);
-    if (status != DBRXQ_OK) return status;
-    return status_of(normalise({x_, norm(d.final_norm), d.hidden, rows_, d.dtype, step.states}, stream));
+    int error = embed({step.tokens, d.embedding, d.dtype, d.vocabulary, d.hidden, rows_, x_}, stream);
+    for (int64_t i = 0; i < d.layer_count && !error; ++i)
+      error = run_layer(d.layers[i], step.cache + i, step.past, stream);
+    if (!error) error = normalise({x_, norm(d.final_norm), d.hidden, rows_, d.dtype, step.states}, stream);
+    return status_of(error);
   }
 
  private:
   Norm norm(const void* weight) const { return {weight, decoder_.dtype, decoder_.layer_norm, decoder_.eps}; }
 
   int run_layer(const Layer& layer, const dbrxq_cuda_cache* cache, const int32_t* past, cudaStream_t stream) const {
-    int status = products_.qkv(layer, x_, outputs_, stream);
-    if (status != DBRXQ_OK) return status;
+    int error = products_.qkv(layer, x_, outputs_, stream);
+    if (error) return error;
     Attention attention = attention_;
     attention.query_norm = layer.query_norm;
     attention.key_norm = layer.key_norm;
     attention.cache = cache;
     attention.past = past;
-    status = status_of(dbrxq::attention(attention, stream));
-    if (status == DBRXQ_OK) status = products_.output(layer, attention.attended, x_, stream);
-    if (status != DBRXQ_OK) return status;
-    if (!layer.router) return products_.experts(layer, 1, only_, ones_, x_, stream);
+    error = dbrxq::attention(attention, stream);
+    if (!error) error = products_.output(layer, attention.attended, x_, stream);
+    if (error || !layer.router) return error ? error : products_.experts(layer, nullptr, nullptr, x_, stream);
     const int experts = static_cast<int>(layer.experts->experts), active = static_cast<int>(layer.active);
-    status = status_of(choose_experts({x_, norm(layer.mlp_norm), layer.router, decoder_.hidden, rows_, experts, active,
-                                       layer.expert_norm, logits_, tickets_, index_, weights_},
-                                      stream));
-    return status != DBRXQ_OK ? status : products_.experts(layer, active, index_, weights_, x_, stream);
+    error = choose_experts({x_, norm(layer.mlp_norm), layer.router, decoder_.hidden, rows_, experts, active,
+                            layer.expert_norm, logits_, tickets_, index_, weights_},
+                           stream);
+    return error ? error : products_.experts(layer, index_, weights_, x_, stream);
   }
 
   const Decoder& decoder_;
@@ -125,8 +121,8 @@ class Step {
   int32_t* tickets_;
   Products products_;
   Attention attention_ = {};
-  float *x_, *outputs_[3], *logits_, *weights_, *ones_;
-  int64_t *index_, *only_;
+  float *x_, *outputs_[3], *logits_, *weights_;
+  int64_t* index_;
 };
 
 // Calls body(step, bytes of its workspace).

@@ -5,8 +5,8 @@
 // positions, where the cache is) is in device memory, so a captured launch can be repeated. Tickets are zero before a
 // launch and after it. Each function only enqueues on `stream` and returns a cudaError_t.
 #pragma once
+#include "../device.cuh"
 #include "dbrxq.h"
-#include "device.cuh"
 
 namespace dbrxq {
 
@@ -24,7 +24,6 @@ struct Norm {
 };
 
 // ends.cu: x [rows, D] = embedding[tokens]; and y [rows, D], of `dtype`, = norm(x). A token outside the table is row 0.
-// `index` and `weights` become the routing of layers without a router: expert 0, weight 1.
 struct Embed {
   const int64_t* tokens;  // [rows]
   const void* table;      // [vocabulary, D]
@@ -32,8 +31,6 @@ struct Embed {
   int64_t vocabulary, hidden;
   int rows;
   float* x;
-  int64_t* index;  // [rows]
-  float* weights;  // [rows]
 };
 int embed(const Embed& args, cudaStream_t stream);
 

@@ -11,13 +11,9 @@ constexpr int kWarps = 8;
 __global__ void __launch_bounds__(32 * kWarps) embed_kernel(Embed args) {
   const int64_t row = blockIdx.x;
   int64_t token = args.tokens[row];
-  if (threadIdx.x == 0) {
-    args.index[row] = 0;
-    args.weights[row] = 1.0f;
-  }
   if (token < 0 || token >= args.vocabulary) token = 0;
   for (int64_t i = threadIdx.x; i < args.hidden; i += 32 * kWarps)
-    args.x[row * args.hidden + i] = load_element(args.table, token * args.hidden + i, args.dtype);
+    args.x[row * args.hidden + i] = load(args.table, token * args.hidden + i, args.dtype);
 }
 
 __global__ void __launch_bounds__(32 * kWarps) normalise_kernel(Normalise args) {
@@ -30,7 +26,7 @@ __global__ void __launch_bounds__(32 * kWarps) normalise_kernel(Normalise args) 
   const Moments own = moments_of(x, args.hidden, args.norm.layer_norm != 0, args.norm.eps, shared.box);
   for (int64_t i = threadIdx.x; i < args.hidden; i += 32 * kWarps)
     store(args.y, first + i, args.dtype,
-          (x[i] - own.mean) * own.factor * load_element(args.norm.weight, i, args.norm.dtype));
+          (x[i] - own.mean) * own.factor * load(args.norm.weight, i, args.norm.dtype));
 }
 
 }  // namespace

@@ -1,77 +1,106 @@
-// The products of a step by the kernels of the operators, with a norm before and a sum behind in launches of their own.
+// The products of a step as launches of few/few.cuh.
 #include "products.cuh"
-
-#include <algorithm>
 
 namespace dbrxq {
 namespace {
 
-constexpr int kThreads = 256;
+// Experts of a token, a dense layer's only one included.
+int64_t active_of(const Layer& layer) { return layer.router ? layer.active : 1; }
 
-struct Add {
-  const float* added;
-  float* x;
-  int64_t count;
-};
-
-__global__ void __launch_bounds__(kThreads) add_kernel(Add args) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < args.count) args.x[i] += args.added[i];
-}
-
-int add(const Add& args, cudaStream_t stream) {
-  return launch(add_kernel, dim3(static_cast<unsigned>((args.count + kThreads - 1) / kThreads)), kThreads, stream,
-                args);
-}
-
-int64_t workspace_bytes(const Decoder& decoder, int rows) {
-  int64_t most = 0, bytes = 0;
-  for (int64_t i = 0; i < decoder.layer_count; ++i) {
-    const Layer& layer = decoder.layers[i];
-    for (const dbrxq_cuda_linear* linear : {layer.qkv[0], layer.qkv[1], layer.qkv[2], layer.output}) {
-      dbrxq_cuda_linear_workspace(linear, rows, DBRXQ_FLOAT32, &bytes);
-      most = std::max(most, bytes);
-    }
-    const int64_t active = layer.router ? layer.active : 1;
-    dbrxq_cuda_experts_workspace(layer.experts, rows, active, DBRXQ_FLOAT32, &bytes);
-    most = std::max(most, bytes);
-  }
-  return most;
+FewResult result_of(float* y, int64_t stride, int first, bool added) {
+  float* at = y + first * stride;
+  return {at, added ? at : nullptr, stride, stride, DBRXQ_FLOAT32, DBRXQ_FLOAT32};
 }
 
 }  // namespace
 
-Products::Products(const Decoder& decoder, int rows, Arena& arena) : decoder_(decoder), rows_(rows) {
-  normed_ = arena.take<float>(rows * decoder.hidden);
-  added_ = arena.take<float>(rows * decoder.hidden);
-  workspace_ = arena.take<char>(workspace_bytes(decoder, rows));
+Products::Products(const Decoder& decoder, int rows, Arena& arena)
+    : decoder_(decoder), rows_(rows), parts_(decoder.dtype == DBRXQ_FLOAT32 ? 2 : 1) {
+  int64_t ffn = 1, tiles = 1, bytes = 0;
+  for (int64_t i = 0; i < decoder.layer_count; ++i) {
+    const Layer& layer = decoder.layers[i];
+    const int64_t width = active_of(layer) * layer.experts->ffn;
+    const int64_t columns = active_of(layer) * column_tiles(layer.experts->ffn);
+    ffn = width > ffn ? width : ffn;
+    tiles = columns > tiles ? columns : tiles;
+  }
+  few_workspace(&bytes);
+  workspace_ = arena.take<char>(bytes);
+  inner_ = arena.take<float>(rows * ffn);
+  largest_ = arena.take<float>(rows * tiles);
 }
 
-int Products::normed(const void* weight, const float* x, cudaStream_t stream) const {
-  const Norm norm = {weight, decoder_.dtype, decoder_.layer_norm, decoder_.eps};
-  return status_of(normalise({x, norm, decoder_.hidden, rows_, DBRXQ_FLOAT32, normed_}, stream));
+FewInput Products::input(const float* x, int64_t k, int first, int rows, const void* norm) const {
+  return {x + first * k, k, rows, DBRXQ_FLOAT32, parts_, decoder_.dtype, norm, decoder_.layer_norm, decoder_.eps};
+}
+
+template <class Body>
+int Products::by_launches(int64_t active, Body&& body) const {
+  const int by_rows = kFewRows / parts_, by_slots = static_cast<int>(kFewSlots / active);
+  const int most = by_rows < by_slots ? by_rows : by_slots;
+  int error = 0;
+  for (int first = 0; first < rows_ && error == 0; first += most)
+    error = body(first, rows_ - first < most ? rows_ - first : most);
+  return error;
 }
 
 int Products::qkv(const Layer& layer, const float* x, float* const (&outputs)[3], cudaStream_t stream) const {
-  int status = normed(layer.attention_norm, x, stream);
-  for (int i = 0; i < 3 && status == DBRXQ_OK; ++i)
-    status = dbrxq_cuda_linear_forward(layer.qkv[i], normed_, rows_, DBRXQ_FLOAT32, outputs[i], workspace_, stream);
-  return status;
+  return by_launches(1, [&](int first, int rows) {
+    FewLinears args = {};
+    args.input = input(x, decoder_.hidden, first, rows, layer.attention_norm);
+    for (int i = 0; i < 3; ++i) {
+      args.linears[i] = *layer.qkv[i];
+      args.results[i] = result_of(outputs[i], layer.qkv[i]->out_features, first, false);
+    }
+    args.count = 3;
+    args.workspace = workspace_;
+    return few_linears(args, stream);
+  });
 }
 
 int Products::output(const Layer& layer, const float* attended, float* x, cudaStream_t stream) const {
-  const int status =
-      dbrxq_cuda_linear_forward(layer.output, attended, rows_, DBRXQ_FLOAT32, added_, workspace_, stream);
-  return status != DBRXQ_OK ? status : status_of(add({added_, x, rows_ * decoder_.hidden}, stream));
+  return by_launches(1, [&](int first, int rows) {
+    FewLinears args = {};
+    args.input = input(attended, layer.output->k, first, rows, nullptr);
+    args.linears[0] = *layer.output;
+    args.results[0] = result_of(x, decoder_.hidden, first, true);
+    args.count = 1;
+    args.workspace = workspace_;
+    return few_linears(args, stream);
+  });
 }
 
-int Products::experts(const Layer& layer, int64_t active, const int64_t* index, const float* weights, float* x,
+int Products::experts(const Layer& layer, const int64_t* index, const float* weights, float* x,
                       cudaStream_t stream) const {
-  int status = normed(layer.mlp_norm, x, stream);
-  if (status == DBRXQ_OK)
-    status = dbrxq_cuda_experts_forward(layer.experts, normed_, index, weights, rows_, active, DBRXQ_FLOAT32, added_,
-                                        workspace_, stream);
-  return status != DBRXQ_OK ? status : status_of(add({added_, x, rows_ * decoder_.hidden}, stream));
+  const dbrxq_cuda_experts& block = *layer.experts;
+  const int64_t active = active_of(layer);
+  return by_launches(active, [&](int first, int rows) {
+    const int64_t slot = first * active;
+    FewGateUp gate_up = {};
+    gate_up.input = input(x, decoder_.hidden, first, rows, layer.mlp_norm);
+    gate_up.routing = {index ? index + slot : nullptr, weights ? weights + slot : nullptr,
+                       sizeof(int64_t),                rows,
+                       static_cast<int>(active),       static_cast<int>(block.experts)};
+    gate_up.gate = block.gate;
+    gate_up.up = block.up;
+    gate_up.ffn = block.ffn;
+    gate_up.activation = block.activation;
+    gate_up.inner = inner_;
+    gate_up.largest = largest_;
+    gate_up.workspace = workspace_;
+    FewDown down = {};
+    down.routing = gate_up.routing;
+    down.down = block.down;
+    down.ffn = block.ffn;
+    down.hidden = decoder_.hidden;
+    down.parts = parts_;
+    down.inner = inner_;
+    down.largest = largest_;
+    down.result = result_of(x, decoder_.hidden, first, true);
+    down.workspace = workspace_;
+    const int error = few_gate_up(gate_up, stream);
+    return error ? error : few_down(down, stream);
+  });
 }
 
 }  // namespace dbrxq

@@ -1,6 +1,7 @@
-// The matrix products of a decode step, each with the norm before it and the sum behind it.
+// The matrix products of a decode step, each with the norm before it and the sum behind it (few/few.cuh).
 #pragma once
-#include "arena.h"
+#include "../arena.h"
+#include "../few/few.cuh"
 #include "decoder.cuh"
 
 namespace dbrxq {
@@ -8,8 +9,9 @@ namespace dbrxq {
 using Decoder = dbrxq_cuda_decoder;
 using Layer = dbrxq_cuda_decoder_layer;
 
-// The products of any layer of a decoder for up to kMostRows rows; their memory is a piece of the step's workspace.
-// Functions enqueue on `stream` and return a status.
+// The products of any layer of a decoder for up to kMostRows rows; their memory is a piece of the step's workspace, zero
+// before its first step. Functions enqueue on `stream` and return a cudaError_t. One launch takes 8 rows of activations in
+// halves; models in fp32 have two rows a token, and more launches for more than 4 of them.
 class Products {
  public:
   Products(const Decoder& decoder, int rows, Arena& arena);
@@ -20,17 +22,21 @@ class Products {
   // x += output(attended).
   int output(const Layer& layer, const float* attended, float* x, cudaStream_t stream) const;
 
-  // x += sum over a of weights[row, a] * down_e(activation(gate_e(norm(x))) * up_e(norm(x))), e = index[row, a].
-  int experts(const Layer& layer, int64_t active, const int64_t* index, const float* weights, float* x,
-              cudaStream_t stream) const;
+  // x += sum over a of weights[row, a] * down_e(activation(gate_e(norm(x))) * up_e(norm(x))), e = index[row, a]. Without
+  // an index it is expert 0, with weight 1.
+  int experts(const Layer& layer, const int64_t* index, const float* weights, float* x, cudaStream_t stream) const;
 
  private:
-  int normed(const void* weight, const float* x, cudaStream_t stream) const;
+  FewInput input(const float* x, int64_t k, int first, int rows, const void* norm) const;
+
+  // Calls body(first row, rows) for rows that fit in a launch, `active` slots each.
+  template <class Body>
+  int by_launches(int64_t active, Body&& body) const;
 
   const Decoder& decoder_;
-  int rows_;
-  float* normed_;  // [rows, D]
-  float* added_;   // [rows, D]
+  int rows_, parts_;
+  float* inner_;    // [slots, ffn]
+  float* largest_;  // [slots, column tiles of ffn]
   void* workspace_;
 };
 

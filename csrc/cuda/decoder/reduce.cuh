@@ -1,6 +1,6 @@
 // Sums and maxima over the lanes of a warp and the threads of a block, in an order that never changes.
 #pragma once
-#include "activation.cuh"
+#include "../activation.cuh"
 
 namespace dbrxq {
 
@@ -32,13 +32,6 @@ __device__ __forceinline__ float block_sum(float value, float (&box)[Warps]) {
   for (int w = 0; w < Warps; ++w) sum += box[w];
   __syncthreads();
   return sum;
-}
-
-// An element of an array of one of the three types.
-__device__ __forceinline__ float load_element(const void* from, int64_t index, int dtype) {
-  if (dtype == DBRXQ_FLOAT32) return static_cast<const float*>(from)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(from)[index];
-  return dtype == DBRXQ_FLOAT16 ? from_half(bits) : from_bfloat16(bits);
 }
 
 // What a norm subtracts and multiplies by, of a row of `count` floats; called by all threads of a block.

@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(32 * kWarps) router_kernel(Router args) {
   if (expert < args.experts) {
     float sum = 0.0f;
     for (int64_t i = lane; i < args.hidden; i += 32)
-      sum += (x[i] - own.mean) * own.factor * load_element(args.norm.weight, i, args.norm.dtype) *
-             load_element(args.weight, expert * args.hidden + i, args.norm.dtype);
+      sum += (x[i] - own.mean) * own.factor * load(args.norm.weight, i, args.norm.dtype) *
+             load(args.weight, expert * args.hidden + i, args.norm.dtype);
     sum = warp_sum(sum);
     if (lane == 0) args.logits[row * args.experts + expert] = sum;
   }

@@ -2,7 +2,7 @@
 //
 // A row is the head_dim channels of one position; rows and channels are multiples of 16, so loads are aligned.
 #pragma once
-#include "activation.cuh"
+#include "../activation.cuh"
 
 namespace dbrxq {
 

@@ -58,6 +58,6 @@ def launches(library):
     """The launches since the last call, each as the type of its arguments."""
     text = ctypes.create_string_buffer(1 << 20)
     count = library.dbrxq_emulator_launches(text, len(text))
-    found = re.findall(r"with Parameters = \{(?:.*::)?(\w+)\}", text.value.decode())
+    found = re.findall(r"with Parameters = \{(?:[^,\n]*::)?(\w+)[,}]", text.value.decode())
     assert len(found) == count, text.value.decode()[:500]
     return found
