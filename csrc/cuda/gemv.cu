@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_together(8 * TokenTiles)) 
   constexpr int kRows = 8 * TokenTiles, kSlices = kWarps / Matrices;
   constexpr int kWarpFloats = kRows * tile::kColumns;
   struct Shared {
-    float sums[kWarps / 2 * kWarpFloats];  // the tree's; then [Matrices, kRows, 128]
+    float sums[kWarps / 2 * kRows * kPanelStride];  // the tree's; then [Matrices, kRows, kPanelStride]
     Linear linears[Matrices];
     UnitRange ranges[kWarps][tile::kWidthCount];
     int rows, last;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_together(8 * TokenTiles)) 
       for (int i = 0; i < kValues; ++i) flat[i] += box[i * 32];
     __syncthreads();
   }
-  if (slice == 0) store_panel<TokenTiles>(sums, shared.sums + matrix * kWarpFloats);
+  if (slice == 0) store_panel<TokenTiles>(sums, shared.sums + matrix * kRows * kPanelStride);
   __syncthreads();
   const int group = row_tile * static_cast<int>(gridDim.x) + column_tile;
   const Output output = {group, split, column_tile * tile::kColumns, row_tile * kRows, shared.rows};
