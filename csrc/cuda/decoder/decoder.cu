@@ -2,7 +2,7 @@
 //
 //   tokens --embed--> x
 //   each layer:  x --norm, products--> queries, keys, values --attention.cu--> attended --product--> added to x
-//                x --router.cu--> experts;  x --norm, products--> added to x
+//                x --norm, products of the experts that the router chooses--> added to x
 //   x --norm--> states
 #include "decoder.cuh"
 #include "graph.cuh"
@@ -26,8 +26,7 @@ int check(const Decoder& d, int64_t sequences, int64_t tokens) {
   for (int64_t i = 0; i < d.layer_count; ++i) {
     const Layer& layer = d.layers[i];
     for (int part = 0; part < 3; ++part)
-      if (!is_linear_of(layer.qkv[part], d.hidden, (part ? d.key_heads : d.heads) * d.head_dim))
-        return DBRXQ_BAD_SHAPE;
+      if (!is_linear_of(layer.qkv[part], d.hidden, (part ? d.key_heads : d.heads) * d.head_dim)) return DBRXQ_BAD_SHAPE;
     if (!is_linear_of(layer.output, d.heads * d.head_dim, d.hidden) || !layer.experts ||
         layer.experts->hidden != d.hidden || layer.experts->experts < 1 || layer.experts->experts > kMostExperts)
       return DBRXQ_BAD_SHAPE;
@@ -53,12 +52,6 @@ class Step {
         // These and those of the products come first and are as many for all shapes, which can so share a workspace.
         tickets_(arena.take<int32_t>(kMostRows * decoder.key_heads)),
         products_(decoder, rows_, arena) {
-    int64_t experts = 1, active = 1;
-    for (int64_t i = 0; i < decoder.layer_count; ++i) {
-      const Layer& layer = decoder.layers[i];
-      experts = layer.experts->experts > experts ? layer.experts->experts : experts;
-      active = layer.active > active ? layer.active : active;
-    }
     const int64_t wide = decoder.heads * decoder.head_dim, narrow = decoder.key_heads * decoder.head_dim;
     attention_.sequences = static_cast<int>(sequences);
     attention_.tokens = static_cast<int>(tokens);
@@ -81,9 +74,6 @@ class Step {
     attention_.queries = outputs_[0];
     attention_.keys = outputs_[1];
     attention_.values = outputs_[2];
-    logits_ = arena.take<float>(rows_ * experts);
-    index_ = arena.take<int64_t>(rows_ * active);
-    weights_ = arena.take<float>(rows_ * active);
   }
 
   int run(const dbrxq_cuda_step& step, cudaStream_t stream) const {
@@ -108,12 +98,7 @@ class Step {
     attention.past = past;
     error = dbrxq::attention(attention, stream);
     if (!error) error = products_.output(layer, attention.attended, x_, stream);
-    if (error || !layer.router) return error ? error : products_.experts(layer, nullptr, nullptr, x_, stream);
-    const int experts = static_cast<int>(layer.experts->experts), active = static_cast<int>(layer.active);
-    error = choose_experts({x_, norm(layer.mlp_norm), layer.router, decoder_.hidden, rows_, experts, active,
-                            layer.expert_norm, logits_, tickets_, index_, weights_},
-                           stream);
-    return error ? error : products_.experts(layer, index_, weights_, x_, stream);
+    return error ? error : products_.experts(layer, x_, stream);
   }
 
   const Decoder& decoder_;
@@ -121,8 +106,7 @@ class Step {
   int32_t* tickets_;
   Products products_;
   Attention attention_ = {};
-  float *x_, *outputs_[3], *logits_, *weights_;
-  int64_t* index_;
+  float *x_, *outputs_[3];
 };
 
 // Calls body(step, bytes of its workspace).

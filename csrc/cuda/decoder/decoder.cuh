@@ -1,9 +1,9 @@
 // The kernels of a decode step beside its products (products.cuh), as the layer loop calls them (decoder.cu).
 //
-// Axes: B sequences, T new tokens of each, rows = B T <= kMostRows, D hidden, H query heads, J key heads, E experts, A
-// experts of a token. Activations are fp32 from the embedding to the last norm. What changes from step to step (tokens,
-// positions, where the cache is) is in device memory, so a captured launch can be repeated. Tickets are zero before a
-// launch and after it. Each function only enqueues on `stream` and returns a cudaError_t.
+// Axes: B sequences, T new tokens of each, rows = B T <= kMostRows, D hidden, H query heads, J key heads. Activations are
+// fp32 from the embedding to the last norm. What changes from step to step (tokens, positions, where the cache is) is in
+// device memory, so a captured launch can be repeated. Tickets are zero before a launch and after it. Each function only
+// enqueues on `stream` and returns a cudaError_t.
 #pragma once
 #include "../device.cuh"
 #include "dbrxq.h"
@@ -11,9 +11,8 @@
 namespace dbrxq {
 
 constexpr int kMostRows = 8;
-constexpr int kMostHead = 256;     // channels of a head; a multiple of 16
-constexpr int kMostSplits = 256;   // of a context
-constexpr int kMostExperts = 1024;
+constexpr int kMostHead = 256;    // channels of a head; a multiple of 16
+constexpr int kMostSplits = 256;  // of a context
 
 // A norm before a product: the weight [D] of a type, RMSNorm or LayerNorm.
 struct Norm {
@@ -46,15 +45,15 @@ int normalise(const Normalise& args, cudaStream_t stream);
 
 // attention.cu: head norms, clip, rotation, the cache's new rows, and attention over the cache.
 struct Attention {
-  const float* queries;         // [rows, H head_dim], as the product made them
-  const float* keys;            // [rows, J head_dim], likewise
-  const float* values;          // [rows, J head_dim]
-  const void* query_norm;       // [head_dim] of `dtype`, or null
-  const void* key_norm;         // likewise
-  const float* cosines;         // [positions, head_dim]
-  const float* sines;           // likewise
+  const float* queries;           // [rows, H head_dim], as the product made them
+  const float* keys;              // [rows, J head_dim], likewise
+  const float* values;            // [rows, J head_dim]
+  const void* query_norm;         // [head_dim] of `dtype`, or null
+  const void* key_norm;           // likewise
+  const float* cosines;           // [positions, head_dim]
+  const float* sines;             // likewise
   const dbrxq_cuda_cache* cache;  // device, of this layer
-  const int32_t* past;          // [B]
+  const int32_t* past;            // [B]
   int sequences, tokens, heads, key_heads, head_dim;
   int dtype;       // of head norms and, unless cache_bits is 8, of the cache
   int cache_bits;  // 16 (the cache is of `dtype`) or 8
@@ -66,20 +65,5 @@ struct Attention {
 };
 int attention(const Attention& args, cudaStream_t stream);
 int64_t attention_partial_floats(const Attention& args);
-
-// router.cu: the experts of each row, the likeliest first, and their weights.
-struct Router {
-  const float* x;  // [rows, D], before the norm
-  Norm norm;
-  const void* weight;  // [E, D] of the norm's type
-  int64_t hidden;
-  int rows, experts, active;
-  float expert_norm;  // the weights are divided by their p-norm of this p; 0: they are not
-  float* logits;      // [rows, E]
-  int32_t* tickets;   // [rows]
-  int64_t* index;     // out [rows, A]
-  float* weights;     // out [rows, A]
-};
-int choose_experts(const Router& args, cudaStream_t stream);
 
 }  // namespace dbrxq

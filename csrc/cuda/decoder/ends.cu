@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(32 * kWarps) normalise_kernel(Normalise args) 
   const float* x = args.x + first;
   const Moments own = moments_of(x, args.hidden, args.norm.layer_norm != 0, args.norm.eps, shared.box);
   for (int64_t i = threadIdx.x; i < args.hidden; i += 32 * kWarps)
-    store(args.y, first + i, args.dtype,
-          (x[i] - own.mean) * own.factor * load(args.norm.weight, i, args.norm.dtype));
+    store(args.y, first + i, args.dtype, (x[i] - own.mean) * own.factor * load(args.norm.weight, i, args.norm.dtype));
 }
 
 }  // namespace

@@ -19,14 +19,15 @@ class Products {
   // Queries, keys and values, each dense [rows, out_features], of norm(x).
   int qkv(const Layer& layer, const float* x, float* const (&outputs)[3], cudaStream_t stream) const;
 
-  // x += output(attended).
+  // x += output(attended), and what the router of the layer's experts needs of it.
   int output(const Layer& layer, const float* attended, float* x, cudaStream_t stream) const;
 
-  // x += sum over a of weights[row, a] * down_e(activation(gate_e(norm(x))) * up_e(norm(x))), e = index[row, a]. Without
-  // an index it is expert 0, with weight 1.
-  int experts(const Layer& layer, const int64_t* index, const float* weights, float* x, cudaStream_t stream) const;
+  // x += sum over a of weight_a * down_e(activation(gate_e(norm(x))) * up_e(norm(x))) of the experts e_a that the router
+  // chooses, or of the only one. `output` came before.
+  int experts(const Layer& layer, float* x, cudaStream_t stream) const;
 
  private:
+  FewRouter router(const Layer& layer, int first) const;
   FewInput input(const float* x, int64_t k, int first, int rows, const void* norm) const;
 
   // Calls body(first row, rows) for rows that fit in a launch, `active` slots each.
@@ -37,6 +38,10 @@ class Products {
   int rows_, parts_;
   float* inner_;    // [slots, ffn]
   float* largest_;  // [slots, column tiles of ffn]
+  float* partial_;  // as in FewRouter, as the next three
+  float* constants_;
+  int64_t* index_;
+  float* weights_;
   void* workspace_;
 };
 

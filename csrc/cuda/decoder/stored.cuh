@@ -78,8 +78,7 @@ struct StoredByte {
   // `value` is divided by the row's scale already; what is not finite becomes 0, and its row's scale says so.
   static __device__ __forceinline__ void store(void* to, int64_t index, float value) {
     const float near = rintf(value);
-    static_cast<int8_t*>(to)[index] =
-        static_cast<int8_t>(near >= -kMost && near <= kMost ? static_cast<int>(near) : 0);
+    static_cast<int8_t*>(to)[index] = static_cast<int8_t>(near >= -kMost && near <= kMost ? static_cast<int>(near) : 0);
   }
 };
 

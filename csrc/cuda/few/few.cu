@@ -128,6 +128,8 @@ __device__ __forceinline__ void clear_panels(int rows, S& shared) {
 template <class Task>
 __global__ void __launch_bounds__(kFewThreads, blocks_together(kFewRows)) few_kernel(Task args, Places places) {
   DBRXQ_SHARED(FewShared<kPanels<Task>>, shared);
+  measure_tokens(args, shared);
+  choose_experts(args, shared);
   list_work(args, shared.work);
   const Shares shares = {shared.work.total, blocks_for(shared.work.total, static_cast<int>(gridDim.x))};
   const int block = static_cast<int>(blockIdx.x);
@@ -141,7 +143,6 @@ __global__ void __launch_bounds__(kFewThreads, blocks_together(kFewRows)) few_ke
     return;
   }
   if (block >= shares.blocks) return;
-  measure_tokens(args, shared);
   const int64_t end = shares.begin(block + 1);
   int number = 0;
   for (int64_t at = shares.begin(block); at < end;) {

@@ -11,6 +11,7 @@ namespace dbrxq {
 constexpr int kFewRows = 8;
 constexpr int kFewSlots = 64;  // tokens times experts a token
 constexpr int kFewLinears = 3;
+constexpr int kMostExperts = 1024;  // of a router
 
 // Activations, taken as they are or normalized: (x - mean) / sqrt(variance + eps) * norm in fp32, without the mean for
 // RMS norms.
@@ -35,6 +36,21 @@ struct FewResult {
   int residual_dtype;
 };
 
+// A router between two launches: what few_linears leaves of its first result, few_gate_up chooses by (router.cuh). Its
+// numbers are the logits of the result's norm, their softmax, the likeliest `active` experts of few_gate_up's routing.
+struct FewRouter {
+  const void* weight;  // [experts, k], of `dtype`; null: no router
+  const void* norm;    // [k], likewise
+  int dtype;
+  int layer_norm;     // as in FewInput
+  int experts;        // kMostExperts at most
+  float expert_norm;  // weights are divided by their p-norm of this p; 0: they are not
+  float* partial;     // [tokens, column tiles of k, experts]
+  float* constants;   // [column tiles of k, experts]
+  int64_t* index;     // out [tokens, active], for few_down
+  float* weights;     // out [tokens, active]
+};
+
 // y_i = norm(x) W_i + bias_i + residual_i of up to three linears of the same k.
 struct FewLinears {
   FewInput input;
@@ -42,6 +58,7 @@ struct FewLinears {
   FewResult results[kFewLinears];
   int count;
   void* workspace;
+  FewRouter router;  // behind the only linear
 };
 int few_linears(const FewLinears& args, cudaStream_t stream);
 
@@ -66,6 +83,7 @@ struct FewGateUp {
   float* inner;    // device [slots, ffn], 16-byte aligned
   float* largest;  // device [slots, column tiles of ffn]
   void* workspace;
+  FewRouter router;  // in place of the routing's index and weights
 };
 int few_gate_up(const FewGateUp& args, cudaStream_t stream);
 

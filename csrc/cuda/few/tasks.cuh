@@ -1,6 +1,7 @@
 // What the three launches of few.cuh differ in: how their work is listed, which rows meet a piece, where sums go. Each
 // function has an overload for each; few.cu calls them in this order.
 #pragma once
+#include "router.cuh"
 #include "rows.cuh"
 #include "work.cuh"
 
@@ -54,7 +55,7 @@ __device__ inline void list_work(const FewLinears& args, Work& work) {
 }
 
 __device__ inline void list_work(const FewGateUp& args, Work& work) {
-  sort_slots(args.routing, kFewRows / args.input.parts, work);
+  sort_slots(args.routing, kFewRows / args.input.parts, args.router.weight != nullptr, work);
   const int count = work.piece_count, i = threadIdx.x;
   const Piece run = i < count ? work.pieces[i] : Piece{};
   __syncthreads();
@@ -79,7 +80,7 @@ __device__ inline void list_work(const FewGateUp& args, Work& work) {
 }
 
 __device__ inline void list_work(const FewDown& args, Work& work) {
-  sort_slots(args.routing, kFewRows / args.parts, work);
+  sort_slots(args.routing, kFewRows / args.parts, false, work);
   const int count = work.piece_count, i = threadIdx.x;
   if (i < count) work.pieces[i].words = word_rows(args.down[work.pieces[i].linear].first_unit);
   __syncthreads();
@@ -124,6 +125,16 @@ __device__ void measure_tokens(const Task& args, S& shared) {
 }
 template <class S>
 __device__ void measure_tokens(const FewDown&, S&) {}
+
+// The experts, where there is a router to choose them. All threads of the block, which has measured the tokens.
+template <class Task, class S>
+__device__ __forceinline__ void choose_experts(const Task&, S&) {}
+template <class S>
+__device__ void choose_experts(const FewGateUp& args, S& shared) {
+  if (args.router.weight)
+    choose_all(args.router, args.routing, args.input.k, shared.tokens, reinterpret_cast<float*>(shared.staged),
+               shared.work.expert);
+}
 
 // The rows of a piece. All threads of the block; the caller brings the barrier.
 template <class S>
@@ -184,9 +195,10 @@ __device__ __forceinline__ Target target_of(const FewDown& args, const Work& wor
   return {0, slot / args.routing.active, weights ? weights[slot] : 1.0f};
 }
 
-__device__ __forceinline__ void store_result(const FewResult& result, int token, int64_t column, float value) {
+__device__ __forceinline__ float store_result(const FewResult& result, int token, int64_t column, float value) {
   if (result.residual) value += load(result.residual, token * result.residual_stride + column, result.residual_dtype);
   store(result.y, token * result.stride + column, result.dtype, value);
+  return value;
 }
 
 // The whole sums of a group into its result. All threads of the block.
@@ -198,9 +210,18 @@ __device__ void finish(const FewLinears& args, const Item& item, int tile, S& sh
     if (i != item.first_piece || column >= args.linears[i].out_features) continue;
     const void* bias = args.linears[i].bias;
     const float add = bias ? from_half(static_cast<const uint16_t*>(bias)[column]) : 0.0f;
-    for (int t = 0; t < args.input.tokens; ++t)
-      store_result(args.results[i], t, column, shared.panels[0][t][threadIdx.x] + add);
+    for (int t = 0; t < args.input.tokens; ++t) {
+      float& value = shared.panels[0][t][threadIdx.x];
+      value = store_result(args.results[i], t, column, value + add);
+    }
   }
+  if (!args.router.weight) return;
+  const int64_t columns = args.linears[0].out_features;
+  if (column >= columns)
+    for (int t = 0; t < args.input.tokens; ++t) shared.panels[0][t][threadIdx.x] = 0.0f;
+  __syncthreads();
+  leave_logits(args.router, columns, args.input.tokens, tile, shared.panels[0]);
+  __syncthreads();
 }
 template <class S>
 __device__ void finish(const FewGateUp& args, const Item& item, int tile, S& shared) {

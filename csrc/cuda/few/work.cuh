@@ -47,13 +47,13 @@ struct Work {
   int heads[kFewSlots];   // 1 where a piece begins in `sorted`
 };
 
-// Puts the slots of each expert together, in pieces of at most `most` rows. All threads of the block, one a slot at
-// least; ends with a barrier.
-__device__ inline void sort_slots(const FewRouting& routing, int most, Work& work) {
+// Puts the slots of each expert together, in pieces of at most `most` rows. `chosen`: work.expert is set. All threads of the
+// block, one a slot at least; ends with a barrier.
+__device__ inline void sort_slots(const FewRouting& routing, int most, bool chosen, Work& work) {
   const int slots = routing.tokens * routing.active, i = threadIdx.x;
   if (i < slots) {
-    int64_t expert = 0;
-    if (routing.top_k_index)
+    int64_t expert = chosen ? work.expert[i] : 0;
+    if (routing.top_k_index && !chosen)
       expert = routing.index_bytes == 8 ? static_cast<const int64_t*>(routing.top_k_index)[i]
                                         : static_cast<const int32_t*>(routing.top_k_index)[i];
     work.expert[i] = expert >= 0 && expert < routing.experts ? static_cast<int>(expert) : -1;

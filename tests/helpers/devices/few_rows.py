@@ -35,6 +35,21 @@ class Result(Structure):
     )
 
 
+class Router(Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("norm", c_void_p),
+        ("dtype", c_int),
+        ("layer_norm", c_int),
+        ("experts", c_int),
+        ("expert_norm", c_float),
+        ("partial", c_void_p),
+        ("constants", c_void_p),
+        ("index", c_void_p),
+        ("weights", c_void_p),
+    )
+
+
 class Linears(Structure):
     _fields_ = (
         ("input", Input),
@@ -42,6 +57,7 @@ class Linears(Structure):
         ("results", Result * 3),
         ("count", c_int),
         ("workspace", c_void_p),
+        ("router", Router),
     )
 
 
@@ -67,6 +83,7 @@ class GateUp(Structure):
         ("inner", c_void_p),
         ("largest", c_void_p),
         ("workspace", c_void_p),
+        ("router", Router),
     )
 
 

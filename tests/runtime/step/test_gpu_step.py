@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulated import play_gpu
+from emulated import launches, play_gpu
 from quant_models import CONFIGS, build_quantized_folder
 from transformers import DynamicCache
 
@@ -76,3 +76,17 @@ def test_steps_equal_those_of_transformers(name, on_gpu, taken):
     found = feed(model, 9, 1, 1, 1, 4)
     assert taken == [False, True, True, True, True]
     assert_close(found, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(("name", "most"), [("llama", 5), ("dbrx", 5)])
+def test_a_layer_takes_five_launches(name, most, on_gpu, emulated):
+    model = on_gpu(name, torch.float16)
+    cache = DynamicCache(config=model.config)
+    feed(model, 9, 1, cache=cache)
+    launches(emulated)
+    with torch.no_grad():
+        model.base_model(input_ids=PROMPT[:, 10:11], past_key_values=cache, use_cache=True)  # the second: captured
+    found = launches(emulated)
+    layer = ["FewLinears", "Attention", "FewLinears", "FewGateUp", "FewDown"]
+    assert found == ["Embed", *layer * model.config.num_hidden_layers, "Normalise"]
+    assert len(layer) <= most
