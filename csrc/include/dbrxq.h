@@ -306,6 +306,7 @@ typedef struct dbrxq_cuda_decoder {
   const dbrxq_cuda_decoder_layer* layers;  // host
   const void* embedding;                   // [vocabulary, D]
   const void* final_norm;                  // [D]
+  const dbrxq_cuda_linear* head;           // host: D -> vocabulary, or null: no sampling
   const float* cosines;                    // [positions, head_dim], for all positions that a cache has room for
   const float* sines;                      // likewise
   int64_t layer_count;
@@ -331,16 +332,29 @@ typedef struct dbrxq_cuda_cache {
   int64_t capacity;  // a step for which it has no room leaves keys, values and the layer's results as they are
 } dbrxq_cuda_cache;
 
+// How the next token is chosen from its logits.
+typedef struct dbrxq_cuda_sampling {
+  float temperature;  // 0: the likeliest token, the first of equal ones
+  float top_p;        // of the chance of the tokens that top_k leaves, the fewest that have this share; 1: all
+  int64_t top_k;      // the likeliest this many; 0: all. Tokens within 2e-6 of the last one's logit stay, too
+  uint64_t seed;      // with sequence and position it decides
+} dbrxq_cuda_sampling;
+
 // Device pointers but for the numbers. `workspace` holds the bytes that dbrxq_cuda_decode_workspace says, and is zeroed
 // before its first step; steps of all shapes may share it, one after another.
 typedef struct dbrxq_cuda_step {
-  const int64_t* tokens;          // [B, T]
-  const int32_t* past;            // [B]: positions that each sequence has in the cache
+  int64_t* tokens;                // [B, T]
+  int32_t* past;                  // [B]: positions that each sequence has in the cache
   const dbrxq_cuda_cache* cache;  // [layers]
-  void* states;                   // out [B, T, D] of the decoder's dtype, behind the last norm
+  void* states;                   // out [B, T, D] of the decoder's dtype, behind the last norm; null: no states
   void* workspace;
-  int64_t sequences;   // B
-  int64_t new_tokens;  // T; B T is 8 at most
+  float* logits;                        // [B, vocabulary] working memory of `sampling`
+  const dbrxq_cuda_sampling* sampling;  // null: no next tokens. Else T is 1, and the step
+  int64_t* generated;                   // [B, room]: puts the next token of b at made[b], and into `tokens`,
+  int32_t* made;                        // [B]: adds one
+  int64_t room;                         // and adds one to `past`: another step can follow at once
+  int64_t sequences;                    // B
+  int64_t new_tokens;                   // T; B T is 8 at most
 } dbrxq_cuda_step;
 
 DBRXQ_API int dbrxq_cuda_decode_workspace(const dbrxq_cuda_decoder* decoder, int64_t sequences, int64_t tokens,

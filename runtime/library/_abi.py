@@ -177,6 +177,7 @@ class CudaDecoder(Structure):
         ("layers", c_void_p),
         ("embedding", c_void_p),
         ("final_norm", c_void_p),
+        ("head", c_void_p),
         ("cosines", c_void_p),
         ("sines", c_void_p),
         ("layer_count", c_int64),
@@ -206,6 +207,17 @@ class CudaCache(Structure):
     )
 
 
+class CudaSampling(Structure):
+    """`dbrxq_cuda_sampling`: how the next token is chosen; one is in device memory."""
+
+    _fields_ = (
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("top_k", c_int64),
+        ("seed", c_uint64),
+    )
+
+
 class CudaStep(Structure):
     """`dbrxq_cuda_step`: where a step's inputs, cache and results are, and its shape."""
 
@@ -215,6 +227,11 @@ class CudaStep(Structure):
         ("cache", c_void_p),
         ("states", c_void_p),
         ("workspace", c_void_p),
+        ("logits", c_void_p),
+        ("sampling", c_void_p),
+        ("generated", c_void_p),
+        ("made", c_void_p),
+        ("room", c_int64),
         ("sequences", c_int64),
         ("new_tokens", c_int64),
     )

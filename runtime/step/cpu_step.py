@@ -61,6 +61,12 @@ class CpuStep:
         """Whether activations are still rounded as they were."""
         return self._mode == activations()
 
+    def layer_kind(self) -> Any:
+        """The class of a cache's layers that steps read and write."""
+        from dbrx_quant.runtime.step.kv_cache import GrowingLayer
+
+        return GrowingLayer
+
     def run(self, ids: Tensor, layers: Sequence[Any], past: int) -> Tensor | None:
         """The states [B, T, D] behind the last norm; None: the cache is of another kind.
 

@@ -19,10 +19,12 @@ from dbrx_quant.runtime.kernels.cuda import expert_block
 from dbrx_quant.runtime.kernels.cuda_tiles import current, device_linear, stream
 from dbrx_quant.runtime.kernels.stored import Stored, StoredList
 from dbrx_quant.runtime.library import _abi, _cuda
+from dbrx_quant.runtime.step.cache_bits import cache_bits
 from dbrx_quant.runtime.step.layers import NotNativeError, Rotations, plain_parts
+from dbrx_quant.runtime.step.sampling import MOST_ROWS, NOTED, Ahead, Sampling
 
-_MOST_ROWS = 8  # kMostRows and kMostHead of csrc/cuda/decoder/decoder.cuh
-_MOST_HEAD = 256
+_MOST_HEAD = 256  # kMostHead of csrc/cuda/decoder/decoder.cuh
+_PLAIN = 3  # (keys, values, capacity): a cache without scales
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -39,7 +41,7 @@ class _Graph:
 
 @dataclass
 class _Shape:
-    """The steps of one shape [B, T].
+    """The steps of one shape [B, T] and kind of cache, with or without a choice of the next token.
 
     Attributes:
         step: the struct that all of them share.
@@ -95,16 +97,16 @@ class GpuStep:
             eps=first.eps,
             layer_norm=first.layer_norm,
             dtype=_abi.DTYPES[last.dtype],
-            cache_bits=16,
         )
         self._keep.append(structs)
-        self._shapes: dict[tuple[int, int], _Shape] = {}
-        self._tokens = torch.zeros(_MOST_ROWS, dtype=torch.int64, device=device)
-        self._past = torch.zeros(_MOST_ROWS, dtype=torch.int32, device=device)
+        self._shapes: dict[tuple[int, int, int, bool], _Shape] = {}
+        self._ahead: Ahead | None = None
+        self._tokens = torch.zeros(MOST_ROWS, dtype=torch.int64, device=device)
+        self._past = torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
         with current(device):
             size = self._largest_workspace()
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._states = torch.empty(_MOST_ROWS, self._hidden, dtype=last.dtype, device=device)
+        self._states = torch.empty(MOST_ROWS, self._hidden, dtype=last.dtype, device=device)
         entries = self.layers * ctypes.sizeof(_abi.CudaCache)
         self._caches = torch.zeros(entries, dtype=torch.uint8, device=device)
         self._places: list[Any] = []  # what is in it
@@ -112,6 +114,13 @@ class GpuStep:
     def fits(self) -> bool:
         """Whether it can still be used: no setting changes what it computes."""
         return True
+
+    def layer_kind(self) -> Any:
+        """The class of a cache's layers that steps read and write."""
+        from dbrx_quant.runtime.step.byte_cache import ByteLayer
+        from dbrx_quant.runtime.step.kv_cache import GrowingLayer
+
+        return ByteLayer if cache_bits() == 8 else GrowingLayer
 
     def run(self, ids: Tensor, layers: Sequence[Any], past: int) -> Tensor | None:
         """The states [B, T, D] behind the last norm; None: ids or cache are elsewhere, or of another kind.
@@ -121,42 +130,85 @@ class GpuStep:
             layers: of the cache, `GrowingLayer`s with `past` positions each.
             past: positions.
         """
-        if ids.device != self._device:
-            return None
         (sequences, tokens), rows = ids.shape, ids.numel()
-        shape = (sequences, *self._shape)
-        places = [layer.place(shape, self._dtype, past + tokens, self._device) for layer in layers]
-        if None in places:
+        if not self._begin(ids, layers, past, past + tokens):
             return None
         with current(self._device):
-            self._point_at(places)
-            self._tokens[:rows].copy_(ids.reshape(rows))
-            self._past.fill_(past)
-            self._run(sequences, tokens)
+            self._run(sequences, tokens, None)
         return self._states[:rows].clone().view(sequences, tokens, self._hidden)
 
+    def run_ahead(
+        self, ids: Tensor, layers: Sequence[Any], past: int, head: Any, sampling: Sampling, count: int
+    ) -> Tensor | None:
+        """The `count` tokens that follow in each sequence, int64 [B, count]; None: as `run`.
+
+        The host waits for nothing: each step chooses the next one's tokens. Afterwards the cache has what
+        went in, all but the last token.
+
+        Args:
+            ids: of the first tokens, [B, 1].
+            layers: of the cache, with `past` positions each.
+            past: positions.
+            head: the linear behind the last norm, D -> vocabulary.
+            sampling: how tokens are chosen.
+            count: of tokens.
+        """
+        sequences = ids.shape[0]
+        if not self._begin(ids, layers, past, past + count):
+            return None
+        if self._ahead is None or not self._ahead.serves(head):
+            self._ahead = Ahead(head, self._linear(head), self._decoder.vocabulary, self._device)
+            self._decoder.head = self._ahead.address
+            self._shapes = {key: shape for key, shape in self._shapes.items() if not key[3]}
+        self._ahead.begin(sampling)
+        with current(self._device):
+            made = []
+            for first in range(0, count, NOTED):
+                self._ahead.made.zero_()
+                steps = min(NOTED, count - first)
+                for _ in range(steps):
+                    self._run(sequences, 1, self._ahead)
+                made.append(self._ahead.generated[:sequences, :steps].clone())
+        return torch.cat(made, dim=1)
+
+    def _begin(self, ids: Tensor, layers: Sequence[Any], past: int, length: int) -> bool:
+        """Put in place what steps up to `length` positions read; False: ids or cache are of another kind."""
+        if ids.device != self._device:
+            return False
+        shape = (ids.shape[0], *self._shape)
+        places = [layer.place(shape, self._dtype, length, self._device) for layer in layers]
+        if None in places:
+            return False
+        with current(self._device):
+            self._point_at(places)
+            self._tokens[: ids.numel()].copy_(ids.reshape(ids.numel()))
+            self._past.fill_(past)
+        return True
+
     def _point_at(self, places: list[Any]) -> None:
-        """Let steps use the cache at `places`, (keys, values, capacity) of each layer."""
+        """Let steps use the cache at `places`: of each layer the addresses and, last, the capacity."""
         if places == self._places:
             return
         # Whatever room a cache has, as it has it at once: no step between may find one without rotations.
-        cosines, sines = self._rotations.table(max(place[2] for place in places))
+        cosines, sines = self._rotations.table(max(place[-1] for place in places))
         if cosines.data_ptr() != self._decoder.cosines:
             self._decoder.cosines, self._decoder.sines = cosines.data_ptr(), sines.data_ptr()
             for own in self._shapes.values():
                 own.graph = None  # the old table is theirs
             self._keep.append((cosines, sines))
         entries = (_abi.CudaCache * len(places))(
-            *(_abi.CudaCache(keys=keys, values=values, capacity=room) for keys, values, room in places)
+            *(_abi.CudaCache(*addresses, capacity=room) for *addresses, room in places)
         )
         self._caches.copy_(torch.frombuffer(bytearray(bytes(entries)), dtype=torch.uint8))
         self._places = places
+        self._decoder.cache_bits = 8 if len(places[0]) > _PLAIN else 16
 
-    def _run(self, sequences: int, tokens: int) -> None:
+    def _run(self, sequences: int, tokens: int, ahead: Ahead | None) -> None:
+        key = (sequences, tokens, self._decoder.cache_bits, ahead is not None)
         native, decoder, on = _cuda.library(), ctypes.byref(self._decoder), stream(self._device)
-        own = self._shapes.get((sequences, tokens))
+        own = self._shapes.get(key)
         if own is None:
-            self._shapes[sequences, tokens] = own = self._new_shape(sequences, tokens)
+            self._shapes[key] = own = self._new_shape(sequences, tokens, ahead)
             _cuda.check(native.dbrxq_cuda_decode(decoder, ctypes.byref(own.step), on), "decode")
             return
         if own.graph is None:
@@ -170,8 +222,8 @@ class GpuStep:
     def _largest_workspace(self) -> int:
         """Bytes that the steps of all shapes share."""
         largest, size = 0, ctypes.c_int64()
-        for sequences in range(1, _MOST_ROWS + 1):
-            for tokens in range(1, _MOST_ROWS // sequences + 1):
+        for sequences in range(1, MOST_ROWS + 1):
+            for tokens in range(1, MOST_ROWS // sequences + 1):
                 status = _cuda.library().dbrxq_cuda_decode_workspace(
                     ctypes.byref(self._decoder), sequences, tokens, ctypes.byref(size)
                 )
@@ -179,16 +231,18 @@ class GpuStep:
                 largest = max(largest, size.value)
         return largest
 
-    def _new_shape(self, sequences: int, tokens: int) -> _Shape:
+    def _new_shape(self, sequences: int, tokens: int, ahead: Ahead | None) -> _Shape:
         step = _abi.CudaStep(
             tokens=self._tokens.data_ptr(),
             past=self._past.data_ptr(),
             cache=self._caches.data_ptr(),
-            states=self._states.data_ptr(),
+            states=self._states.data_ptr() if ahead is None else None,
             workspace=self._workspace.data_ptr(),
             sequences=sequences,
             new_tokens=tokens,
         )
+        if ahead is not None:
+            ahead.describe(step)
         return _Shape(step)
 
     def _kept(self, tensors: Sequence[Tensor]) -> None:

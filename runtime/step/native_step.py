@@ -12,7 +12,8 @@ with the same cache:
 * on the CPU, activations are rounded (`int8` or `int16`, see `activations`); on a GPU, the rotations do not
   depend on the length, heads have up to 256 channels, and dense feed-forward parts no biases;
 * the call has token ids of at most 8 new tokens in all, no padding (no mask, or one without zeros), positions
-  that go on from the cache, and a `DynamicCache`, whose layers are replaced by `GrowingLayer`s;
+  that go on from the cache, and a `DynamicCache`, whose layers are replaced by `GrowingLayer`s
+  (or `ByteLayer`s, on a GPU);
 * evaluation without gradients, hooks, adapters, foreign modules or code, autocast, compilation or tracing;
 * no attribute of a module was changed since the model was loaded, those that are `ADOPTED` aside;
 * no hidden states, attentions or router logits are asked for.
@@ -173,6 +174,11 @@ class NativeForward:
         form = self._form
         return form.step if gpu and form is not None and form.gpu and isinstance(form.step, GpuStep) else None
 
+    def gpu_step(self) -> GpuStep | None:
+        """The native form of the model on a GPU in its current state, if it has one."""
+        step = self._ready(gpu=True)
+        return step if isinstance(step, GpuStep) else None
+
     def _step(
         self,
         input_ids: Tensor | None = None,
@@ -210,11 +216,11 @@ class NativeForward:
         if _requests_extra_outputs(model.config, options) or _is_watched(input_ids.device):
             return None
 
-        from dbrx_quant.runtime.step.kv_cache import growing_layers, same_length
+        from dbrx_quant.runtime.step.kv_cache import layers_of_kind, same_length
 
         ahead = self._ahead(gpu)
         step = ahead or self._ready(gpu)
-        layers = None if step is None else growing_layers(held, step.layers)
+        layers = None if step is None else layers_of_kind(held, step.layers, step.layer_kind())
         past = None if layers is None else same_length(layers)
         sequences, tokens = input_ids.shape
         if (

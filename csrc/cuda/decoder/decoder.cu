@@ -3,7 +3,7 @@
 //   tokens --embed--> x
 //   each layer:  x --norm, products--> queries, keys, values --attention.cu--> attended --product--> added to x
 //                x --norm, products of the experts that the router chooses--> added to x
-//   x --norm--> states
+//   x --norm--> states;  x --norm, product--> logits --sample.cu--> the next step's tokens
 #include "decoder.cuh"
 #include "graph.cuh"
 #include "products.cuh"
@@ -81,7 +81,14 @@ class Step {
     int error = embed({step.tokens, d.embedding, d.dtype, d.vocabulary, d.hidden, rows_, x_}, stream);
     for (int64_t i = 0; i < d.layer_count && !error; ++i)
       error = run_layer(d.layers[i], step.cache + i, step.past, stream);
-    if (!error) error = normalise({x_, norm(d.final_norm), d.hidden, rows_, d.dtype, step.states}, stream);
+    if (!error && step.states)
+      error = normalise({x_, norm(d.final_norm), d.hidden, rows_, d.dtype, step.states}, stream);
+    if (error || !step.sampling) return status_of(error);
+    error = products_.head(x_, step.logits, stream);
+    if (!error)
+      error = sample({step.logits, step.sampling, d.vocabulary, rows_, step.tokens, step.past, step.generated,
+                      step.made, step.room},
+                     stream);
     return status_of(error);
   }
 
@@ -133,6 +140,9 @@ int dbrxq_cuda_decode_workspace(const dbrxq_cuda_decoder* decoder, int64_t seque
 }
 
 int dbrxq_cuda_decode(const dbrxq_cuda_decoder* decoder, const dbrxq_cuda_step* step, void* stream) {
+  if (step->sampling && (step->new_tokens != 1 || decoder->vocabulary >= 1 << 24 ||
+                         !is_linear_of(decoder->head, decoder->hidden, decoder->vocabulary)))
+    return DBRXQ_BAD_SHAPE;
   return with_step(*decoder, step->sequences, step->new_tokens, step->workspace,
                    [&](const Step& own, int64_t) { return own.run(*step, static_cast<cudaStream_t>(stream)); });
 }

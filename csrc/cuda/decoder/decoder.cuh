@@ -66,4 +66,18 @@ struct Attention {
 int attention(const Attention& args, cudaStream_t stream);
 int64_t attention_partial_floats(const Attention& args);
 
+// sample.cu: the next token of each sequence in place of the last one, its position, and a note of it.
+struct Sample {
+  const float* logits;                  // [B, vocabulary]
+  const dbrxq_cuda_sampling* sampling;  // device
+  int64_t vocabulary;                   // below 2^24
+  int sequences;
+  int64_t* tokens;     // [B], out
+  int32_t* past;       // [B], one more afterwards
+  int64_t* generated;  // [B, room]; token number made[b]
+  int32_t* made;       // [B], one more afterwards
+  int64_t room;
+};
+int sample(const Sample& args, cudaStream_t stream);
+
 }  // namespace dbrxq

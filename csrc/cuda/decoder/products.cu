@@ -80,6 +80,18 @@ int Products::qkv(const Layer& layer, const float* x, float* const (&outputs)[3]
   });
 }
 
+int Products::head(const float* x, float* logits, cudaStream_t stream) const {
+  return by_launches(1, [&](int first, int rows) {
+    FewLinears args = {};
+    args.input = input(x, decoder_.hidden, first, rows, decoder_.final_norm);
+    args.linears[0] = *decoder_.head;
+    args.results[0] = result_of(logits, decoder_.vocabulary, first, false);
+    args.count = 1;
+    args.workspace = workspace_;
+    return few_linears(args, stream);
+  });
+}
+
 int Products::output(const Layer& layer, const float* attended, float* x, cudaStream_t stream) const {
   return by_launches(1, [&](int first, int rows) {
     FewLinears args = {};

@@ -19,6 +19,9 @@ class Products {
   // Queries, keys and values, each dense [rows, out_features], of norm(x).
   int qkv(const Layer& layer, const float* x, float* const (&outputs)[3], cudaStream_t stream) const;
 
+  // logits [rows, vocabulary] of norm(x).
+  int head(const float* x, float* logits, cudaStream_t stream) const;
+
   // x += output(attended), and what the router of the layer's experts needs of it.
   int output(const Layer& layer, const float* attended, float* x, cudaStream_t stream) const;
 

@@ -34,6 +34,18 @@ __device__ __forceinline__ float block_sum(float value, float (&box)[Warps]) {
   return sum;
 }
 
+template <int Warps>
+__device__ __forceinline__ float block_maximum(float value, float (&box)[Warps]) {
+  value = warp_maximum(value);
+  if (threadIdx.x % 32 == 0) box[threadIdx.x / 32] = value;
+  __syncthreads();
+  float most = box[0];
+#pragma unroll
+  for (int w = 1; w < Warps; ++w) most = box[w] > most ? box[w] : most;
+  __syncthreads();
+  return most;
+}
+
 // What a norm subtracts and multiplies by, of a row of `count` floats; called by all threads of a block.
 struct Moments {
   float mean, factor;

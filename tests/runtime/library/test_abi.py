@@ -23,6 +23,7 @@ STRUCTS = {
     "dbrxq_cuda_decoder_layer": _abi.CudaDecoderLayer,
     "dbrxq_cuda_decoder": _abi.CudaDecoder,
     "dbrxq_cuda_cache": _abi.CudaCache,
+    "dbrxq_cuda_sampling": _abi.CudaSampling,
     "dbrxq_cuda_step": _abi.CudaStep,
 }
 TYPES = {

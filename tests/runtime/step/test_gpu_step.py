@@ -85,7 +85,9 @@ def test_a_layer_takes_five_launches(name, most, on_gpu, emulated):
     feed(model, 9, 1, cache=cache)
     launches(emulated)
     with torch.no_grad():
-        model.base_model(input_ids=PROMPT[:, 10:11], past_key_values=cache, use_cache=True)  # the second: captured
+        model.base_model(
+            input_ids=PROMPT[:, 10:11], past_key_values=cache, use_cache=True
+        )  # the second: captured
     found = launches(emulated)
     layer = ["FewLinears", "Attention", "FewLinears", "FewGateUp", "FewDown"]
     assert found == ["Embed", *layer * model.config.num_hidden_layers, "Normalise"]
