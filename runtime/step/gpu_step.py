@@ -97,6 +97,7 @@ class GpuStep:
             eps=first.eps,
             layer_norm=first.layer_norm,
             dtype=_abi.DTYPES[last.dtype],
+            cache_bits=16,  # `_point_at` sets it
         )
         self._keep.append(structs)
         self._shapes: dict[tuple[int, int, int, bool], _Shape] = {}
