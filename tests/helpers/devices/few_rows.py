@@ -1,4 +1,4 @@
-"""The launches of csrc/cuda/few/few.cuh on the emulator: its structs in ctypes, and calls on tensors of the host."""
+"""The launches of csrc/cuda/few/few.cuh on the emulator: its structs in ctypes, and calls on host tensors."""
 
 import ctypes
 from ctypes import Structure, c_float, c_int, c_int64, c_void_p
@@ -21,6 +21,7 @@ class Input(Structure):
         ("norm", c_void_p),
         ("layer_norm", c_int),
         ("eps", c_float),
+        ("folded", c_int),
     )
 
 
@@ -77,6 +78,7 @@ class Down(Structure):
         ("ffn", c_int64),
         ("hidden", c_int64),
         ("parts", c_int),
+        ("folded", c_int),
         ("inner", c_void_p),
         ("largest", c_void_p),
         ("result", Result),
@@ -141,6 +143,7 @@ class FewRows:
                 ffn=ffn,
                 hidden=given.k,
                 parts=given.parts,
+                folded=given.folded,
                 result=result,
                 **places,
             ),
@@ -148,7 +151,7 @@ class FewRows:
         return inner
 
 
-def input_of(x, parts=1, norm=None, layer_norm=False, eps=1e-5):
+def input_of(x, parts=1, norm=None, layer_norm=False, eps=1e-5, folded=0):
     """The activations x [T, K], which must stay alive as must `norm`."""
     return Input(
         x=x.data_ptr(),
@@ -160,6 +163,7 @@ def input_of(x, parts=1, norm=None, layer_norm=False, eps=1e-5):
         norm=None if norm is None else norm.data_ptr(),
         layer_norm=layer_norm,
         eps=eps,
+        folded=folded,
     )
 
 
