@@ -138,6 +138,12 @@ static inline void mma(float (&c)[4], const Half2 (&a)[4], Half2 b0, Half2 b1) {
   memcpy(c, scratch->c[lane], sizeof c);
 }
 
+static inline void mma_from(float (&d)[4], const Half2 (&a)[4], Half2 b0, Half2 b1, const float (&c)[4]) {
+  float sums[4] = {c[0], c[1], c[2], c[3]};
+  mma(sums, a, b0, b1);
+  memcpy(d, sums, sizeof d);
+}
+
 static inline uint4 load_once(const uint4* from) { return *from; }
 static inline float load_shared_result(const float* from) { return *from; }
 static inline void copy_async(void* to, const void* from) { emulator::queue_copy(to, from); }

@@ -13,7 +13,10 @@ from places import TESTS
 
 KERNELS = TESTS / "runtime" / "kernels"
 CUDA_TESTS = [
-    *(str(KERNELS / f"test_cuda_{name}.py") for name in ("products", "experts", "layout", "attention", "sampling")),
+    *(
+        str(KERNELS / f"test_cuda_{name}.py")
+        for name in ("products", "experts", "layout", "attention", "sampling")
+    ),
     str(TESTS / "runtime" / "step" / "test_gpu_step.py"),
 ]
 

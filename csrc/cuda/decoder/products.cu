@@ -37,7 +37,8 @@ Products::Products(const Decoder& decoder, int rows, Arena& arena)
 }
 
 FewInput Products::input(const float* x, int64_t k, int first, int rows, const void* norm) const {
-  return {x + first * k, k, rows, DBRXQ_FLOAT32, parts_, decoder_.dtype, norm, decoder_.layer_norm, decoder_.eps};
+  return {x + first * k, k,       rows, DBRXQ_FLOAT32, parts_, decoder_.dtype, norm, decoder_.layer_norm,
+          decoder_.eps,  folded()};
 }
 
 // Of a launch whose first row is `first`.
@@ -128,6 +129,7 @@ int Products::experts(const Layer& layer, float* x, cudaStream_t stream) const {
     down.ffn = block.ffn;
     down.hidden = decoder_.hidden;
     down.parts = parts_;
+    down.folded = folded();
     down.inner = inner_;
     down.largest = largest_;
     down.result = result_of(x, decoder_.hidden, first, true);

@@ -30,6 +30,8 @@ class Products {
   int experts(const Layer& layer, float* x, cudaStream_t stream) const;
 
  private:
+  // Weights are code times scale, not rounded to halves, where activations have the precision of halves anyway.
+  int folded() const { return parts_ == 1; }
   FewRouter router(const Layer& layer, int first) const;
   FewInput input(const float* x, int64_t k, int first, int rows, const void* norm) const;
 

@@ -27,39 +27,37 @@ __device__ __forceinline__ void store_box(const Sums<1>& sums, int rows, float* 
   }
 }
 
-// Word rows [begin, end) of piece `index` of a group, in column tile `tile`, added to its panel. All threads of the block.
-template <class Task, class S>
-__device__ void add_piece(const Task& args, const Item& item, int index, int tile, int begin, int end, S& shared) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Piece piece = shared.work.pieces[item.first_piece + index];
+// What the share has of piece `index` of the group, added to its panel. All threads of the block.
+template <bool Folded, class Task, class S>
+__device__ void add_piece(const Task& args, int index, S& shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = shared.group.tile;
+  const Piece& piece = shared.work.pieces[shared.group.item.first_piece + index];
+  const int from = shared.group.from - piece.offset, to = shared.group.to - piece.offset;
+  const int begin = from > 0 ? from : 0, words = (to < piece.words ? to : piece.words) - begin;
+  if (words <= 0) return;
   __syncthreads();  // nobody reads the piece before
-  if (threadIdx.x == 0) copy_linear(args, piece.linear, index, shared.linear);
+  if (threadIdx.x == 0) {
+    copy_linear(args, piece.linear, index, shared.linear);
+    shared.tokens_in_use = piece.rows;
+  }
   set_rows(args, piece, shared);
   __syncthreads();
   const Linear& linear = shared.linear;
   const FewInput input = input_of(args);
   if (lane < tile::kWidthCount) {
-    const int words = end - begin;
     const Slice slice = {unit_at_word(linear.first_unit, begin + words * warp / kFewWarps),
                          unit_at_word(linear.first_unit, begin + words * (warp + 1) / kFewWarps)};
-    shared.ranges[warp][lane] = range_of(linear.first_unit, slice, lane);
+    shared.warps[warp].ranges[lane] = range_of(linear.first_unit, slice, lane);
   }
+  if (lane == 0) shared.warps[warp].stride = staged_stride(piece.rows * input.parts);
   warp_barrier();
-  const int rows = piece.rows * input.parts, reads = reading_lane(lane, lanes_in_tile(linear.n, tile));
-  const Lane from = {static_cast<const uint4*>(linear.words) + static_cast<int64_t>(tile) * 32 + reads,
-                     static_cast<int>(linear.n / 4),
-                     static_cast<const uint2*>(linear.scale_codes) + static_cast<int64_t>(tile) * 8 + reads / 4,
-                     static_cast<const uint32_t*>(linear.unit_scale),
-                     static_cast<const int32_t*>(linear.permutation),
-                     piece.rows,
-                     rows,
-                     lane / 4 < rows ? lane / 4 : rows - 1,
-                     shared.rows,
-                     shared.staged[warp]};
+  const int reads = reading_lane(lane, lanes_in_tile(linear.n, tile));
+  const Lane reader = {static_cast<const uint4*>(linear.words) + static_cast<int64_t>(tile) * 32 + reads,
+                       static_cast<int>(linear.n / 4), tile * 8 + reads / 4};
   Sums<1> sums = {};
-  stream_widths<0>(input, from, shared.ranges[warp], sums);
+  stream_widths<0, Folded>(input, reader, shared, sums);
   __syncthreads();  // the boxes lie where the activations were
-  store_box(sums, rows, shared.box[warp]);
+  store_box(sums, piece.rows * input.parts, shared.box[warp]);
   __syncthreads();
   for (int r = 0; r < piece.rows; ++r) {
     float sum = 0.0f, second = 0.0f;
@@ -80,17 +78,18 @@ struct Places {
   float* partial;    // [blocks, 2, panels, 8, 128]
 };
 
-// The parts of a group that begins at `begin` into its panels, if this block is the last to come.
+// The parts of the group into its panels, if this block is the last to come.
 template <int Panels, class S>
-__device__ bool is_whole(const Places& places, const Shares& shares, int64_t begin, int64_t end, int rows, S& shared) {
+__device__ bool is_whole(const Places& places, int rows, S& shared) {
   constexpr int kPanel = kFewRows * kColumns;
-  const int first = shares.block_at(begin), count = shares.block_at(end - 1) - first + 1;
+  const Group& group = shared.group;
+  const int count = group.count, first = group.first, block = static_cast<int>(blockIdx.x);
   if (count == 1) return true;
-  const auto part = [&](int block) {  // of a block's two places the second where it ends in the group
-    const int place = shares.begin(block) < begin ? 1 : 0;
-    return places.partial + static_cast<int64_t>(2 * block + place) * Panels * kPanel + threadIdx.x;
+  const auto part = [&](int of) {  // in the first block's second place, where it ends in the group
+    const int64_t place = 2 * of + (of == first ? group.place : 0);
+    return places.partial + place * Panels * kPanel + threadIdx.x;
   };
-  float* own = part(blockIdx.x);
+  float* own = part(block);
 #pragma unroll
   for (int p = 0; p < Panels; ++p)
     for (int r = 0; r < rows; ++r) own[p * kPanel + r * kColumns] = shared.panels[p][r][threadIdx.x];
@@ -104,7 +103,7 @@ __device__ bool is_whole(const Places& places, const Shares& shares, int64_t beg
   if (!shared.last) return false;
   __threadfence();
   const float* begins = part(first);
-  const float* goes_on = places.partial + static_cast<int64_t>(2 * first) * Panels * kPanel + threadIdx.x;
+  const float* second = part(first + 1);
 #pragma unroll
   for (int p = 0; p < Panels; ++p)
     for (int r = 0; r < rows; ++r) {
@@ -112,7 +111,7 @@ __device__ bool is_whole(const Places& places, const Shares& shares, int64_t beg
       float sum = load_shared_result(begins + at);
 #pragma unroll 4
       for (int b = 1; b < count; ++b)  // loads of several blocks are under way
-        sum += load_shared_result(goes_on + static_cast<int64_t>(2 * b) * Panels * kPanel + at);
+        sum += load_shared_result(second + static_cast<int64_t>(2 * (b - 1)) * Panels * kPanel + at);
       shared.panels[p][r][threadIdx.x] = sum;
     }
   return true;
@@ -125,44 +124,35 @@ __device__ __forceinline__ void clear_panels(int rows, S& shared) {
     for (int r = 0; r < rows; ++r) shared.panels[p][r][threadIdx.x] = 0.0f;
 }
 
-template <class Task>
+template <class Task, bool Folded>
 __global__ void __launch_bounds__(kFewThreads, blocks_together(kFewRows)) few_kernel(Task args, Places places) {
   DBRXQ_SHARED(FewShared<kPanels<Task>>, shared);
   measure_tokens(args, shared);
   choose_experts(args, shared);
   list_work(args, shared.work);
-  const Shares shares = {shared.work.total, blocks_for(shared.work.total, static_cast<int>(gridDim.x))};
-  const int block = static_cast<int>(blockIdx.x);
-  if (shares.total == 0) {  // no expert at all
+  if (shared.work.total == 0) {  // no expert at all
     const Item none = {0, 0, 0, 0, 0};
-    const int rows = panel_rows(args, shared.work, none);
-    for (int tile = block; tile < shared.work.items[0].tiles; tile += gridDim.x) {
-      clear_panels<kPanels<Task>>(rows, shared);
+    for (int tile = blockIdx.x; tile < shared.work.items[0].tiles; tile += gridDim.x) {
+      clear_panels<kPanels<Task>>(panel_rows(args, shared.work, none), shared);
       finish(args, none, tile, shared);
     }
     return;
   }
-  if (block >= shares.blocks) return;
-  const int64_t end = shares.begin(block + 1);
-  int number = 0;
-  for (int64_t at = shares.begin(block); at < end;) {
-    while (number + 1 < shared.work.item_count && at >= shared.work.items[number + 1].start) ++number;
-    const Item item = shared.work.items[number];
-    const int tile = static_cast<int>((at - item.start) / item.words);
-    const int64_t begin = item.start + static_cast<int64_t>(tile) * item.words;
-    const int from = static_cast<int>(at - begin),
-              to = static_cast<int>(end - begin < item.words ? end - begin : item.words);
-    const int rows = panel_rows(args, shared.work, item);
-    clear_panels<kPanels<Task>>(rows, shared);
-    for (int p = 0; p < item.pieces; ++p) {
-      const Piece& piece = shared.work.pieces[item.first_piece + p];
-      const int first = from > piece.offset ? from - piece.offset : 0;
-      const int last = to - piece.offset < piece.words ? to - piece.offset : piece.words;
-      if (first < last) add_piece(args, item, p, tile, first, last, shared);
-    }
-    if (is_whole<kPanels<Task>>(places, shares, begin, begin + item.words, rows, shared))
-      finish(args, item, tile, shared);
-    at = begin + to;
+  const auto shares = [&]() { return Shares{shared.work.total, blocks_for(shared.work.total, gridDim.x)}; };
+  const int block = static_cast<int>(blockIdx.x);
+  if (block >= shares().blocks) return;
+  if (threadIdx.x == 0)
+    find_group(shared.work, shares(), shares().begin(block), shares().begin(block + 1), shared.group);
+  __syncthreads();
+  while (shared.group.from < shared.group.to) {
+    clear_panels<kPanels<Task>>(panel_rows(args, shared.work, shared.group.item), shared);
+    for (int p = 0; p < shared.group.item.pieces; ++p) add_piece<Folded>(args, p, shared);
+    if (is_whole<kPanels<Task>>(places, panel_rows(args, shared.work, shared.group.item), shared))
+      finish(args, shared.group.item, shared.group.tile, shared);
+    __syncthreads();  // nobody reads the group
+    if (threadIdx.x == 0)
+      find_group(shared.work, shares(), shared.group.begin + shared.group.to, shares().begin(block + 1), shared.group);
+    __syncthreads();
   }
 }
 
@@ -178,7 +168,7 @@ int64_t ticket_bytes(int blocks) { return (blocks * static_cast<int64_t>(sizeof(
 
 // most: bound of the work, in word rows of a column tile.
 template <class Task>
-int launch_few(const Task& args, int64_t most, cudaStream_t stream) {
+int launch_few(const Task& args, int folded, int64_t most, cudaStream_t stream) {
   int blocks;
   const int error = places_at_once(&blocks);
   if (error != 0) return error;
@@ -186,7 +176,8 @@ int launch_few(const Task& args, int64_t most, cudaStream_t stream) {
   const Places places = {reinterpret_cast<int32_t*>(workspace),
                          reinterpret_cast<float*>(workspace + ticket_bytes(blocks))};
   const dim3 grid(static_cast<unsigned>(blocks_for(most, blocks)));
-  return launch(few_kernel<Task>, grid, kFewThreads, stream, args, places);
+  if (folded) return launch(few_kernel<Task, true>, grid, kFewThreads, stream, args, places);
+  return launch(few_kernel<Task, false>, grid, kFewThreads, stream, args, places);
 }
 
 // Experts may have any widths: 8 bits bound them.
@@ -199,15 +190,15 @@ int64_t most_words(const FewRouting& routing, int64_t k, int64_t n) {
 int few_linears(const FewLinears& args, cudaStream_t stream) {
   int64_t words = 0;
   for (int i = 0; i < args.count; ++i) words += column_tiles(args.linears[i].n) * word_rows(args.linears[i].first_unit);
-  return launch_few(args, words, stream);
+  return launch_few(args, args.input.folded, words, stream);
 }
 
 int few_gate_up(const FewGateUp& args, cudaStream_t stream) {
-  return launch_few(args, 2 * most_words(args.routing, args.input.k, args.ffn), stream);
+  return launch_few(args, args.input.folded, 2 * most_words(args.routing, args.input.k, args.ffn), stream);
 }
 
 int few_down(const FewDown& args, cudaStream_t stream) {
-  return launch_few(args, most_words(args.routing, args.ffn, args.hidden), stream);
+  return launch_few(args, args.folded, most_words(args.routing, args.ffn, args.hidden), stream);
 }
 
 int few_workspace(int64_t* bytes) {

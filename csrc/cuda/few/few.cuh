@@ -25,6 +25,7 @@ struct FewInput {
   const void* norm;  // [k], 16-byte aligned; null: taken as they are
   int layer_norm;    // 1: minus the mean; 0: RMS norm
   float eps;
+  int folded;  // 0: weights are exact halves; 1: they are code times scale, not rounded, at half the work (folded.cuh)
 };
 
 struct FewResult {
@@ -92,7 +93,8 @@ struct FewDown {
   FewRouting routing;
   const Linear* down;  // device [experts], ffn -> hidden
   int64_t ffn, hidden;
-  int parts;           // as in FewInput, of inner
+  int parts;  // as in FewInput, of inner
+  int folded;
   const float* inner;  // as few_gate_up left them
   const float* largest;
   FewResult result;

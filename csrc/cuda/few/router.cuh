@@ -10,8 +10,6 @@
 
 namespace dbrxq {
 
-static_assert(kMostExperts * sizeof(float) == kStagedRows * layout::kUnitRows * sizeof(uint16_t), "chances fit there");
-
 __device__ __forceinline__ float warp_total(float value) {
 #pragma unroll
   for (int step = 16; step >= 1; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
@@ -94,12 +92,11 @@ __device__ inline void choose(const FewRouter& router, int active, float* chance
 }
 
 // The experts of all tokens into `chosen` [tokens, active] (shared); by block 0 also into memory. All threads of the
-// block, `box` is kFewWarps times kMostExperts floats; ends with a barrier.
+// block, `chances` is kMostExperts floats of the warp's own in shared memory; ends with a barrier.
 __device__ inline void choose_all(const FewRouter& router, const FewRouting& routing, int64_t columns, const Row* rows,
-                                  float* box, int* chosen) {
+                                  float* chances, int* chosen) {
   const int lane = threadIdx.x % 32;
   const int64_t tiles = column_tiles(columns);
-  float* chances = box + threadIdx.x / 32 * kMostExperts;
   for (int t = threadIdx.x / 32; t < routing.tokens; t += kFewWarps) {
     const Row row = rows[t];
     for (int e = lane; e < router.experts; e += 32) {

@@ -1,13 +1,14 @@
 // Activations on their way into a product: statistics of a token, and a warp's units gathered into packed order.
 //
-//   staged[unit][row][r] = half((x[token][permutation[32 unit + r]] - minus) * times * norm),   sum of the token: * back
+//   staged[unit][row][r] = half((x[token][permutation[32 unit + r]] - minus) * times * norm * factor)
 //
-// so that a product's lane reads the 8 rows it owns as one 16-byte load (tile_layout.h). fp16 that is not normalized is
-// taken as it is; all else moves by a power of two, in `times` and `back`, so that its largest magnitude is in
+// so that a product's lane reads the 8 rows it owns as one 16-byte load (tile_layout.h); the sum of the token is then
+// multiplied by `back`. fp16 that is neither normalized nor folded (folded.cuh, whose 2^-o is `factor`) is taken as it is; all else moves by a power of two, in `times` and `back`, so that its largest magnitude is in
 // [2^14, 2^15). Two parts of a value take two rows, the second with what the first left, times 2^11.
 #pragma once
 #include "activation.cuh"
 #include "few.cuh"
+#include "folded.cuh"
 
 namespace dbrxq {
 
@@ -39,7 +40,7 @@ __device__ __forceinline__ float over_block(float value, float* box) {
 // The row of a token of x. All threads of the block.
 __device__ inline Row measure(const FewInput& input, int token, float* box) {
   Row row = {token * input.k, 0.0f, 1.0f, 1.0f};
-  if (!input.norm && input.dtype == DBRXQ_FLOAT16) return row;
+  if (!input.norm && input.dtype == DBRXQ_FLOAT16 && !input.folded) return row;
   const int64_t first = row.source / 8, eights = input.k / 8;
   const float count = static_cast<float>(input.k);
   if (input.norm && input.layer_norm) {
@@ -76,24 +77,37 @@ __device__ inline Row measure(const FewInput& input, int token, float* box) {
   return row;
 }
 
-// Units that a warp gathers at a time, an even number.
-__device__ __forceinline__ int units_together(int rows) { return kStagedRows / rows / 2 * 2; }
+// What a warp has in shared memory for its units.
+struct Staged {
+  alignas(16) uint16_t staged[kStagedRows * layout::kUnitRows];
+  uint4 starts[kStagedRows / 2];         // what sums of two rows start from, twice (folded.cuh)
+  uint32_t unit_scale[kStagedRows + 1];  // of the units, and of the one that follows
+  FoldedScales scales;
+  UnitRange ranges[tile::kWidthCount];
+  int stride;  // rows from unit to unit: those in use, filled up to 2, 4 or 8
+};
 
-// Units first .. first + count - 1 of the rows of `tokens` tokens into `staged`. All lanes of a warp; it sees the result
-// after a warp barrier.
-__device__ __forceinline__ void gather(const FewInput& input, const int32_t* permutation, const Row* rows, int tokens,
-                                       int first, int count, uint16_t* staged) {
-  constexpr int kTogether = 4;  // loads under way
+__device__ __forceinline__ int staged_stride(int rows) { return rows <= 2 ? 2 : rows <= 4 ? 4 : 8; }
+
+// Units first .. first + count - 1 of the rows of `tokens` tokens. All lanes of a warp; it sees the result after a warp
+// barrier.
+__device__ __forceinline__ void gather(const FewInput& input, const Linear& linear, const Row* rows, int tokens,
+                                       int first, int count, int end, float factor, Staged& to) {
+  constexpr int kTogether = 2;  // units whose loads are under way
   const int lane = threadIdx.x % 32;
+  for (int u = lane; u <= count; u += 32) {
+    const int unit = first + u < end ? first + u : end - 1;
+    to.unit_scale[u] = static_cast<const uint32_t*>(linear.unit_scale)[unit];
+  }
+  const int32_t* permutation = static_cast<const int32_t*>(linear.permutation) + first * layout::kUnitRows + lane;
   for (int u = 0; u < count; u += kTogether) {
     int channels[kTogether];
     float gains[kTogether];
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i)
-      channels[i] = u + i < count ? permutation[(first + u + i) * layout::kUnitRows + lane] : -1;
+    for (int i = 0; i < kTogether; ++i) channels[i] = u + i < count ? permutation[(u + i) * layout::kUnitRows] : -1;
 #pragma unroll
     for (int i = 0; i < kTogether; ++i)
-      gains[i] = input.norm && channels[i] >= 0 ? load(input.norm, channels[i], input.norm_dtype) : 1.0f;
+      gains[i] = input.norm && channels[i] >= 0 ? factor * load(input.norm, channels[i], input.norm_dtype) : factor;
     for (int t = 0; t < tokens; ++t) {
       const Row row = rows[t];
       float values[kTogether];
@@ -105,9 +119,9 @@ __device__ __forceinline__ void gather(const FewInput& input, const int32_t* per
         if (u + i >= count) break;
         const float value = channels[i] < 0 ? 0.0f : (values[i] - row.minus) * row.times * gains[i];
         const uint16_t half = to_half(value);
-        uint16_t* to = staged + ((u + i) * tokens + t) * input.parts * layout::kUnitRows + lane;
-        to[0] = half;
-        if (input.parts == 2) to[layout::kUnitRows] = second_half(value, half);
+        uint16_t* place = to.staged + ((u + i) * to.stride + t * input.parts) * layout::kUnitRows + lane;
+        place[0] = half;
+        if (input.parts == 2) place[layout::kUnitRows] = second_half(value, half);
       }
     }
   }

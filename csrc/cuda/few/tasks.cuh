@@ -14,16 +14,17 @@ static_assert(tile::kColumns == kFewThreads, "a thread has one column of a panel
 template <int Panels>
 struct FewShared {
   union alignas(16) {
-    uint16_t staged[kFewWarps][kStagedRows * layout::kUnitRows];
+    Staged warps[kFewWarps];
     float box[kFewWarps][kFewRows * kBoxStride];
   };
   float panels[Panels][kFewRows][tile::kColumns];  // thread c has column c to itself
   Linear linear;                                   // of the piece
+  int tokens_in_use;                               // of the piece
   Row rows[kFewRows];                              // of the piece
   Row tokens[kFewRows];
-  UnitRange ranges[kFewWarps][tile::kWidthCount];
   float sums[kFewWarps];
   int last;
+  Group group;
   Work work;
 };
 
@@ -111,7 +112,8 @@ __device__ __forceinline__ void copy_linear(const FewDown& args, int which, int,
 __device__ __forceinline__ FewInput input_of(const FewLinears& args) { return args.input; }
 __device__ __forceinline__ FewInput input_of(const FewGateUp& args) { return args.input; }
 __device__ __forceinline__ FewInput input_of(const FewDown& args) {
-  return {args.inner, args.ffn, args.routing.tokens * args.routing.active, DBRXQ_FLOAT32, args.parts, 0, nullptr, 0, 0};
+  return {args.inner, args.ffn,   args.routing.tokens * args.routing.active, DBRXQ_FLOAT32, args.parts, 0, nullptr, 0,
+          0,          args.folded};
 }
 
 // What is the same for all pieces: the statistics of the tokens. All threads of the block.
@@ -131,8 +133,9 @@ template <class Task, class S>
 __device__ __forceinline__ void choose_experts(const Task&, S&) {}
 template <class S>
 __device__ void choose_experts(const FewGateUp& args, S& shared) {
+  static_assert(sizeof(shared.box[0]) >= kMostExperts * sizeof(float), "a warp's chances fit in its box");
   if (args.router.weight)
-    choose_all(args.router, args.routing, args.input.k, shared.tokens, reinterpret_cast<float*>(shared.staged),
+    choose_all(args.router, args.routing, args.input.k, shared.tokens, shared.box[threadIdx.x / 32],
                shared.work.expert);
 }
 

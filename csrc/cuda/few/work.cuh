@@ -86,11 +86,7 @@ __device__ inline void sort_slots(const FewRouting& routing, int most, bool chos
   __syncthreads();
 }
 
-// A block's part of the line.
-struct Share {
-  int64_t begin, end;
-};
-
+// The line in equal shares.
 struct Shares {
   int64_t total;
   int blocks;
@@ -105,6 +101,34 @@ struct Shares {
 __host__ __device__ inline int blocks_for(int64_t total, int most) {
   const int64_t useful = total / kLeastWords;
   return useful < 1 ? 1 : useful < most ? static_cast<int>(useful) : most;
+}
+
+// Where a block is, in shared memory: registers are for the sums.
+struct Group {
+  int64_t begin, end;  // on the line
+  Item item;
+  int tile;
+  int from, to;      // word rows of the block's share, in the group; equal: there is no more
+  int first, count;  // blocks that have parts of it
+  int place;         // of the two of block `first`
+};
+
+// The group at a place of the line, for a share that ends at `end`. One thread.
+__device__ inline void find_group(const Work& work, const Shares& shares, int64_t at, int64_t end, Group& group) {
+  group.from = group.to = 0;
+  if (at >= end) return;
+  int number = 0;
+  while (number + 1 < work.item_count && at >= work.items[number + 1].start) ++number;
+  const Item item = work.items[number];
+  group.item = item;
+  group.tile = static_cast<int>((at - item.start) / item.words);
+  group.begin = item.start + static_cast<int64_t>(group.tile) * item.words;
+  group.end = group.begin + item.words;
+  group.from = static_cast<int>(at - group.begin);
+  group.to = static_cast<int>((end < group.end ? end : group.end) - group.begin);
+  group.first = shares.block_at(group.begin);
+  group.count = shares.block_at(group.end - 1) - group.first + 1;
+  group.place = shares.begin(group.first) < group.begin ? 1 : 0;
 }
 
 }  // namespace dbrxq

@@ -1,4 +1,4 @@
-"""The launches of csrc/cuda/few/few.cuh on the emulator: its structs in ctypes, and calls on tensors of the host."""
+"""The launches of csrc/cuda/few/few.cuh on the emulator: its structs in ctypes, and calls on host tensors."""
 
 import ctypes
 from ctypes import Structure, c_float, c_int, c_int64, c_void_p
@@ -21,6 +21,7 @@ class Input(Structure):
         ("norm", c_void_p),
         ("layer_norm", c_int),
         ("eps", c_float),
+        ("folded", c_int),
     )
 
 
@@ -94,6 +95,7 @@ class Down(Structure):
         ("ffn", c_int64),
         ("hidden", c_int64),
         ("parts", c_int),
+        ("folded", c_int),
         ("inner", c_void_p),
         ("largest", c_void_p),
         ("result", Result),
@@ -115,18 +117,18 @@ class FewRows:
         args.workspace = self.workspace.data_ptr()
         assert self.library.dbrxq_emulator_few(call, ctypes.byref(args)) == 0
 
-    def linears(self, given, several, results):
-        """several: (tensors by suffix, out_features); results: `Result`s."""
+    def linears(self, given, several, results, router=None):
+        """several: (tensors by suffix, out_features); results: `Result`s; router: a `Router` behind the only one."""
         described = [
             cuda_tiles.device_linear(Stored.of(tensors)).described(width, tensors.get("bias"))
             for tensors, width in several
         ]
-        args = Linears(input=given, count=len(several))
+        args = Linears(input=given, count=len(several), router=router or Router())
         for i, (linear, result) in enumerate(zip(described, results, strict=True)):
             args.linears[i], args.results[i] = linear, result
         self._run(0, args)
 
-    def mlp(self, given, routing, experts, activation, result):
+    def mlp(self, given, routing, experts, activation, result, router=None):
         """experts: (gate, up, down) tensors by suffix of each; result: a `Result` [tokens, hidden]."""
         tables = []
         ffn = Stored.of(experts[0][2]).k
@@ -147,6 +149,7 @@ class FewRows:
                 up=up,
                 ffn=ffn,
                 activation=_abi.ACTIVATIONS[activation],
+                router=router or Router(),
                 **places,
             ),
         )
@@ -158,6 +161,7 @@ class FewRows:
                 ffn=ffn,
                 hidden=given.k,
                 parts=given.parts,
+                folded=given.folded,
                 result=result,
                 **places,
             ),
@@ -165,7 +169,7 @@ class FewRows:
         return inner
 
 
-def input_of(x, parts=1, norm=None, layer_norm=False, eps=1e-5):
+def input_of(x, parts=1, norm=None, layer_norm=False, eps=1e-5, folded=0):
     """The activations x [T, K], which must stay alive as must `norm`."""
     return Input(
         x=x.data_ptr(),
@@ -177,6 +181,7 @@ def input_of(x, parts=1, norm=None, layer_norm=False, eps=1e-5):
         norm=None if norm is None else norm.data_ptr(),
         layer_norm=layer_norm,
         eps=eps,
+        folded=folded,
     )
 
 
