@@ -118,7 +118,7 @@ class FewRows:
         assert self.library.dbrxq_emulator_few(call, ctypes.byref(args)) == 0
 
     def linears(self, given, several, results, router=None):
-        """several: (tensors by suffix, out_features); results: `Result`s; router: a `Router` behind the only one."""
+        """several: (tensors by suffix, out_features); results: `Result`s; router: a `Router`, or None."""
         described = [
             cuda_tiles.device_linear(Stored.of(tensors)).described(width, tensors.get("bias"))
             for tensors, width in several
