@@ -1,4 +1,4 @@
-"""The attention of a decode step on the emulator against torch in fp64: caches of all types, splits, schedules."""
+"""The attention of a decode step on the emulator against torch in fp64: all types of caches, splits."""
 
 import ctypes
 
