@@ -9,8 +9,7 @@
 namespace dbrxq {
 namespace {
 
-constexpr int64_t kExpertTokens = 512;  // tokens of a pass through the experts: bounds the workspace
-constexpr int64_t kMaxRows = 65536;     // input channels; the format's permutations are 16-bit
+constexpr int64_t kMaxRows = 65536;  // input channels; the format's permutations are 16-bit
 
 int parts_of(int dtype) { return dtype == DBRXQ_FLOAT32 ? 2 : 1; }
 
@@ -277,7 +276,7 @@ int check_experts(const Experts& block, int64_t tokens, int64_t active, int dtyp
   for (int64_t channels : {block.hidden, block.ffn})
     if (channels < 1 || channels > kMaxRows || channels % layout::kTailRows != 0) return DBRXQ_BAD_SHAPE;
   if (block.activation < DBRXQ_SILU || block.activation > DBRXQ_RELU) return DBRXQ_BAD_ACTIVATION;
-  return active * (tokens < kExpertTokens ? tokens : kExpertTokens) > (1 << 20) ? DBRXQ_BAD_SHAPE : DBRXQ_OK;
+  return active * (tokens < kPassTokens ? tokens : kPassTokens) > (1 << 20) ? DBRXQ_BAD_SHAPE : DBRXQ_OK;
 }
 
 int run_experts(const Experts& block, const char* x, const int64_t* top_k_index, const float* top_k_weights,
@@ -381,7 +380,7 @@ int dbrxq_cuda_experts_workspace(const dbrxq_cuda_experts* block, int64_t tokens
   if (bad != DBRXQ_OK) return bad;
   // The last pass may have fewer tokens and, with other tiles, need more than a full one.
   *bytes = 0;
-  for (int64_t pass : {tokens < kExpertTokens ? tokens : kExpertTokens, tokens % kExpertTokens}) {
+  for (int64_t pass : {tokens < kPassTokens ? tokens : kPassTokens, tokens % kPassTokens}) {
     if (pass == 0) continue;
     Arena arena{nullptr};
     ExpertsPlan plan;
@@ -400,8 +399,8 @@ int dbrxq_cuda_experts_forward(const dbrxq_cuda_experts* block, const void* x, c
   const int bad = check_experts(*block, tokens, active, dtype);
   if (bad != DBRXQ_OK) return bad;
   const int64_t row_bytes = block->hidden * (dtype == DBRXQ_FLOAT32 ? 4 : 2);
-  for (int64_t t = 0; t < tokens; t += kExpertTokens) {
-    const int64_t pass = tokens - t < kExpertTokens ? tokens - t : kExpertTokens;
+  for (int64_t t = 0; t < tokens; t += kPassTokens) {
+    const int64_t pass = tokens - t < kPassTokens ? tokens - t : kPassTokens;
     const int status = run_experts(*block, static_cast<const char*>(x) + t * row_bytes, top_k_index + t * active,
                                    top_k_weights + t * active, pass, active, dtype,
                                    static_cast<char*>(y) + t * row_bytes, static_cast<char*>(workspace),

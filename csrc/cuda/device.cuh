@@ -115,6 +115,9 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t s
   return static_cast<int>(cudaGetLastError());
 }
 
+// Tokens of a pass through the experts: bounds the workspace (about 1 GB for DBRX), and fills tiles of 64 rows to 94 %.
+constexpr int64_t kPassTokens = 2048;
+
 inline int multiprocessors(int* count) {
   int device;
   const cudaError_t error = cudaGetDevice(&device);

@@ -169,6 +169,8 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t s
   });
 }
 
+constexpr int64_t kPassTokens = 512;  // few enough to try what comes after a pass
+
 inline int multiprocessors(int* count) {
   *count = 3;  // small, so that small problems are split in every way that the host code knows
   return 0;

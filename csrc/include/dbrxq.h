@@ -274,7 +274,7 @@ typedef struct dbrxq_cuda_experts {
 } dbrxq_cuda_experts;
 
 // y [T, hidden] = sum over a of top_k_weights[t, a] * down_e(activation(gate_e(x_t)) * up_e(x_t)), e =
-// top_k_index[t, a], in the order of a (block: host; x and y of `dtype`). An index outside 0..E-1 adds nothing.
+// top_k_index[t, a], in a fixed order (block: host; x and y of `dtype`). An index outside 0..E-1 adds nothing.
 DBRXQ_API int dbrxq_cuda_experts_workspace(const dbrxq_cuda_experts* block, int64_t tokens, int64_t active, int dtype,
                                            int64_t* bytes);
 DBRXQ_API int dbrxq_cuda_experts_forward(const dbrxq_cuda_experts* block, const void* x, const int64_t* top_k_index,

@@ -1,7 +1,7 @@
 // Capture of what some host code enqueues as a CUDA graph that can be launched again and again.
 #pragma once
-#include "../arena.h"
 #include "../device.cuh"
+#include "arena.h"
 
 namespace dbrxq {
 

@@ -1,7 +1,7 @@
 // The matrix products of a decode step, each with the norm before it and the sum behind it (few/few.cuh).
 #pragma once
-#include "../arena.h"
 #include "../few/few.cuh"
+#include "arena.h"
 #include "decoder.cuh"
 
 namespace dbrxq {

@@ -15,7 +15,7 @@ namespace dbrxq {
 
 // o of the rows of pair p of a column: of all choices with as few shifts (of whole words) the one with the largest o.
 __host__ __device__ constexpr int folded_offset(int bits, int p) {
-  if (bits == 2) return 2 * p + 2;
+  if (bits == 2) return 2 * p;
   if (bits == 3) return p % 2 ? 3 : 6;
   if (bits == 4) return p == 1 ? 4 : p == 3 ? 6 : p;
   if (bits == 5) return p % 2 ? 5 : 0;

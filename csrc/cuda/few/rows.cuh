@@ -13,7 +13,7 @@
 namespace dbrxq {
 
 constexpr int kFewWarps = 4, kFewThreads = 32 * kFewWarps;
-constexpr int kStagedRows = 64;  // rows times units that a warp gathers at a time: 4 KiB
+constexpr int kStagedRows = 48;  // rows times units that a warp gathers at a time: a multiple of 16
 
 // How a token's values become halves.
 struct Row {

@@ -31,7 +31,8 @@ __device__ __forceinline__ void stream_units(const FewInput& input, const Lane& 
   constexpr int kDepth = depth(Bits);
   auto& own = shared.warps[threadIdx.x / 32];
   UnitWords<Bits> words[kDepth];
-  const int unit_words = Bits * lane.words_stride, end = range.end, stride = own.stride;
+  const int unit_words = Bits * lane.words_stride, end = range.end;
+  const int& stride = own.stride;
   const uint4* next = lane.words + static_cast<int64_t>(range.word) * lane.words_stride;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i, next += unit_words)
