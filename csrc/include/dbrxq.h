@@ -289,8 +289,8 @@ DBRXQ_API int dbrxq_cuda_experts_forward(const dbrxq_cuda_experts* block, const 
 
 // One layer, as dbrxq_decoder_layer. Host pointers: the linears and the experts.
 typedef struct dbrxq_cuda_decoder_layer {
-  const void* attention_norm;  // [D] of the decoder's dtype, as all norms and the router
-  const void* mlp_norm;        // [D]
+  const void* attention_norm;  // [D] of the decoder's dtype, as all norms and the router; 16-byte aligned
+  const void* mlp_norm;        // likewise
   const void* query_norm;      // [head_dim], or null
   const void* key_norm;        // likewise
   const dbrxq_cuda_linear* qkv[3];
@@ -305,7 +305,7 @@ typedef struct dbrxq_cuda_decoder_layer {
 typedef struct dbrxq_cuda_decoder {
   const dbrxq_cuda_decoder_layer* layers;  // host
   const void* embedding;                   // [vocabulary, D]
-  const void* final_norm;                  // [D]
+  const void* final_norm;                  // [D], 16-byte aligned
   const dbrxq_cuda_linear* head;           // host: D -> vocabulary, or null: no sampling
   const float* cosines;                    // [positions, head_dim], for all positions that a cache has room for
   const float* sines;                      // likewise

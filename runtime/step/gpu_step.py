@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dbrx_quant.runtime.families.parts import LayerParts
 from dbrx_quant.runtime.kernels.cuda import expert_block
-from dbrx_quant.runtime.kernels.cuda_tiles import current, device_linear, stream
+from dbrx_quant.runtime.kernels.cuda_tiles import aligned, current, device_linear, stream
 from dbrx_quant.runtime.kernels.stored import Stored, StoredList
 from dbrx_quant.runtime.library import _abi, _cuda
 from dbrx_quant.runtime.step.cache_bits import cache_bits
@@ -25,10 +25,6 @@ from dbrx_quant.runtime.step.sampling import MOST_ROWS, NOTED, Ahead, Sampling
 
 _MOST_HEAD = 256  # kMostHead of csrc/cuda/decoder/decoder.cuh
 _PLAIN = 3  # (keys, values, capacity): a cache without scales
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 class _Graph:
@@ -78,14 +74,14 @@ class GpuStep:
         if not self._rotations.constant or first.head_dim > _MOST_HEAD:
             raise NotNativeError
         # Detached: who replaces a tensor's data may not free what a step reads that is on its way.
-        self._keep: list[Any] = [last.detach(), table.detach()]
+        self._keep: list[Any] = [table.detach()]
         heads, key_heads = (first.qkv[i].out_features // first.head_dim for i in (0, 1))
         self._shape, self._hidden = (key_heads, first.head_dim), last.shape[0]
         structs = (_abi.CudaDecoderLayer * len(parts))(*(self._layer(part) for part in parts))
         self._decoder = _abi.CudaDecoder(
             layers=ctypes.addressof(structs),
             embedding=table.data_ptr(),
-            final_norm=last.data_ptr(),
+            final_norm=self._float(last),
             layer_count=len(parts),
             hidden=self._hidden,
             vocabulary=table.shape[0],
@@ -249,6 +245,14 @@ class GpuStep:
     def _kept(self, tensors: Sequence[Tensor]) -> None:
         self._keep += [tensor.detach() for tensor in tensors]
 
+    def _float(self, tensor: Tensor | None) -> int | None:
+        """The address of a norm or router; of a copy where it is not aligned to 16 bytes."""
+        if tensor is None:
+            return None
+        self._kept([aligned(tensor, 16)])
+        address: int = self._keep[-1].data_ptr()
+        return address
+
     def _linear(self, linear: Any) -> int:
         """The address of a linear's struct."""
         stored: Stored = linear.stored()
@@ -279,17 +283,15 @@ class GpuStep:
 
     def _layer(self, part: LayerParts) -> _abi.CudaDecoderLayer:
         query_norm, key_norm = part.head_norms or (None, None)
-        floats = (*part.norms, query_norm, key_norm, part.router)
-        self._kept([tensor for tensor in floats if tensor is not None])
         return _abi.CudaDecoderLayer(
-            attention_norm=_address(part.norms[0]),
-            mlp_norm=_address(part.norms[1]),
-            query_norm=_address(query_norm),
-            key_norm=_address(key_norm),
+            attention_norm=self._float(part.norms[0]),
+            mlp_norm=self._float(part.norms[1]),
+            query_norm=self._float(query_norm),
+            key_norm=self._float(key_norm),
             qkv=tuple(self._linear(linear) for linear in part.qkv),
             output=self._linear(part.output),
             experts=self._experts(part),
-            router=_address(part.router),
+            router=self._float(part.router),
             active=part.active,
             expert_norm=part.expert_norm,
         )
