@@ -15,7 +15,7 @@ KERNELS = TESTS / "runtime" / "kernels"
 CUDA_TESTS = [
     *(
         str(KERNELS / f"test_cuda_{name}.py")
-        for name in ("products", "experts", "layout", "attention", "sampling")
+        for name in ("products", "experts", "layout", "few", "attention", "sampling")
     ),
     str(TESTS / "runtime" / "step" / "test_gpu_step.py"),
 ]
@@ -114,7 +114,7 @@ def test_the_kernels_pass_under_the_sanitizers(sanitizers, extent):
     chosen = [
         "-k",
         "(linear_is_as_accurate and (tail or ragged)) or (experts_are and (some or one)) or map_is_exact"
-        " or (attention_over and (one or bytes)) or within_the_limits or five_launches",
+        " or dense_model or (attention_over and (one or bytes)) or within_the_limits or five_launches",
     ]
     done = sanitized("-m", "pytest", "-q", "-x", *CUDA_TESTS, *(chosen if extent == "a few" else []))
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -73,6 +73,7 @@ __device__ __forceinline__ void fold_zero_points(const uint16_t* staged, int row
   for (int p = 0; p < 4; ++p)
     zero[p / 2][p % 2 * 2] = zero[p / 2][p % 2 * 2 + 1] =
         (0x8000u | half_integer(1024 + (layout::zero_point(Bits) << folded_offset(Bits, p)))) * kBoth;
+#pragma unroll 1
   for (int first = 0; first < rows; first += 8) {
     const int row = first + g < rows ? first + g : rows - 1;
     const uint4 x = *reinterpret_cast<const uint4*>(staged + row * layout::kUnitRows + tile::kLaneRows * q);
