@@ -3,29 +3,13 @@
 // A plan is made twice by the same code: once on a null workspace to measure it, once to run.
 #include <initializer_list>
 
+#include "arena.h"
 #include "kernels.cuh"
 
 namespace dbrxq {
 namespace {
 
-constexpr int64_t kExpertTokens = 512;  // tokens of a pass through the experts: bounds the workspace
-constexpr int kErrorBase = 1000;        // statuses above are 1000 + cudaError_t
-constexpr int64_t kMaxRows = 65536;     // input channels; the format's permutations are 16-bit
-
-int status_of(int error) { return error == 0 ? DBRXQ_OK : kErrorBase + error; }
-
-// Hands out pieces of the workspace, each aligned to 256 bytes.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    const int64_t at = used;
-    used += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return base ? reinterpret_cast<T*>(base + at) : nullptr;
-  }
-};
+constexpr int64_t kMaxRows = 65536;  // input channels; the format's permutations are 16-bit
 
 int parts_of(int dtype) { return dtype == DBRXQ_FLOAT32 ? 2 : 1; }
 
@@ -115,6 +99,83 @@ int plan_linear(const Linear& linear, int64_t tokens, int dtype, Arena& arena, L
   product.x = prepare.packed;
   product.row_scale = prepare.row_scale;
   return DBRXQ_OK;
+}
+
+// ---- Few rows: one launch for everything (few/few.cuh) ----------------------------------------------------------
+
+bool is_few(int64_t tokens, int64_t active, int dtype) {
+  return tokens * parts_of(dtype) <= kFewRows && active <= kFewSlots && tokens * active <= kFewSlots;
+}
+
+FewInput input_of(const void* x, int64_t k, int64_t tokens, int dtype) {
+  FewInput input = {};
+  input.x = x;
+  input.k = k;
+  input.tokens = static_cast<int>(tokens);
+  input.dtype = dtype;
+  input.parts = parts_of(dtype);
+  return input;
+}
+
+FewResult result_of(void* y, int64_t stride, int dtype) {
+  FewResult result = {};
+  result.y = y;
+  result.stride = stride;
+  result.dtype = dtype;
+  return result;
+}
+
+// The workspace of few.cuh at the front of an arena.
+int take_few_workspace(Arena& arena, void** workspace) {
+  int64_t bytes;
+  const int error = few_workspace(&bytes);
+  *workspace = arena.take<char>(bytes);
+  return status_of(error);
+}
+
+int run_few_linear(const Linear& linear, const void* x, int64_t tokens, int dtype, void* y, void* workspace,
+                   cudaStream_t stream) {
+  FewLinears args = {};
+  args.input = input_of(x, linear.k, tokens, dtype);
+  args.linears[0] = linear;
+  args.results[0] = result_of(y, linear.out_features, dtype);
+  args.count = 1;
+  args.workspace = workspace;
+  const int error = few_clear(workspace, stream);
+  return status_of(error == 0 ? few_linears(args, stream) : error);
+}
+
+struct FewExpertsPlan {
+  FewGateUp gate_up = {};
+  FewDown down = {};
+};
+
+int plan_few_experts(const dbrxq_cuda_experts& block, int64_t tokens, int64_t active, int dtype, Arena& arena,
+                     FewExpertsPlan& plan) {
+  FewGateUp& gate_up = plan.gate_up;
+  const int status = take_few_workspace(arena, &gate_up.workspace);
+  gate_up.input = input_of(nullptr, block.hidden, tokens, dtype);
+  gate_up.routing.index_bytes = sizeof(int64_t);
+  gate_up.routing.tokens = static_cast<int>(tokens);
+  gate_up.routing.active = static_cast<int>(active);
+  gate_up.routing.experts = static_cast<int>(block.experts);
+  gate_up.gate = block.gate;
+  gate_up.up = block.up;
+  gate_up.ffn = block.ffn;
+  gate_up.activation = block.activation;
+  gate_up.inner = arena.take<float>(tokens * active * block.ffn);
+  gate_up.largest = arena.take<float>(tokens * active * column_tiles(block.ffn));
+  FewDown& down = plan.down;
+  down.routing = gate_up.routing;
+  down.down = block.down;
+  down.ffn = block.ffn;
+  down.hidden = block.hidden;
+  down.parts = parts_of(dtype);
+  down.inner = gate_up.inner;
+  down.largest = gate_up.largest;
+  down.result = result_of(nullptr, block.hidden, dtype);
+  down.workspace = gate_up.workspace;
+  return status;
 }
 
 // ---- The experts of a block -------------------------------------------------------------------------------------
@@ -215,12 +276,25 @@ int check_experts(const Experts& block, int64_t tokens, int64_t active, int dtyp
   for (int64_t channels : {block.hidden, block.ffn})
     if (channels < 1 || channels > kMaxRows || channels % layout::kTailRows != 0) return DBRXQ_BAD_SHAPE;
   if (block.activation < DBRXQ_SILU || block.activation > DBRXQ_RELU) return DBRXQ_BAD_ACTIVATION;
-  return active * (tokens < kExpertTokens ? tokens : kExpertTokens) > (1 << 20) ? DBRXQ_BAD_SHAPE : DBRXQ_OK;
+  return active * (tokens < kPassTokens ? tokens : kPassTokens) > (1 << 20) ? DBRXQ_BAD_SHAPE : DBRXQ_OK;
 }
 
 int run_experts(const Experts& block, const char* x, const int64_t* top_k_index, const float* top_k_weights,
                 int64_t tokens, int64_t active, int dtype, char* y, char* workspace, cudaStream_t stream) {
   Arena arena{workspace};
+  if (is_few(tokens, active, dtype)) {
+    FewExpertsPlan plan;
+    const int status = plan_few_experts(block, tokens, active, dtype, arena, plan);
+    if (status != DBRXQ_OK) return status;
+    plan.gate_up.input.x = x;
+    plan.gate_up.routing.top_k_index = plan.down.routing.top_k_index = top_k_index;
+    plan.down.routing.top_k_weights = top_k_weights;
+    plan.down.result.y = y;
+    int error = few_clear(plan.gate_up.workspace, stream);
+    if (error == 0) error = few_gate_up(plan.gate_up, stream);
+    if (error == 0) error = few_down(plan.down, stream);
+    return status_of(error);
+  }
   ExpertsPlan plan;
   const int status = plan_experts(block, tokens, active, dtype, arena, plan);
   if (status != DBRXQ_OK) return status;
@@ -275,7 +349,9 @@ int dbrxq_cuda_linear_workspace(const dbrxq_cuda_linear* linear, int64_t tokens,
   if (!is_linear(*linear) || tokens < 0 || tokens > (1 << 24) || !is_dtype(dtype)) return DBRXQ_BAD_SHAPE;
   Arena arena{nullptr};
   LinearPlan plan;
-  const int status = plan_linear(*linear, tokens, dtype, arena, plan);
+  void* few;
+  const int status = is_few(tokens, 1, dtype) ? take_few_workspace(arena, &few)
+                                              : plan_linear(*linear, tokens, dtype, arena, plan);
   *bytes = arena.used;
   return status;
 }
@@ -284,6 +360,8 @@ int dbrxq_cuda_linear_forward(const dbrxq_cuda_linear* linear, const void* x, in
                               void* workspace, void* stream) {
   if (!is_linear(*linear) || tokens < 0 || tokens > (1 << 24) || !is_dtype(dtype)) return DBRXQ_BAD_SHAPE;
   if (tokens == 0) return DBRXQ_OK;
+  if (is_few(tokens, 1, dtype))
+    return run_few_linear(*linear, x, tokens, dtype, y, workspace, static_cast<cudaStream_t>(stream));
   Arena arena{static_cast<char*>(workspace)};
   LinearPlan plan;
   const int status = plan_linear(*linear, tokens, dtype, arena, plan);
@@ -302,11 +380,13 @@ int dbrxq_cuda_experts_workspace(const dbrxq_cuda_experts* block, int64_t tokens
   if (bad != DBRXQ_OK) return bad;
   // The last pass may have fewer tokens and, with other tiles, need more than a full one.
   *bytes = 0;
-  for (int64_t pass : {tokens < kExpertTokens ? tokens : kExpertTokens, tokens % kExpertTokens}) {
+  for (int64_t pass : {tokens < kPassTokens ? tokens : kPassTokens, tokens % kPassTokens}) {
     if (pass == 0) continue;
     Arena arena{nullptr};
     ExpertsPlan plan;
-    const int status = plan_experts(*block, pass, active, dtype, arena, plan);
+    FewExpertsPlan few;
+    const int status = is_few(pass, active, dtype) ? plan_few_experts(*block, pass, active, dtype, arena, few)
+                                                   : plan_experts(*block, pass, active, dtype, arena, plan);
     if (status != DBRXQ_OK) return status;
     if (arena.used > *bytes) *bytes = arena.used;
   }
@@ -319,8 +399,8 @@ int dbrxq_cuda_experts_forward(const dbrxq_cuda_experts* block, const void* x, c
   const int bad = check_experts(*block, tokens, active, dtype);
   if (bad != DBRXQ_OK) return bad;
   const int64_t row_bytes = block->hidden * (dtype == DBRXQ_FLOAT32 ? 4 : 2);
-  for (int64_t t = 0; t < tokens; t += kExpertTokens) {
-    const int64_t pass = tokens - t < kExpertTokens ? tokens - t : kExpertTokens;
+  for (int64_t t = 0; t < tokens; t += kPassTokens) {
+    const int64_t pass = tokens - t < kPassTokens ? tokens - t : kPassTokens;
     const int status = run_experts(*block, static_cast<const char*>(x) + t * row_bytes, top_k_index + t * active,
                                    top_k_weights + t * active, pass, active, dtype,
                                    static_cast<char*>(y) + t * row_bytes, static_cast<char*>(workspace),

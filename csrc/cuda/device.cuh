@@ -89,6 +89,18 @@ __device__ __forceinline__ void mma(float (&c)[4], const Half2 (&a)[4], Half2 b0
 #endif
 }
 
+// d = c + a b.
+__device__ __forceinline__ void mma_from(float (&d)[4], const Half2 (&a)[4], Half2 b0, Half2 b1, const float (&c)[4]) {
+#if DBRXQ_TURING
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
+  mma(d, a, b0, b1);
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#endif
+}
+
 // 16 bytes that no other block reads: past the L1, where the activations stay.
 __device__ __forceinline__ uint4 load_once(const uint4* from) {
   uint4 v;
@@ -124,11 +136,21 @@ __device__ __forceinline__ void copies_done() {
 #endif
 }
 
+// Waits for all lanes of the warp; they see each other's writes to memory.
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+inline int clear_memory(void* memory, int64_t bytes, cudaStream_t stream) {
+  return static_cast<int>(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream));
+}
+
 template <class... Parameters>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, Parameters... arguments) {
   kernel<<<grid, threads, 0, stream>>>(arguments...);
   return static_cast<int>(cudaGetLastError());
 }
+
+// Tokens of a pass through the experts: bounds the workspace (about 1 GB for DBRX), and fills tiles of 64 rows to 94 %.
+constexpr int64_t kPassTokens = 2048;
 
 inline int multiprocessors(int* count) {
   int device;

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, blocks_together(kGemmRows)) gemm_ker
     union {
       Stage<Matrices> stages[kStages];
       struct {
-        float sums[2 * kWarpRows * tile::kColumns];  // [panels, 32 rows, 128]
+        float sums[2 * kWarpRows * kPanelStride];  // [panels, 32 rows, kPanelStride]
         int last;
       };
     };
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, blocks_together(kGemmRows)) gemm_ker
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     __syncthreads();
-    if (half == h) store_panel<kTokenTiles>(sums, shared.sums + panel * kWarpRows * tile::kColumns);
+    if (half == h) store_panel<kTokenTiles>(sums, shared.sums + panel * kWarpRows * kPanelStride);
     __syncthreads();
     const int left = rows - h * kWarpRows;
     if (left <= 0) continue;

@@ -13,8 +13,6 @@ namespace {
 
 // Of a block. Three blocks of four leave a thread 168 registers; blocks of eight, with 128 a thread, spilled.
 constexpr int kWarps = 4;
-// Units under way: a unit of b bits takes 4 b registers a lane, and 32 is what they may have.
-__host__ __device__ constexpr int depth(int bits) { return bits >= 5 ? 1 : 2; }
 
 // Where a lane reads: its places in a tile column.
 template <int TokenTiles>
@@ -26,17 +24,6 @@ struct LanePointers {
   const uint4* x[TokenTiles];  // of unit 0: row g of each 8, or the last in use, whose sum nobody reads
   int x_stride;                // uint4s from unit to unit
 };
-
-template <int Bits>
-struct UnitWords {
-  uint4 at[Bits];
-};
-
-template <int Bits>
-__device__ __forceinline__ void fetch(UnitWords<Bits>& words, const uint4* from, int stride) {
-#pragma unroll
-  for (int i = 0; i < Bits; ++i) words.at[i] = load_once(from + i * stride);
-}
 
 // What a unit needs beside its words. It comes from the L2 or, once a group, from memory: one unit ahead will do.
 template <int TokenTiles>
@@ -85,18 +72,6 @@ __device__ __forceinline__ void stream_units(const LanePointers<TokenTiles>& fro
     }
 }
 
-// A warp's share of the units of one width, and the word row of the first.
-struct UnitRange {
-  int begin, end, word;
-};
-
-// The units of width `index` in a slice.
-__device__ __forceinline__ UnitRange range_of(const int32_t (&first_unit)[7], const Slice& slice, int index) {
-  const int first = first_unit[index], last = first_unit[index + 1];
-  const int begin = slice.begin > first ? slice.begin : first, end = slice.end < last ? slice.end : last;
-  return {begin, end, begin < end ? locate(first_unit, begin).word : 0};
-}
-
 template <int Index, int TokenTiles>
 __device__ __forceinline__ void stream_widths(const LanePointers<TokenTiles>& from,
                                               const UnitRange (&ranges)[tile::kWidthCount], Sums<TokenTiles>& sums) {
@@ -113,7 +88,7 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_together(8 * TokenTiles)) 
   constexpr int kRows = 8 * TokenTiles, kSlices = kWarps / Matrices;
   constexpr int kWarpFloats = kRows * tile::kColumns;
   struct Shared {
-    float sums[kWarps / 2 * kWarpFloats];  // the tree's; then [Matrices, kRows, 128]
+    float sums[kWarps / 2 * kRows * kPanelStride];  // the tree's; then [Matrices, kRows, kPanelStride]
     Linear linears[Matrices];
     UnitRange ranges[kWarps][tile::kWidthCount];
     int rows, last;
@@ -168,7 +143,7 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_together(8 * TokenTiles)) 
       for (int i = 0; i < kValues; ++i) flat[i] += box[i * 32];
     __syncthreads();
   }
-  if (slice == 0) store_panel<TokenTiles>(sums, shared.sums + matrix * kWarpFloats);
+  if (slice == 0) store_panel<TokenTiles>(sums, shared.sums + matrix * kRows * kPanelStride);
   __syncthreads();
   const int group = row_tile * static_cast<int>(gridDim.x) + column_tile;
   const Output output = {group, split, column_tile * tile::kColumns, row_tile * kRows, shared.rows};

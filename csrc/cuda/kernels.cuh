@@ -1,5 +1,6 @@
 // The kernels as the C ABI calls them (api.cu). Each only enqueues on `stream` and returns a cudaError_t.
 #pragma once
+#include "few/few.cuh"
 #include "matmul.cuh"
 
 namespace dbrxq {

@@ -38,7 +38,7 @@ __device__ __forceinline__ Place locate(const int32_t (&first_unit)[7], int unit
   return {2, word + (unit - first_unit[5]) * 2};
 }
 
-__device__ __forceinline__ int word_rows(const int32_t (&first_unit)[7]) {
+__host__ __device__ inline int word_rows(const int32_t (&first_unit)[7]) {
   int words = 0;
 #pragma unroll
   for (int i = 0; i < tile::kWidthCount; ++i) words += (first_unit[i + 1] - first_unit[i]) * tile::width(i);
@@ -64,6 +64,32 @@ __device__ __forceinline__ Slice slice_of(const int32_t (&first_unit)[7], int in
   const int64_t words = word_rows(first_unit);
   return {unit_at_word(first_unit, static_cast<int>(words * index / count)),
           unit_at_word(first_unit, static_cast<int>(words * (index + 1) / count))};
+}
+
+// A warp's share of the units of one width, and the word row of the first.
+struct UnitRange {
+  int begin, end, word;
+};
+
+// The units of width `index` in a slice.
+__device__ __forceinline__ UnitRange range_of(const int32_t (&first_unit)[7], const Slice& slice, int index) {
+  const int first = first_unit[index], last = first_unit[index + 1];
+  const int begin = slice.begin > first ? slice.begin : first, end = slice.end < last ? slice.end : last;
+  return {begin, end, begin < end ? locate(first_unit, begin).word : 0};
+}
+
+// Units under way in registers: a unit of b bits takes 4 b registers a lane, and 32 is what they may have.
+__host__ __device__ constexpr int depth(int bits) { return bits >= 5 ? 1 : 2; }
+
+template <int Bits>
+struct UnitWords {
+  uint4 at[Bits];
+};
+
+template <int Bits>
+__device__ __forceinline__ void fetch(UnitWords<Bits>& words, const uint4* from, int stride) {
+#pragma unroll
+  for (int i = 0; i < Bits; ++i) words.at[i] = load_once(from + i * stride);
 }
 
 }  // namespace dbrxq

@@ -10,8 +10,6 @@
 
 namespace dbrxq {
 
-constexpr float kSecondPart = 1.0f / 2048;  // one half holds 11 bits: the second continues where the first stops
-
 struct Matmul {
   Linear only;                 // the linear, where there are no experts
   const Linear* first;         // device [E]: gate, or the one matrix
@@ -47,17 +45,11 @@ __device__ __forceinline__ Linear linear_of(const Matmul& args, int expert, int 
   return (matrix ? args.second : args.first)[expert];
 }
 
-__device__ __forceinline__ void store(void* y, int64_t index, int dtype, float value) {
-  if (dtype == DBRXQ_FLOAT32) {
-    static_cast<float*>(y)[index] = value;
-  } else if (dtype == DBRXQ_FLOAT16) {
-    static_cast<uint16_t*>(y)[index] = to_half(value);
-  } else {
-    static_cast<uint16_t*>(y)[index] = to_bfloat16(value);
-  }
-}
+// Floats from row to row of a panel in shared memory: four more than columns, so that the rows that a store meets lie on
+// banks of their own.
+constexpr int kPanelStride = tile::kColumns + 4;
 
-// Sums of one warp into a panel [rows, 128] in shared memory.
+// Sums of one warp into a panel [rows, kPanelStride] in shared memory.
 template <int TokenTiles>
 __device__ __forceinline__ void store_panel(const Sums<TokenTiles>& sums, float* panel) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -69,7 +61,7 @@ __device__ __forceinline__ void store_panel(const Sums<TokenTiles>& sums, float*
       for (int n = 0; n < TokenTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          panel[(8 * n + 2 * q + i % 2) * tile::kColumns + tile::kLaneColumns * g + tile::kSubtileColumns * s + 2 * t +
+          panel[(8 * n + 2 * q + i % 2) * kPanelStride + tile::kLaneColumns * g + tile::kSubtileColumns * s + 2 * t +
                 i / 2] = sums[s][t][n][i];
 }
 
@@ -82,35 +74,45 @@ struct Output {
   int rows;    // how many are in use
 };
 
-// Turns Panels panels of Rows rows, which all threads of the block have written to `sums` before a barrier, into y.
-// With splits, the last block of the group to come adds all parts in the order of the splits: the same bits whoever is
-// last (`last` is a shared flag). Gated: panel 0 is the gate, panel 1 the up-projection of the same columns; else they
+// Turns Panels panels [Rows, kPanelStride], which all threads of the block have written to `sums` before a barrier, into y.
+// With splits, the last block of the group to come adds all parts, rows in use alone, in the order of the splits: the
+// same bits whoever is last (`last` is a shared flag). Gated: panel 0 is the gate, panel 1 the up-projection of the same columns; else they
 // lie side by side.
 template <int Panels, int Rows, bool Gated>
 __device__ void write_output(const Matmul& args, const Output& output, float* sums, int& last) {
   const int group = output.group, column = output.column, first = output.row / args.parts;
   constexpr int size = Panels * Rows * tile::kColumns;
-  const int threads = blockDim.x;
+  const int threads = blockDim.x, used = output.rows * tile::kColumns;  // of a panel
+  // Place i of the rows in use: in shared memory, and in the parts of other blocks.
+  const auto at = [&](int panel, int i) {
+    return (panel * Rows + i / tile::kColumns) * kPanelStride + i % tile::kColumns;
+  };
   if (args.splits > 1) {
     float* parts = args.partial + static_cast<int64_t>(group) * args.splits * size;
-    for (int i = threadIdx.x; i < size; i += threads) parts[static_cast<int64_t>(output.split) * size + i] = sums[i];
+    for (int p = 0; p < Panels; ++p)
+      for (int i = threadIdx.x; i < used; i += threads)
+        parts[(static_cast<int64_t>(output.split) * Panels + p) * Rows * tile::kColumns + i] = sums[at(p, i)];
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) last = atomicAdd(args.tickets + group, 1) == args.splits - 1;
     __syncthreads();
     if (!last) return;
     __threadfence();
-    for (int i = threadIdx.x; i < size; i += threads) {
-      float sum = 0.0f;
-      for (int p = 0; p < args.splits; ++p) sum += load_shared_result(parts + static_cast<int64_t>(p) * size + i);
-      sums[i] = sum;
-    }
+    for (int p = 0; p < Panels; ++p)
+      for (int i = threadIdx.x; i < used; i += threads) {
+        const float* from = parts + p * Rows * tile::kColumns + i;
+        float sum = 0.0f;
+#pragma unroll 4
+        for (int split = 0; split < args.splits; ++split)
+          sum += load_shared_result(from + static_cast<int64_t>(split) * size);
+        sums[at(p, i)] = sum;
+      }
     __syncthreads();
   }
   const int tokens = output.rows / args.parts;
   const auto total = [&](int panel, int token, int c) {
-    const float* at = sums + (panel * Rows + token * args.parts) * tile::kColumns + c;
-    const float sum = args.parts == 2 ? *at + kSecondPart * at[tile::kColumns] : *at;
+    const float* from = sums + (panel * Rows + token * args.parts) * kPanelStride + c;
+    const float sum = args.parts == 2 ? *from + kSecondPart * from[kPanelStride] : *from;
     return sum * args.row_scale[first + token];
   };
   constexpr int wide = Gated ? tile::kColumns : Panels * tile::kColumns;

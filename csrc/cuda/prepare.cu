@@ -15,22 +15,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kChunk = 1024;
 
-__device__ __forceinline__ float load(const void* x, int64_t index, int dtype) {
-  if (dtype == DBRXQ_FLOAT32) return static_cast<const float*>(x)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(x)[index];
-  return dtype == DBRXQ_FLOAT16 ? from_half(bits) : from_bfloat16(bits);
-}
-
-// e as above for the largest magnitude; 0 where there is none to go by (all zero, or not finite).
-__device__ __forceinline__ int exponent_to_half_range(float largest) {
-  const int biased = static_cast<int>(bits_of(largest) >> 23);
-  if (largest == 0.0f || biased == 255) return 0;
-  const int e = 14 + 127 - biased;
-  return e < 126 ? e : 126;
-}
-
-__device__ __forceinline__ float power_of_two(int e) { return float_of(static_cast<uint32_t>(e + 127) << 23); }
-
 __global__ void __launch_bounds__(kThreads) prepare_kernel(Prepare args) {
   struct Shared {
     float largest[kThreads / 32];
@@ -84,10 +68,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(Prepare args) {
                        layout::kUnitRows +
                    i % layout::kUnitRows;
     to[0] = first;
-    if (args.parts == 2) {
-      const float rest = value - from_half(first);
-      to[layout::kUnitRows] = rest - rest == 0.0f ? to_half(rest * 2048.0f) : static_cast<uint16_t>(0);
-    }
+    if (args.parts == 2) to[layout::kUnitRows] = second_half(value, first);
   }
 }
 

@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <functional>
+
 #include "half.h"
 
 #define __global__
@@ -33,7 +35,28 @@ struct alignas(16) uint4 {
 };
 static inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-typedef void* cudaStream_t;
+
+// The runtime API that host code uses, as graphs.cpp plays it.
+typedef struct EmulatedStream* cudaStream_t;
+typedef struct EmulatedGraph* cudaGraph_t;
+typedef struct EmulatedGraph* cudaGraphExec_t;
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901,
+  cudaErrorStreamCaptureImplicit = 906,
+};
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
+constexpr unsigned cudaStreamNonBlocking = 1;
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
 
 namespace dbrxq {
 namespace emulator {
@@ -47,6 +70,8 @@ extern Position here;
 
 // Runs body() on every thread of every block.
 void run(dim3 grid, unsigned threads, void (*body)(void*), void* context);
+// Runs a launch, or records it where its stream is being captured; `what` names its arguments' types. A cudaError_t.
+int submit(cudaStream_t stream, const char* what, std::function<void()> launch);
 // The block's shared object.
 void* shared_memory(size_t bytes);
 // Waits until all running threads of the block are at a barrier.
@@ -113,6 +138,12 @@ static inline void mma(float (&c)[4], const Half2 (&a)[4], Half2 b0, Half2 b1) {
   memcpy(c, scratch->c[lane], sizeof c);
 }
 
+static inline void mma_from(float (&d)[4], const Half2 (&a)[4], Half2 b0, Half2 b1, const float (&c)[4]) {
+  float sums[4] = {c[0], c[1], c[2], c[3]};
+  mma(sums, a, b0, b1);
+  memcpy(d, sums, sizeof d);
+}
+
 static inline uint4 load_once(const uint4* from) { return *from; }
 static inline float load_shared_result(const float* from) { return *from; }
 static inline void copy_async(void* to, const void* from) { emulator::queue_copy(to, from); }
@@ -122,13 +153,23 @@ static inline void copies_done() {
   emulator::finish_copies(Pending);
 }
 
-template <class... Parameters>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t, Parameters... arguments) {
-  auto call = [&] { kernel(arguments...); };
-  emulator::run(
-      grid, static_cast<unsigned>(threads), [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+static inline void warp_barrier() { emulator::warp_meeting(nullptr, nullptr); }
+
+inline int clear_memory(void* memory, int64_t bytes, cudaStream_t) {
+  memset(memory, 0, static_cast<size_t>(bytes));
   return 0;
 }
+
+template <class... Parameters>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, Parameters... arguments) {
+  return emulator::submit(stream, __PRETTY_FUNCTION__, [=] {
+    auto call = [&] { kernel(arguments...); };
+    emulator::run(
+        grid, static_cast<unsigned>(threads), [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+  });
+}
+
+constexpr int64_t kPassTokens = 512;  // few enough to try what comes after a pass
 
 inline int multiprocessors(int* count) {
   *count = 3;  // small, so that small problems are split in every way that the host code knows
@@ -147,6 +188,11 @@ static inline void __syncthreads() { ::dbrxq::emulator::block_barrier(); }
 static inline void __threadfence() {}
 static inline int atomicAdd(int* address, int value) {
   const int before = *address;
+  *address += value;
+  return before;
+}
+static inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  const unsigned long long before = *address;
   *address += value;
   return before;
 }

@@ -1,4 +1,5 @@
 // Kernels with known faults, which the emulator must show (tests/csrc/test_emulator.py), and their sound twins.
+#include "decoder/graph.cuh"
 #include "device.cuh"
 
 namespace dbrxq {
@@ -41,6 +42,11 @@ __global__ void copy(Arguments args) {
   copies_done<0>();
 }
 
+__global__ void count_up(int* counter) {
+  if (threadIdx.x == 0) *counter += 1;
+}
+int enqueue_count(int* counter, cudaStream_t stream) { return launch(count_up, dim3(1), kThreads, stream, counter); }
+
 }  // namespace
 }  // namespace dbrxq
 
@@ -50,4 +56,29 @@ extern "C" __attribute__((visibility("default"))) int dbrxq_emulator_selftest(in
   using namespace dbrxq;
   return launch(copies ? copy : exchange, dim3(1), kThreads, static_cast<cudaStream_t>(nullptr),
                 Arguments{in, out, fault});
+}
+
+// What capturing says and does. said: 0 beginning on the default stream; 1 a launch into that while another is captured, and
+// 2 the end of this capture; 3 a sound capture, 4 the count after it; 5 a launch of its graph, 6 the count after it; 7 the
+// count after two more.
+extern "C" __attribute__((visibility("default"))) void dbrxq_emulator_graphs(int (&said)[8], int* counter) {
+  using namespace dbrxq;
+  said[0] = cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeThreadLocal);
+  cudaStream_t stream;
+  cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+  said[1] = enqueue_count(counter, nullptr);
+  cudaGraph_t spoilt;
+  said[2] = cudaStreamEndCapture(stream, &spoilt);
+  cudaStreamDestroy(stream);
+  void* graph = nullptr;
+  said[3] = capture([&](cudaStream_t own) { return status_of(enqueue_count(counter, own)); }, &graph);
+  said[4] = *counter;
+  const auto executable = static_cast<cudaGraphExec_t>(graph);
+  said[5] = cudaGraphLaunch(executable, nullptr);
+  said[6] = *counter;
+  cudaGraphLaunch(executable, nullptr);
+  cudaGraphLaunch(executable, nullptr);
+  said[7] = *counter;
+  cudaGraphExecDestroy(executable);
 }

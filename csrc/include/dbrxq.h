@@ -282,12 +282,98 @@ typedef struct dbrxq_cuda_experts {
 } dbrxq_cuda_experts;
 
 // y [T, hidden] = sum over a of top_k_weights[t, a] * down_e(activation(gate_e(x_t)) * up_e(x_t)), e =
-// top_k_index[t, a], in the order of a (block: host; x and y of `dtype`). An index outside 0..E-1 adds nothing.
+// top_k_index[t, a], in a fixed order (block: host; x and y of `dtype`). An index outside 0..E-1 adds nothing.
 DBRXQ_API int dbrxq_cuda_experts_workspace(const dbrxq_cuda_experts* block, int64_t tokens, int64_t active, int dtype,
                                            int64_t* bytes);
 DBRXQ_API int dbrxq_cuda_experts_forward(const dbrxq_cuda_experts* block, const void* x, const int64_t* top_k_index,
                                          const float* top_k_weights, int64_t tokens, int64_t active, int dtype, void* y,
                                          void* workspace, void* stream);
+
+// ---------------------------------------------------------------------------------------------------------------
+// Decoder on a GPU (cuda/decoder; oracles: the layers of transformers, dbrxq_decode): all layers of a model for up to 8
+// new tokens in all, of B sequences. Activations are fp32 throughout. What changes from step to step is in device memory,
+// so a step can be captured once a shape and launched again with other tokens, positions and caches.
+// Axes: B sequences, T new tokens of each, D hidden, H query heads, J key heads.
+
+// One layer, as dbrxq_decoder_layer. Host pointers: the linears and the experts.
+typedef struct dbrxq_cuda_decoder_layer {
+  const void* attention_norm;  // [D] of the decoder's dtype, as all norms and the router; 16-byte aligned
+  const void* mlp_norm;        // likewise
+  const void* query_norm;      // [head_dim], or null
+  const void* key_norm;        // likewise
+  const dbrxq_cuda_linear* qkv[3];
+  const dbrxq_cuda_linear* output;
+  const dbrxq_cuda_experts* experts;  // of a dense layer: one, without a router
+  const void* router;                 // [E, D], or null
+  int64_t active;                     // experts of a token
+  float expert_norm;                  // as in dbrxq_decoder_layer
+  int32_t reserved;
+} dbrxq_cuda_decoder_layer;
+
+typedef struct dbrxq_cuda_decoder {
+  const dbrxq_cuda_decoder_layer* layers;  // host
+  const void* embedding;                   // [vocabulary, D]
+  const void* final_norm;                  // [D], 16-byte aligned
+  const dbrxq_cuda_linear* head;           // host: D -> vocabulary, or null: no sampling
+  const float* cosines;                    // [positions, head_dim], for all positions that a cache has room for
+  const float* sines;                      // likewise
+  int64_t layer_count;
+  int64_t hidden;
+  int64_t vocabulary;
+  int64_t heads;
+  int64_t key_heads;   // a divisor of heads
+  int64_t head_dim;    // a multiple of 16, up to 256
+  float scale;         // of the attention scores
+  float clip;          // as in dbrxq_decoder
+  float eps;           // of all norms
+  int32_t layer_norm;  // LayerNorm instead of RMSNorm
+  int32_t dtype;       // DBRXQ_FLOAT16 ..: of embedding, norms, routers, keys, values and states
+  int32_t cache_bits;  // 16: keys and values are of `dtype`; 8: bytes, with scales
+} dbrxq_cuda_decoder;
+
+// Keys and values of one layer: [B, J, capacity, head_dim]. With 8 bits they are int8, times a scale [B, J, capacity].
+typedef struct dbrxq_cuda_cache {
+  void* keys;
+  void* values;
+  float* key_scales;
+  float* value_scales;
+  int64_t capacity;  // a step for which it has no room leaves keys, values and the layer's results as they are
+} dbrxq_cuda_cache;
+
+// How the next token is chosen from its logits.
+typedef struct dbrxq_cuda_sampling {
+  float temperature;  // 0: the likeliest token, the first of equal ones
+  float top_p;        // of the chance of the tokens that top_k leaves, the fewest that have this share; 1: all
+  int64_t top_k;      // the likeliest this many; 0: all. Tokens within 2e-6 of the last one's logit stay, too
+  uint64_t seed;      // with sequence and position it decides
+} dbrxq_cuda_sampling;
+
+// Device pointers but for the numbers. `workspace` holds the bytes that dbrxq_cuda_decode_workspace says, and is zeroed
+// before its first step; steps of all shapes may share it, one after another.
+typedef struct dbrxq_cuda_step {
+  int64_t* tokens;                // [B, T]
+  int32_t* past;                  // [B]: positions that each sequence has in the cache
+  const dbrxq_cuda_cache* cache;  // [layers]
+  void* states;                   // out [B, T, D] of the decoder's dtype, behind the last norm; null: no states
+  void* workspace;
+  float* logits;                        // [B, vocabulary] working memory of `sampling`
+  const dbrxq_cuda_sampling* sampling;  // null: no next tokens. Else T is 1, and the step
+  int64_t* generated;                   // [B, room]: puts the next token of b at made[b], and into `tokens`,
+  int32_t* made;                        // [B]: adds one
+  int64_t room;                         // and adds one to `past`: another step can follow at once
+  int64_t sequences;                    // B
+  int64_t new_tokens;                   // T; B T is 8 at most
+} dbrxq_cuda_step;
+
+DBRXQ_API int dbrxq_cuda_decode_workspace(const dbrxq_cuda_decoder* decoder, int64_t sequences, int64_t tokens,
+                                          int64_t* bytes);
+DBRXQ_API int dbrxq_cuda_decode(const dbrxq_cuda_decoder* decoder, const dbrxq_cuda_step* step, void* stream);
+
+// A graph (a cudaGraphExec_t) of what dbrxq_cuda_decode would enqueue; it keeps every pointer in `decoder` and `step`.
+// The shape must have run once by dbrxq_cuda_decode.
+DBRXQ_API int dbrxq_cuda_decode_capture(const dbrxq_cuda_decoder* decoder, const dbrxq_cuda_step* step, void** graph);
+DBRXQ_API int dbrxq_cuda_graph_launch(void* graph, void* stream);
+DBRXQ_API int dbrxq_cuda_graph_free(void* graph);
 
 #ifdef __cplusplus
 }

@@ -96,6 +96,11 @@ def of_class(module: Any, *names: str) -> Any:
     return module
 
 
+def is_quant_linear(module: Any) -> bool:
+    """Whether a module is a quantized linear."""
+    return type(module).__name__ == "QuantLinear"
+
+
 def quant_linears(*modules: Any) -> "tuple[QuantLinear, ...]":
     """The modules, if they are quantized linears and nothing else.
 

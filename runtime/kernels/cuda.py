@@ -30,7 +30,11 @@ from dbrx_quant.runtime.library import _abi, _cuda
 
 _logger = logging.getLogger(__name__)
 
-_blocks: dict[tuple[int, ...], tuple[int, "_Block"]] = {}  # ids of the tensors -> (versions, block)
+# From so many tokens on, fp16 meets the reconstructed weights through torch (cuBLAS): they are as exact
+# there, and it has the faster product of large matrices. bf16 would round them to 8 bits.
+_DENSE_TOKENS = 512
+
+_blocks: dict[tuple[int, ...], tuple[int, "Block"]] = {}  # ids of the tensors -> (versions, block)
 
 
 @functools.cache
@@ -77,6 +81,9 @@ def linear(x: Tensor, stored: Stored, bias: Tensor | None, out_features: int) ->
     """The product [..., out_features] of x [..., K] and the weight, plus bias, in x's dtype."""
     if not _native_ready(stored):
         return reference.linear(x, stored, bias, out_features)
+    if x.dtype == torch.float16 and x.numel() >= _DENSE_TOKENS * stored.k:
+        y = x @ dequantize(stored, out_features)
+        return y if bias is None else y + bias[:out_features]
     struct = device_linear(stored).described(out_features, bias)
     inputs = aligned(x.contiguous(), 16)
     y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
@@ -99,7 +106,7 @@ def linear(x: Tensor, stored: Stored, bias: Tensor | None, out_features: int) ->
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """The experts of a block; `table` holds on the device the structs of all gates, all ups and all downs."""
 
     struct: _abi.CudaExperts
@@ -107,7 +114,7 @@ class _Block:
     linears: tuple[DeviceLinear, ...]
 
 
-def _make_block(x: Tensor, gate: StoredList, up: StoredList, down: StoredList) -> _Block:
+def _make_block(x: Tensor, gate: StoredList, up: StoredList, down: StoredList) -> Block:
     require_no_capture(x.device, "a block of experts")
     checks.expert_linears(x, gate, up, down)
     count, hidden = len(gate), x.shape[1]
@@ -126,10 +133,16 @@ def _make_block(x: Tensor, gate: StoredList, up: StoredList, down: StoredList) -
     table = host.to(x.device)
     step = count * ctypes.sizeof(_abi.CudaLinear)
     places = [table.data_ptr() + i * step for i in range(3)]
-    return _Block(_abi.CudaExperts(*places, count, hidden, ffn, 0, 0), table, tuple(linears))
+    return Block(_abi.CudaExperts(*places, count, hidden, ffn, 0, 0), table, tuple(linears))
 
 
-def _block(x: Tensor, gate: StoredList, up: StoredList, down: StoredList) -> _Block:
+def expert_block(x: Tensor, gate: StoredList, up: StoredList, down: StoredList) -> Block:
+    """The experts of a block as the kernels read them, made when they are new or were modified.
+
+    Raises:
+        RuntimeError: the library or the device is missing, or a graph is being captured.
+        ValueError: they are not of one size, or do not fit x [.., D].
+    """
     tensors = (*gate.tensors, *up.tensors, *down.tensors)
     key, seen = (x.shape[1], *map(id, tensors)), version_sum(tensors)
     found = _blocks.get(key)
@@ -156,7 +169,7 @@ def experts(
     if not _native_ready(gate[0]):
         checks.expert_linears(x, gate, up, down)
         return reference.experts(x, top_k_index, top_k_weights, gate, up, down, activation)
-    block = _block(x, gate, up, down)
+    block = expert_block(x, gate, up, down)
     struct = _abi.CudaExperts.from_buffer_copy(block.struct)
     struct.activation = _abi.ACTIVATIONS[activation]
     inputs = aligned(x.contiguous(), 16)

@@ -152,6 +152,91 @@ class CudaExperts(Structure):
     )
 
 
+class CudaDecoderLayer(Structure):
+    """`dbrxq_cuda_decoder_layer`: pointers to the weights of one layer."""
+
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("qkv", c_void_p * 3),
+        ("output", c_void_p),
+        ("experts", c_void_p),
+        ("router", c_void_p),
+        ("active", c_int64),
+        ("expert_norm", c_float),
+        ("reserved", c_int32),
+    )
+
+
+class CudaDecoder(Structure):
+    """`dbrxq_cuda_decoder`: the layers of a model on a GPU, and what they share."""
+
+    _fields_ = (
+        ("layers", c_void_p),
+        ("embedding", c_void_p),
+        ("final_norm", c_void_p),
+        ("head", c_void_p),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+        ("layer_count", c_int64),
+        ("hidden", c_int64),
+        ("vocabulary", c_int64),
+        ("heads", c_int64),
+        ("key_heads", c_int64),
+        ("head_dim", c_int64),
+        ("scale", c_float),
+        ("clip", c_float),
+        ("eps", c_float),
+        ("layer_norm", c_int32),
+        ("dtype", c_int32),
+        ("cache_bits", c_int32),
+    )
+
+
+class CudaCache(Structure):
+    """`dbrxq_cuda_cache`: keys and values of one layer; an array of these is in device memory."""
+
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
+        ("capacity", c_int64),
+    )
+
+
+class CudaSampling(Structure):
+    """`dbrxq_cuda_sampling`: how the next token is chosen; one is in device memory."""
+
+    _fields_ = (
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("top_k", c_int64),
+        ("seed", c_uint64),
+    )
+
+
+class CudaStep(Structure):
+    """`dbrxq_cuda_step`: where a step's inputs, cache and results are, and its shape."""
+
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("past", c_void_p),
+        ("cache", c_void_p),
+        ("states", c_void_p),
+        ("workspace", c_void_p),
+        ("logits", c_void_p),
+        ("sampling", c_void_p),
+        ("generated", c_void_p),
+        ("made", c_void_p),
+        ("room", c_int64),
+        ("sequences", c_int64),
+        ("new_tokens", c_int64),
+    )
+
+
 CUDA_FUNCTIONS: Signatures = {
     "dbrxq_cuda_abi_version": (c_int, []),
     "dbrxq_cuda_status_text": (c_char_p, [c_int]),
@@ -174,4 +259,9 @@ CUDA_FUNCTIONS: Signatures = {
         c_int,
         [POINTER(CudaExperts)] + [c_void_p] * 3 + [c_int64, c_int64, c_int] + [c_void_p] * 3,
     ),
+    "dbrxq_cuda_decode_workspace": (c_int, [POINTER(CudaDecoder), c_int64, c_int64, POINTER(c_int64)]),
+    "dbrxq_cuda_decode": (c_int, [POINTER(CudaDecoder), POINTER(CudaStep), c_void_p]),
+    "dbrxq_cuda_decode_capture": (c_int, [POINTER(CudaDecoder), POINTER(CudaStep), c_void_p]),
+    "dbrxq_cuda_graph_launch": (c_int, [c_void_p, c_void_p]),
+    "dbrxq_cuda_graph_free": (c_int, [c_void_p]),
 }

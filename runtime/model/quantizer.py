@@ -152,9 +152,9 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from dbrx_quant.runtime.model.linear import QuantLinear
-        from dbrx_quant.runtime.model.native_step import install_native_step
         from dbrx_quant.runtime.model.repacked_linears import use_repacked
         from dbrx_quant.runtime.model.swap import leave_on_host
+        from dbrx_quant.runtime.step.native_step import install_native_step
 
         missed = sorted(set(self._keys.saving.values()) - self._keys.renamed)
         if missed:

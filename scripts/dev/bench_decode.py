@@ -23,7 +23,8 @@ import torch
 from dbrx_quant.runtime import load_model
 from dbrx_quant.runtime.library import _native
 from dbrx_quant.runtime.model.linear import QuantLinear
-from dbrx_quant.runtime.model.native_step import layer_parts, use_native_step
+from dbrx_quant.runtime.step.layers import layer_parts
+from dbrx_quant.runtime.step.native_step import use_native_step
 from dbrx_quant.scripts.dev.bench_record import add_record_argument, record
 from dbrx_quant.scripts.terminal.output import print_json, print_table, quiet_on_closed_pipe
 
@@ -132,7 +133,7 @@ def measure(model: Any, threads: int, tokens: int, runs: int) -> dict[str, Any]:
                 "python": seconds_of["_step"] - seconds_of["dbrxq_decode"],
             }
     if not parts["layers"]:
-        raise ValueError("no native step ran; see dbrx_quant.runtime.model.native_step for what it needs")
+        raise ValueError("no native step ran; see dbrx_quant.runtime.step.native_step for what it needs")
     milliseconds = {name: 1e3 * seconds / tokens for name, seconds in parts.items()}
     milliseconds["transformers"] = 2 * milliseconds["total"] - sum(milliseconds.values())
     return {

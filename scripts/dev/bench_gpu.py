@@ -45,7 +45,7 @@ def build(folder: Path, arch: str) -> Path:
         "static",
         "-o",
         str(library),
-        *map(str, sorted((CSRC / "cuda").glob("*.cu"))),
+        *map(str, sorted((CSRC / "cuda").rglob("*.cu"))),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

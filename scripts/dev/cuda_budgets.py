@@ -42,6 +42,7 @@ class Budget:
         shared: bytes of static shared memory of a block.
         instructions: of a lane per weight, by width, in the loop with the width's matrix products; those
             products of further tiles of 8 tokens left out.
+        spills: bytes of spill stores and loads in the code, and the most of stack.
         vector_loads: the least share of the main loops' bytes that come by loads of 16 bytes a lane.
     """
 
@@ -49,7 +50,11 @@ class Budget:
     shared: int
     instructions: dict[int, float] = field(default_factory=dict)
     vector_loads: float = 0.0
+    spills: int = 0
 
+
+_EXACT = {8: 2.8, 6: 3.05, 5: 2.9, 4: 2.45, 3: 2.55, 2: 2.35}
+_FOLDED = {8: 2.15, 6: 2.4, 5: 2.25, 4: 1.75, 3: 1.95, 2: 1.6}
 
 # One row a kernel: (name, template arguments) -> budget.
 BUDGETS: dict[str, Budget] = {
@@ -59,6 +64,13 @@ BUDGETS: dict[str, Budget] = {
     # Up to 16 rows: 2 blocks of 128 threads leave 255 registers.
     "gemv 16 rows": Budget(255, 17 * 1024, {8: 3.0, 6: 3.3, 5: 3.1, 4: 2.7, 3: 2.8, 2: 2.6}, 0.8),
     "gemv 16 rows gated": Budget(255, 17 * 1024, {8: 3.0, 6: 3.3, 5: 3.1, 4: 2.7, 3: 2.8, 2: 2.6}, 0.8),
+    # Few rows with everything inside: 3 blocks again, which share 100 KiB on the smallest
+    # multiprocessor. The folded keep a few addresses of outer loops in memory.
+    **{f"few {task}": Budget(168, 31 * 1024, _EXACT, 0.8) for task in ("linears", "gate up", "down")},
+    **{
+        f"few {task} folded": Budget(168, 31 * 1024, _FOLDED, 0.8, 160)
+        for task in ("linears", "gate up", "down")
+    },
     # 64 rows: 2 blocks of 128 threads leave 255 registers, and half of a GPU's least shared memory (100 KiB).
     "gemm": Budget(255, 36 * 1024),
     "gemm gated": Budget(255, 48 * 1024),
@@ -69,8 +81,14 @@ BUDGETS: dict[str, Budget] = {
     "route": Budget(40, 9 * 1024),
     "combine": Budget(40, 0),
     "probe": Budget(16, 0),
+    # Of a decode step, beside its products. Attention: 4 blocks of 128 threads leave 128 registers.
+    **{f"attention {kind}": Budget(128, 21 * 1024) for kind in ("float", "half", "bfloat", "byte")},
+    "embed": Budget(32, 0),
+    "normalise": Budget(40, 1024),
+    "sample": Budget(64, 3 * 1024),
 }
 
+_UNIT_PRODUCTS = 16  # of 8 rows with a unit: 32 input channels, 128 columns
 WIDTH_ORDER = (8, 6, 5, 4, 3, 2)  # of the main loops in a kernel's code
 
 
@@ -90,6 +108,13 @@ def kernel_name(mangled: str) -> str:
     found = re.search(r"\d+([a-z]+)_kernel(?:I((?:Li\d+E)+)E)?", mangled)
     if found is None:
         return mangled
+    if found[1] == "attention":
+        kind = re.search(r"Stored([A-Z][a-z]+)E", mangled)
+        return f"attention {kind[1].lower() if kind else '?'}"
+    if found[1] == "few":
+        task = re.search(r"Few([A-Za-z]+)ELb([01])", mangled)
+        words = re.sub(r"(?<!^)([A-Z])", r" \1", task[1]).lower() if task else "?"
+        return f"few {words}" + (" folded" if task and task[2] == "1" else "")
     arguments = [int(value) for value in re.findall(r"Li(\d+)E", found[2] or "")]
     if found[1] == "gemv":
         return f"gemv {8 * arguments[0]} rows" + (" gated" if arguments[1] == 2 else "")
@@ -211,6 +236,16 @@ def _products(listing: list[tuple[int, str]], first: int, last: int) -> int:
     return sum("HMMA" in text for address, text in listing if first <= address <= last)
 
 
+def _is_main(body: list[str]) -> bool:
+    """Whether a loop takes units and nothing else.
+
+    The one that folds zero points has fewer products; a seldom branch that was moved to the end jumps back,
+    and seems to be a loop of much more.
+    """
+    products = sum("HMMA" in text for text in body)
+    return products >= _UNIT_PRODUCTS and len(body) <= 4 * 8 * products
+
+
 def _opcode(text: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
 
@@ -235,7 +270,7 @@ def weigh_loop(body: list[str], token_tiles: int) -> tuple[float, float]:
 
 def measure(nvcc: str, arch: str, folder: Path, jobs: int = 1) -> tuple[dict[str, Measured], bool]:
     """All kernels for one architecture, and whether their machine code could be read."""
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    sources = sorted((CSRC / "cuda").rglob("*.cu"))
     kernels: dict[str, Measured] = {}
     readable = True
     with ThreadPoolExecutor(jobs) as pool:
@@ -243,7 +278,7 @@ def measure(nvcc: str, arch: str, folder: Path, jobs: int = 1) -> tuple[dict[str
     for cubin, report in compiled:
         own = read_ptxas(report)
         kernels.update(own)
-        if not any(name.startswith("gemv") for name in own):
+        if not any(name.startswith(("gemv", "few")) for name in own):
             continue
         sass = disassemble(cubin)
         if sass is None:
@@ -251,7 +286,7 @@ def measure(nvcc: str, arch: str, folder: Path, jobs: int = 1) -> tuple[dict[str
             continue
         for name, listing in functions(sass).items():
             tiles = 2 if " 16 " in name else 1
-            kernels[name].loops = [weigh_loop(body, tiles) for body in loops(listing)]
+            kernels[name].loops = [weigh_loop(body, tiles) for body in loops(listing) if _is_main(body)]
     return kernels, readable
 
 
@@ -263,9 +298,12 @@ def broken_budgets(kernels: dict[str, Measured], readable: bool) -> list[str]:
         if budget is None:
             faults.append(f"{name}: has no budget")
             continue
-        limits = [("registers", found.registers, budget.registers), ("bytes spilled", found.spills, 0)]
+        limits = [
+            ("registers", found.registers, budget.registers),
+            ("bytes spilled", found.spills, budget.spills),
+        ]
         limits += [
-            ("bytes of stack", found.stack, 0),
+            ("bytes of stack", found.stack, budget.spills),
             ("bytes of shared memory", found.shared, budget.shared),
         ]
         faults += [

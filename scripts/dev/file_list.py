@@ -30,6 +30,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "shards",
         "evaluation",
         "hybrid",
+        "step",
         "model",
         "talk",
     ),
@@ -51,7 +52,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "conversion",
         "publish",
     ),
-    "scripts": ("terminal", "report", "folders", "cli", "dev", "full_size", "faults"),
+    "scripts": ("terminal", "report", "folders", "cli", "dev", "gpu", "full_size", "faults"),
 }
 
 

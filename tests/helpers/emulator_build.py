@@ -27,9 +27,9 @@ def build(sanitized=False):
     if compiler is None:
         return None
     flags = (*FLAGS, *(SANITIZE if sanitized else ()))
-    sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "emulator").glob("*.cu"))]
-    sources.append(CSRC / "emulator" / "emulator.cpp")
-    headers = [p for f in ("cuda", "emulator", "common", "include") for p in sorted((CSRC / f).glob("*.*h"))]
+    sources = sorted((CSRC / "cuda").rglob("*.cu"))
+    sources += [path for ending in ("cu", "cpp") for path in sorted((CSRC / "emulator").glob(f"*.{ending}"))]
+    headers = [p for f in ("cuda", "emulator", "common", "include") for p in sorted((CSRC / f).rglob("*.*h"))]
     state = hashlib.sha256(" ".join(flags).encode())
     for path in (*sources, *headers):
         state.update(path.read_bytes())

@@ -1,12 +1,16 @@
 """What the tests of the emulated CUDA kernels share: shapes, and the backend's calls on tensors by suffix."""
 
+import ctypes
 import os
+import re
 
 import torch
 
 import oracles_ops as oracle
-from dbrx_quant.runtime.kernels import cuda
+from dbrx_quant.runtime.kernels import checks, cuda, cuda_tiles, ops
 from dbrx_quant.runtime.kernels.stored import Stored
+from dbrx_quant.runtime.model import experts
+from dbrx_quant.runtime.model import linear as linear_module
 
 SANITIZED = (
     os.environ.get("DBRXQ_EMULATOR") == "sanitized"
@@ -38,3 +42,22 @@ def assert_as_accurate_as_torch(ours, exact, plain, what=""):
     assert ours.shape == exact.shape
     limit = 2 * oracle.rms(plain.double() - exact) + 1e-30
     assert oracle.rms(ours.double() - exact) <= limit, what
+
+
+def play_gpu(monkeypatch):
+    """The CPU in the part of a GPU: modules and native steps take its tensors to the emulated kernels."""
+    monkeypatch.setattr(cuda_tiles, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(checks, "_TILED_ON", ("cpu", "meta"))
+    kernels = ops.kernels(cuda)
+    monkeypatch.setattr(linear_module, "linear_op", kernels["linear"])
+    monkeypatch.setattr(linear_module, "linears_op", kernels["linears"])
+    monkeypatch.setattr(experts, "experts_op", kernels["experts"])
+
+
+def launches(library):
+    """The launches since the last call, each as the type of its arguments."""
+    text = ctypes.create_string_buffer(1 << 20)
+    count = library.dbrxq_emulator_launches(text, len(text))
+    found = re.findall(r"with Parameters = \{(?:[^,\n]*::)?(\w+)[,}]", text.value.decode())
+    assert len(found) == count, text.value.decode()[:500]
+    return found

@@ -6,11 +6,17 @@ show.
 
 import pytest
 import torch
+from quant_models import CONFIGS, build_quantized_folder
+from transformers import DynamicCache
 
 import oracles_ops as oracle
+from dbrx_quant.runtime import load_model
 from dbrx_quant.runtime.kernels import ops
 from dbrx_quant.runtime.library import _cuda
 from dbrx_quant.runtime.model.linear import QuantLinear
+from dbrx_quant.runtime.step.cache_bits import use_cache_bits
+from dbrx_quant.runtime.step.native_step import use_native_step
+from dbrx_quant.runtime.step.run_ahead import run_ahead
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 
@@ -117,3 +123,32 @@ def test_repetitions_change_no_bit():
         x = torch.randn(tokens, 1040, device="cuda").half()
         first = ops.linear(x, tensors)
         assert all(torch.equal(ops.linear(x, tensors), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("name", ["dbrx", "llama", "qwen3 moe"])
+def test_steps_and_their_graphs_equal_those_of_transformers(name, tmp_path):
+    model = load_model(
+        build_quantized_folder(CONFIGS[name](), tmp_path).path, device="cuda", dtype=torch.float32
+    )
+    ids = (torch.arange(40)[None] * 7 % 128).cuda()
+
+    @torch.no_grad()
+    def logits(native):
+        cache, out, at = DynamicCache(config=model.config), [], 0
+        with use_native_step(native):
+            for piece in (9, 1, 1, 1, 4, 4, 4, 1, 1):
+                out.append(model(ids[:, at : at + piece], past_key_values=cache, use_cache=True).logits)
+                at += piece
+        assert all(hasattr(layer, "place") for layer in cache.layers) == native
+        return torch.cat(out, dim=1)
+
+    plain = logits(native=False)
+    assert (logits(native=True) - plain).abs().max() < 1e-3 * plain.std()
+    with use_cache_bits(8):
+        assert (logits(native=True) - plain).abs().max() < 0.1 * plain.std()
+    model.generation_config.eos_token_id = None
+    wanted = model.generate(ids[:, :12], max_new_tokens=8, do_sample=False)[:, 12:]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :11], past_key_values=cache, use_cache=True)
+    assert torch.equal(run_ahead(model, ids[:, 11:12], cache, 8), wanted)

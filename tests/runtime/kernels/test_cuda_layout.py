@@ -7,8 +7,7 @@ import pickle
 
 import pytest
 import torch
-from emulated import SANITIZED, SHAPES, dequantize, linear
-from fake_gpu import pretend_gpu
+from emulated import SANITIZED, SHAPES, dequantize, linear, play_gpu
 from quant_models import CONFIGS, build_quantized_folder
 from safetensors.torch import load_file
 
@@ -101,7 +100,7 @@ def test_tiled_words_without_the_library_are_an_error(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    pretend_gpu(monkeypatch)
+    play_gpu(monkeypatch)
 
 
 def quant_linear(bias=True):

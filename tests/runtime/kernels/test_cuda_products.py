@@ -127,6 +127,14 @@ def test_bfloat16_activations_beyond_the_range_of_a_half_are_scaled():
         assert_as_accurate_as_torch(linear(x, tensors)[t : t + 1], exact[t : t + 1], plain, f"token {t}")
 
 
+def test_an_fp16_prompt_of_512_rows_meets_the_reconstructed_weights_in_torch():
+    tensors = oracle.random_tensors([(4, 64), (2, 32)], 64, bias=True)
+    x = torch.randn(2, 256, 96).half()
+    assert torch.equal(linear(x, tensors, 50), x @ oracle.dequantize(tensors)[:, :50] + tensors["bias"][:50])
+    exact = oracle.linear(x[1], tensors, 64)
+    assert torch.allclose(linear(x[1], tensors).double(), exact, rtol=1e-2, atol=1e-2)
+
+
 def test_infinite_and_nan_activations_stay_so():
     tensors = oracle.random_tensors([(4, 64)], 32)
     for dtype in FLOATS:

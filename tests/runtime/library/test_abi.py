@@ -20,6 +20,11 @@ STRUCTS = {
     "dbrxq_decoder": _abi.Decoder,
     "dbrxq_cuda_linear": _abi.CudaLinear,
     "dbrxq_cuda_experts": _abi.CudaExperts,
+    "dbrxq_cuda_decoder_layer": _abi.CudaDecoderLayer,
+    "dbrxq_cuda_decoder": _abi.CudaDecoder,
+    "dbrxq_cuda_cache": _abi.CudaCache,
+    "dbrxq_cuda_sampling": _abi.CudaSampling,
+    "dbrxq_cuda_step": _abi.CudaStep,
 }
 TYPES = {
     "int": ctypes.c_int,

@@ -20,7 +20,7 @@ from dbrx_quant.runtime.folder.repacked_file import REPACKED_NAME, open_repacked
 from dbrx_quant.runtime.kernels.activations import use_activations
 from dbrx_quant.runtime.kernels.repacked import repacked_linear
 from dbrx_quant.runtime.model import memory as memory_module
-from dbrx_quant.runtime.model.native_step import use_native_step
+from dbrx_quant.runtime.step.native_step import use_native_step
 
 TOKENS = torch.arange(1, 9)[None]
 

@@ -11,8 +11,8 @@ from transformers.models.llama import modeling_llama
 from dbrx_quant.runtime import load_model
 from dbrx_quant.runtime.families.parts import ADOPTED
 from dbrx_quant.runtime.kernels.activations import use_activations
-from dbrx_quant.runtime.model.native_step import NativeForward, use_native_step
-from dbrx_quant.runtime.model.snapshot import attributes
+from dbrx_quant.runtime.step.native_step import NativeForward, use_native_step
+from dbrx_quant.runtime.step.snapshot import attributes
 
 PROMPT = torch.arange(6)[None] * 7 % 128
 TOLERANCE = 5e-3  # of the logits' deviation

@@ -5,10 +5,11 @@ from itertools import chain
 from operator import getitem, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dbrx_quant.runtime.families.parts import is_quant_linear
 from dbrx_quant.runtime.kernels.memo import version_sum
-from dbrx_quant.runtime.model.linear import QuantLinear
 
 _OURS = ("torch", "transformers", "dbrx_quant")  # packages whose code is known here
 
@@ -30,7 +31,7 @@ class Snapshot:
         self._tensors = [thing for thing in self._objects if isinstance(thing, Tensor)]
         self._versions = version_sum(self._tensors)
         # `tensor.data = other` counts as no version; stored tensors of linears are used as repacked copies
-        owners = [m for m in modules if type(m) is not QuantLinear]
+        owners = [m for m in modules if not is_quant_linear(m)]
         self._floats = [t for m in owners for t in chain(m.parameters(False), m.buffers(False))]
         self._addresses = list(map(Tensor.data_ptr, self._floats))
         self._hooks = [t for m in modules for t in (m._forward_hooks, m._forward_pre_hooks)]
@@ -74,9 +75,10 @@ class Snapshot:
         homes |= {kind.__module__.partition(".")[0] for kind in self._classes}
         return homes <= set(_OURS) and not any(module.training for module in self._modules)
 
-    def all_on_cpu(self) -> bool:
-        """Whether every tensor is on the CPU."""
-        return all(tensor.device.type == "cpu" for tensor in self._tensors)
+    def device(self) -> torch.device | None:
+        """Where every tensor is; None where they are in several places, or there are none."""
+        devices = {tensor.device for tensor in self._tensors}
+        return devices.pop() if len(devices) == 1 else None
 
 
 def attributes(model: nn.Module) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def _places(modules: list[nn.Module]) -> Iterator[tuple[Any, Any]]:
     seen: set[int] = set()
     waiting: list[Any] = []
     for module in modules:
-        if type(module) is QuantLinear:  # most of all modules; its forward reads nothing else
+        if is_quant_linear(module):  # most of all modules; its forward reads nothing else
             yield vars(module), "out_features"
             continue
         for name, value in vars(module).items():

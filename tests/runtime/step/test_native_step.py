@@ -16,8 +16,8 @@ from dbrx_quant.runtime.families import llama_like
 from dbrx_quant.runtime.families.parts import UnknownPartError
 from dbrx_quant.runtime.kernels.activations import use_activations
 from dbrx_quant.runtime.library import _native
-from dbrx_quant.runtime.model.kv_cache import GrowingLayer
-from dbrx_quant.runtime.model.native_step import NativeForward, native_step_enabled, use_native_step
+from dbrx_quant.runtime.step.kv_cache import GrowingLayer
+from dbrx_quant.runtime.step.native_step import NativeForward, native_step_enabled, use_native_step
 
 SHARED = "qwen2 moe"  # whose shared expert the native step does not know
 CONFIGS = CONFIGS | {"mistral": lambda: small_mistral(None)}
@@ -363,10 +363,10 @@ def test_sliding_windows_are_left_to_transformers(tmp_path, taken):
 
 
 def test_the_environment_switches_native_steps_off(monkeypatch):
-    monkeypatch.setattr("dbrx_quant.runtime.model.native_step._enabled", None)
+    monkeypatch.setattr("dbrx_quant.runtime.step.native_step._enabled", None)
     monkeypatch.setenv("DBRXQ_NATIVE_STEP", "0")
     assert not native_step_enabled()
-    monkeypatch.setattr("dbrx_quant.runtime.model.native_step._enabled", None)
+    monkeypatch.setattr("dbrx_quant.runtime.step.native_step._enabled", None)
     monkeypatch.setenv("DBRXQ_NATIVE_STEP", "perhaps")
     with pytest.raises(ValueError, match="DBRXQ_NATIVE_STEP: 'perhaps', expected 0 or 1"):
         native_step_enabled()

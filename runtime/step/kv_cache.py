@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 _LEAST_ROOM = 256  # positions
 
 
-class _Rows:
+class Rows:
     """A tensor [B, J, capacity, head_dim] whose first `length` positions count.
 
     Attributes:
@@ -53,8 +53,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     `DynamicLayer` works here. Unlike there, a view taken before `crop` shows what is appended after it.
     """
 
-    _keys: _Rows | None = None
-    _values: _Rows | None = None
+    _keys: Rows | None = None
+    _values: Rows | None = None
     _place: tuple[int, ...] = ()
     _placed: tuple[Any, ...] | None = None  # what `_place` was made for; None: it is no longer good
 
@@ -80,15 +80,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def like(cls, layer: Any) -> "GrowingLayer":
         """A layer with the contents of another."""
         made = cls()
-        for name, value in vars(layer).items():
+        plain = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+        for name, value in (plain | {"keys": layer.keys, "values": layer.values}).items():
             setattr(made, name, value)
         return made
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take sizes and dtype from the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._keys = _Rows(key_states[:, :, :0], 0, own=False)
-        self._values = _Rows(value_states[:, :, :0], 0, own=False)
+        self._keys = Rows(key_states[:, :, :0], 0, own=False)
+        self._values = Rows(value_states[:, :, :0], 0, own=False)
         self._placed = None
         self.is_initialized = True
 
@@ -118,25 +119,28 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         for rows in (self._keys, self._values):
             rows.length = max(0, rows.length + tokens_to_remove)
 
-    def place(self, shape: tuple[int, int, int], dtype: torch.dtype, length: int) -> tuple[int, ...] | None:
+    def place(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, length: int, device: torch.device
+    ) -> tuple[int, ...] | None:
         """Addresses of keys and values with room for `length` positions, and the capacity; None: no fit.
 
         Args:
             shape: (B, J, head_dim) that keys and values must have, if there are any yet.
             dtype: likewise.
             length: positions.
+            device: likewise.
         """
-        if self._placed == (shape, dtype) and self._place[2] >= length:
+        if self._placed == (shape, dtype, device) and self._place[2] >= length:
             return self._place
         if not self.get_seq_length():
-            empty = torch.empty(shape[0], shape[1], 0, shape[2], dtype=dtype)
+            empty = torch.empty(shape[0], shape[1], 0, shape[2], dtype=dtype, device=device)
             self.lazy_initialization(empty, empty)
         keys, values = self._keys, self._values
         assert keys is not None
         assert values is not None
         for rows in (keys, values):
             found = (*rows.tensor.shape[:2], rows.tensor.shape[3])
-            if found != shape or rows.tensor.dtype != dtype or rows.tensor.device.type != "cpu":
+            if found != shape or rows.tensor.dtype != dtype or rows.tensor.device != device:
                 return None
         if keys.length != values.length:
             return None
@@ -144,7 +148,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         keys.reserve(room)
         values.reserve(room)
         self._place = (keys.tensor.data_ptr(), values.tensor.data_ptr(), room)
-        self._placed = (shape, dtype)
+        self._placed = (shape, dtype, device)
         return self._place
 
     def advance(self, tokens: int) -> None:
@@ -155,29 +159,31 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._values.length += tokens
 
 
-def _adopted(tensor: Tensor | None) -> _Rows | None:
-    return None if tensor is None else _Rows(tensor, tensor.shape[-2] if tensor.dim() > 1 else 0, own=False)
+def _adopted(tensor: Tensor | None) -> Rows | None:
+    return None if tensor is None else Rows(tensor, tensor.shape[-2] if tensor.dim() > 1 else 0, own=False)
 
 
-def growing_layers(cache: Any, count: int) -> list[GrowingLayer] | None:
-    """The layers of a cache, plain ones in it replaced by growing ones; None: it is another kind of cache."""
+def layers_of_kind(cache: Any, count: int, kind: Any) -> list[Any] | None:
+    """The layers of a cache, those in it replaced by layers of a kind; None: it is another kind of cache.
+
+    Args:
+        cache: what transformers calls the cache.
+        count: layers that it must have.
+        kind: a subclass of `DynamicLayer` with `like` and `place`.
+    """
     if type(cache) is not DynamicCache or cache.offloading:
         return None
     layers: list[Any] = cache.layers
-    if not all(map(_is_growing, layers)):
-        if not all(type(layer) in (DynamicLayer, GrowingLayer) for layer in layers):
+    if any(type(layer) is not kind for layer in layers):
+        if any(type(layer) is not DynamicLayer and not hasattr(layer, "place") for layer in layers):
             return None
-        layers[:] = [layer if _is_growing(layer) else GrowingLayer.like(layer) for layer in layers]
+        layers[:] = [layer if type(layer) is kind else kind.like(layer) for layer in layers]
     if len(layers) < count and cache.layer_class_to_replicate is DynamicLayer:
-        layers.extend(GrowingLayer() for _ in range(count - len(layers)))
+        layers.extend(kind() for _ in range(count - len(layers)))
     return layers if len(layers) == count else None
 
 
-def _is_growing(layer: Any) -> bool:
-    return type(layer) is GrowingLayer
-
-
-def same_length(layers: Iterable[GrowingLayer]) -> int | None:
+def same_length(layers: Iterable[Any]) -> int | None:
     """The number of positions that every layer holds; None if they differ."""
     lengths = {layer.get_seq_length() for layer in layers}
     return lengths.pop() if len(lengths) == 1 else None

@@ -1,0 +1,1 @@
+"""What can be said of the CUDA kernels' speed without a GPU."""
