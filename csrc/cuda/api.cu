@@ -8,8 +8,8 @@
 namespace dbrxq {
 namespace {
 
-constexpr int kErrorBase = 1000;        // statuses above are 1000 + cudaError_t
-constexpr int64_t kMaxRows = 65536;     // input channels; the format's permutations are 16-bit
+constexpr int kErrorBase = 1000;     // statuses above are 1000 + cudaError_t
+constexpr int64_t kMaxRows = 65536;  // input channels; the format's permutations are 16-bit
 
 int status_of(int error) { return error == 0 ? DBRXQ_OK : kErrorBase + error; }
 

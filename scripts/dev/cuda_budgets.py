@@ -229,8 +229,8 @@ def _products(listing: list[tuple[int, str]], first: int, last: int) -> int:
 def _is_main(body: list[str]) -> bool:
     """Whether a loop takes units and nothing else.
 
-    The one that folds zero points has fewer products; a seldom branch that was moved to the end jumps back, and
-    seems to be a loop of much more.
+    The one that folds zero points has fewer products; a seldom branch that was moved to the end jumps back,
+    and seems to be a loop of much more.
     """
     products = sum("HMMA" in text for text in body)
     return products >= _UNIT_PRODUCTS and len(body) <= 4 * 8 * products

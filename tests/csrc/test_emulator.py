@@ -12,7 +12,7 @@ from emulated import SANITIZED
 from places import TESTS
 
 KERNELS = TESTS / "runtime" / "kernels"
-CUDA_TESTS = [str(KERNELS / f"test_cuda_{name}.py") for name in ("products", "experts", "layout")]
+CUDA_TESTS = [str(KERNELS / f"test_cuda_{name}.py") for name in ("products", "experts", "layout", "few")]
 
 
 def selftest(library, copies, fault):
@@ -99,7 +99,8 @@ def test_wild_and_misaligned_accesses_stop_the_sanitized_emulator(sanitizers):
 def test_the_kernels_pass_under_the_sanitizers(sanitizers, extent):
     chosen = [
         "-k",
-        "(linear_is_as_accurate and (tail or ragged)) or (experts_are and (some or one)) or map_is_exact",
+        "(linear_is_as_accurate and (tail or ragged)) or (experts_are and (some or one)) or map_is_exact "
+        "or dense_model",
     ]
     done = sanitized("-m", "pytest", "-q", "-x", *CUDA_TESTS, *(chosen if extent == "a few" else []))
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
