@@ -1,4 +1,4 @@
-"""The CPU in the part of a GPU that shares a model with the host: linears run on the CUDA emulator, but for those that stay.
+"""The CPU in the part of a GPU beside the host: linears run on the CUDA emulator, but for those that stay.
 
 Wants the fixture `emulated`. Tensors of both sides are on the CPU, so what only devices tell apart is not
 seen here (`far_device.py` sees it).
