@@ -5,11 +5,11 @@
 
 namespace dbrxq {
 
-// repack.cu: words of the device layout from q_weight [R, N] of the file, and back; of `linear` the sizes count.
+// layout/repack.cu: words of the device layout from q_weight [R, N] of the file, and back; of `linear` the sizes count.
 int repack(const Linear& linear, const uint32_t* q_weight, uint32_t* words, cudaStream_t stream);
 int unpack(const Linear& linear, const uint32_t* words, uint32_t* q_weight, cudaStream_t stream);
 
-// reconstruct.cu: the exact weight [K, out_features] half, input channels in their original order.
+// layout/reconstruct.cu: the exact weight [K, out_features] half, input channels in their original order.
 int reconstruct(const Linear& linear, uint16_t* weight, cudaStream_t stream);
 
 // Blocks of a matrix kernel that share a multiprocessor. A lane has 32 sums for 8 rows, 64 for 16 and 128 for 64, and
