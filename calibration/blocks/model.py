@@ -253,7 +253,11 @@ class StreamedModel:
         spec = self.architecture.blocks[index]
         module = copy.deepcopy(self._model.get_submodule(spec.module))
         live = LiveBlock(
-            module, spec, lambda rows, length: self._block_kwargs(rows, length)[index], self.device, self.exact
+            module,
+            spec,
+            lambda rows, length: self._block_kwargs(rows, length)[index],
+            self.device,
+            self.exact,
         )
         for kept in spec.floats:
             _set(

@@ -6,9 +6,10 @@ What it finds is kept in the folder's `evaluation.json`, where `report` and the 
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dbrx_quant.runtime.progress import counter
+from dbrx_quant.scripts.evaluation.original import original_of
 from dbrx_quant.scripts.terminal.arguments import add_model_argument, add_quiet_argument, find_model, positive
 from dbrx_quant.scripts.terminal.output import (
     hide_loading_bar,
@@ -18,9 +19,6 @@ from dbrx_quant.scripts.terminal.output import (
     seconds_text,
 )
 from dbrx_quant.scripts.terminal.verb import UsageError, Verb
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     if save:
         read_evaluations(folder)  # a damaged file is found before the work, not after it
     rows = windows(folder, arguments.text, arguments.windows, arguments.length)
-    reference = _reference(arguments, rows)
+    reference = original_of(arguments, rows, folder)
     candidate = load_model(folder, device=arguments.device)
     with counter("evaluate", "window", arguments.quiet) as progress:
         scores = evaluate(candidate, reference, rows, progress)
@@ -112,20 +110,6 @@ def _in_hub_cache(folder: Path) -> bool:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return folder.resolve().is_relative_to(Path(HF_HUB_CACHE).resolve())
-
-
-def _reference(arguments: argparse.Namespace, rows: "Tensor") -> Any:
-    """The original, or its cached outputs."""
-    from dbrx_quant.runtime.evaluation.scores import ReferenceCache, cache_reference
-    from dbrx_quant.runtime.model.load_dense import load_dense
-
-    if not arguments.reference:
-        return ReferenceCache(arguments.cache)
-    original = load_dense(arguments.reference).to(arguments.device)
-    if not arguments.cache:
-        return original
-    with counter("original", "window", arguments.quiet) as progress:
-        return cache_reference(original, rows, arguments.cache, progress=progress)
 
 
 def _print_scores(arguments: argparse.Namespace, result: dict[str, Any]) -> None:

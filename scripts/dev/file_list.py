@@ -50,7 +50,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "conversion",
         "publish",
     ),
-    "scripts": ("terminal", "report", "folders", "cli", "dev", "full_size", "faults"),
+    "scripts": ("terminal", "report", "folders", "evaluation", "cli", "dev", "full_size", "faults"),
 }
 
 

@@ -1,0 +1,105 @@
+"""The original of an evaluation: taken through the text a block at a time, or what a cache kept of it."""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbrx_quant.runtime.progress import counter
+from dbrx_quant.scripts.terminal.output import bytes_text, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dbrx_quant.quantize.estimate.evaluation import EvaluationNeeds
+
+
+def original_of(arguments: argparse.Namespace, rows: "Tensor", folder: Path) -> Any:
+    """The original's outputs on windows [N, L], as `evaluate` takes them.
+
+    Args:
+        arguments: of `eval`.
+        rows: the windows.
+        folder: of the quantized model.
+
+    Raises:
+        ValueError: the models do not belong together, or memory or disk are too small.
+        CheckpointError: the original cannot be read, or the cache is of another one.
+    """
+    from dbrx_quant.calibration.blocks.original import KeptStates, predict
+    from dbrx_quant.runtime.evaluation.scores import ReferenceCache, cache_reference, missing_windows
+
+    if not arguments.reference:
+        return ReferenceCache(arguments.cache)
+    model = _open(arguments, folder)
+    if not arguments.cache:
+        scratch = Path(tempfile.gettempdir())
+        _check(arguments, model, len(rows), scratch)
+        with counter("original", "step", arguments.quiet) as progress:
+            return predict(model, rows, scratch, progress=progress)
+    name = _fingerprint(model.folder)
+    missing = missing_windows(rows, arguments.cache, original=name)
+    if not missing:
+        return ReferenceCache(arguments.cache)
+    _check(arguments, model, len(missing), arguments.cache)
+    kept = KeptStates(arguments.cache, name)
+    with counter("original", "step", arguments.quiet) as progress:
+        predictions = predict(model, rows[missing], arguments.cache, kept, progress)
+    with counter("original's logits", "window", arguments.quiet) as progress:
+        cache = cache_reference(predictions, rows, arguments.cache, progress=progress, original=name)
+    kept.discard()
+    return cache
+
+
+def _open(arguments: argparse.Namespace, folder: Path) -> Any:
+    """The original, opened; refused if it is not that of the quantized model."""
+    from dbrx_quant.calibration.blocks.model import StreamedModel
+    from dbrx_quant.runtime.families import describe
+    from dbrx_quant.runtime.families.config import load_config
+    from dbrx_quant.runtime.folder.find import find_folder
+    from dbrx_quant.runtime.kernels.device import find_device
+
+    model = StreamedModel(find_folder(arguments.reference, None), find_device(arguments.device), exact=True)
+    ours, theirs = describe(load_config(folder)), model.architecture
+    for what, mine, other in (
+        ("tokens in its vocabulary", ours.vocabulary, theirs.vocabulary),
+        ("blocks", len(ours.blocks), len(theirs.blocks)),
+        ("hidden channels", ours.hidden, theirs.hidden),
+    ):
+        if mine != other:
+            raise ValueError(f"{folder}: {mine} {what}, the original has {other}: not the same model")
+    for note in model.notes:
+        say(f"note: {note}")
+    return model
+
+
+def _check(arguments: argparse.Namespace, model: Any, windows: int, scratch: Path) -> None:
+    """Say what it is going to take, and refuse what this machine has no room for."""
+    from dbrx_quant.quantize.estimate.evaluation import check_evaluation, evaluation_needs
+
+    cached = arguments.cache is not None
+    needs = evaluation_needs(model.architecture, windows, arguments.length, cached)
+    if not arguments.quiet:
+        say(_text(needs, scratch, windows))
+    check_evaluation(needs, model.device, scratch, arguments.cache)
+
+
+def _text(needs: "EvaluationNeeds", scratch: Path, windows: int) -> str:
+    disk = bytes_text(needs.states + needs.kept)
+    if needs.cache:
+        disk += f" for states and {bytes_text(needs.cache)} for log-probabilities"
+    return (
+        f"the original goes through {windows} windows a block at a time: about {bytes_text(needs.streaming)} of "
+        f"memory and {disk} of disk in {scratch}; comparing takes about {bytes_text(needs.scoring)} of memory "
+        "beside the quantized model's mapped weights"
+    )
+
+
+def _fingerprint(folder: Path) -> str:
+    """What tells an original from others."""
+    import hashlib
+    import json
+
+    from dbrx_quant.quantize.measurement import source_facts
+
+    return hashlib.sha256(json.dumps(source_facts(folder), sort_keys=True).encode()).hexdigest()[:32]
