@@ -87,14 +87,14 @@ def check_evaluation(needs: EvaluationNeeds, device: torch.device, scratch: Path
     wanted, there = max(needs.streaming, needs.scoring), available_memory()
     if device == CPU and there is not None and wanted > there:
         raise ValueError(
-            f"about {wanted / 1e9:.1f} GB of memory are needed beside the mapped weights, {there / 1e9:.1f} GB "
-            "are available; stop what else runs, or give a shorter --length"
+            f"about {wanted / 1e9:.1f} GB of memory are needed beside the mapped weights, "
+            f"{there / 1e9:.1f} GB are available; stop what else runs, or give a shorter --length"
         )
     wanted, free = needs.streaming - BASE_BYTES + DEVICE_BASE_BYTES, free_bytes(device)
     if free is not None and wanted > free:
         raise ValueError(
-            f"device {device}: about {wanted / 1e9:.1f} GB of its memory are needed for a block of the original, "
-            f"{free / 1e9:.1f} GB are free; stop what else uses it, or give --device cpu"
+            f"device {device}: about {wanted / 1e9:.1f} GB of its memory are needed for a block of the "
+            f"original, {free / 1e9:.1f} GB are free; stop what else uses it, or give --device cpu"
         )
     together = cache is not None and os.stat(cache).st_dev == os.stat(scratch).st_dev
     kept = needs.kept + needs.cache

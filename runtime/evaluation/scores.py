@@ -264,6 +264,7 @@ def _compare(original: Tensor, quantized: Tensor, row: Tensor) -> tuple[Tensor, 
 
 @torch.inference_mode()
 def _run(model: nn.Module | LogitsFunction, row: Tensor, what: str) -> _Window:
+    noted: tuple[Tensor, ...] | None
     if isinstance(model, nn.Module):
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         with _routing(model) as choices:
@@ -271,7 +272,7 @@ def _run(model: nn.Module | LogitsFunction, row: Tensor, what: str) -> _Window:
         noted = tuple(choices[block] for block in sorted(choices))
     else:
         made = model(row)
-        logits, noted = made if isinstance(made, Outputs) else (made, None)
+        logits, noted = (made.logits, made.choices) if isinstance(made, Outputs) else (made, None)
     if logits.dim() != 2 or logits.shape[0] != len(row):
         raise ValueError(f"{what}: expected logits of shape [{len(row)}, V], got {list(logits.shape)}")
     if not torch.isfinite(logits).all():

@@ -89,9 +89,9 @@ def _text(needs: "EvaluationNeeds", scratch: Path, windows: int) -> str:
     if needs.cache:
         disk += f" for states and {bytes_text(needs.cache)} for log-probabilities"
     return (
-        f"the original goes through {windows} windows a block at a time: about {bytes_text(needs.streaming)} of "
-        f"memory and {disk} of disk in {scratch}; comparing takes about {bytes_text(needs.scoring)} of memory "
-        "beside the quantized model's mapped weights"
+        f"the original goes through {windows} windows a block at a time: about {bytes_text(needs.streaming)} "
+        f"of memory and {disk} of disk in {scratch}; comparing takes about {bytes_text(needs.scoring)} of "
+        "memory beside the quantized model's mapped weights"
     )
 
 
