@@ -85,8 +85,8 @@ def open_tasks(settings: TaskSettings, quiet: bool = False) -> Tasks:
                 manager.load([name])
         except Exception as error:  # whatever a task's file or the reader of its data raises
             raise ValueError(
-                f"task {name}: cannot be loaded: {_one_line(error)}; data that cannot be fetched has to be on "
-                "this machine, in a task file of --tasks-path that names it (dataset_path: json, data_files)"
+                f"task {name}: cannot be loaded: {_one_line(error)}; data that cannot be fetched has to be "
+                "on this machine, and a task file in --tasks-path to name it (dataset_path: json, data_files)"
             ) from error
     return Tasks(settings, manager)
 

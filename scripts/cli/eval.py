@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=Path,
         metavar="DIR",
-        help="keep the original's log-probabilities here; filled from --reference, enough without it later, and "
-        "where an interrupted run goes on",
+        help="keep the original's log-probabilities here; filled from --reference, enough without it later, "
+        "and where an interrupted run goes on",
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text")
     parser.add_argument("--windows", type=positive, default=40, help="(default: %(default)s)")

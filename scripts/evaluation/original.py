@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dbrx_quant.quantize.estimate.evaluation import EvaluationNeeds
+    from dbrx_quant.runtime.families.facts import Architecture
 
 
 def original_of(arguments: argparse.Namespace, rows: "Tensor", folder: Path) -> Any:
@@ -60,17 +61,24 @@ def _open(arguments: argparse.Namespace, folder: Path) -> Any:
     from dbrx_quant.runtime.kernels.device import find_device
 
     model = StreamedModel(find_folder(arguments.reference, None), find_device(arguments.device), exact=True)
-    ours, theirs = describe(load_config(folder)), model.architecture
-    for what, mine, other in (
-        ("tokens in its vocabulary", ours.vocabulary, theirs.vocabulary),
-        ("blocks", len(ours.blocks), len(theirs.blocks)),
-        ("hidden channels", ours.hidden, theirs.hidden),
-    ):
-        if mine != other:
-            raise ValueError(f"{folder}: {mine} {what}, the original has {other}: not the same model")
+    ours, theirs = _facts(describe(load_config(folder))), _facts(model.architecture)
+    for what, mine in ours.items():
+        if mine != theirs[what]:
+            raise ValueError(f"{folder}: {what} {mine}, the original's {theirs[what]}: not the same model")
     for note in model.notes:
         say(f"note: {note}")
     return model
+
+
+def _facts(architecture: "Architecture") -> dict[str, Any]:
+    """What a model has in common with its original."""
+    return {
+        "family": architecture.family,
+        "vocabulary": architecture.vocabulary,
+        "hidden size": architecture.hidden,
+        "number of blocks": len(architecture.blocks),
+        "number of experts": [block.experts.count if block.experts else 0 for block in architecture.blocks],
+    }
 
 
 def _check(arguments: argparse.Namespace, model: Any, windows: int, scratch: Path) -> None:
