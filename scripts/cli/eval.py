@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dbrx_quant.runtime.model.load import load_model
 
     started = time.monotonic()
+    _prepare_cache(arguments)
     hide_loading_bar(arguments.quiet)
     folder = find_model(arguments.folder, arguments)
     facts = inspect_folder(folder)
@@ -106,9 +107,7 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         raise UsageError("--tasks-path without --tasks: name the tasks that are to be run")
 
 
-def _comparison(arguments: argparse.Namespace, folder: Path) -> Any:
-    """A function of the quantized model that gives its scores on the text; the original's are there."""
-    from dbrx_quant.runtime.evaluation.scores import evaluate, windows
+def _prepare_cache(arguments: argparse.Namespace) -> None:
     from dbrx_quant.runtime.files.atomic import check_place
 
     if arguments.cache and arguments.reference:
@@ -116,6 +115,12 @@ def _comparison(arguments: argparse.Namespace, folder: Path) -> Any:
         check_place(arguments.cache / "window")
     elif arguments.cache and not arguments.cache.is_dir():
         raise ValueError(f"{arguments.cache}: no such folder; fill it with --reference MODEL")
+
+
+def _comparison(arguments: argparse.Namespace, folder: Path) -> Any:
+    """A function of the quantized model that gives its scores on the text; the original's are there."""
+    from dbrx_quant.runtime.evaluation.scores import evaluate, windows
+
     rows = windows(folder, arguments.text, arguments.windows, arguments.length)
     reference = original_of(arguments, rows, folder)
 
