@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,13 @@ def open_tasks(settings: TaskSettings, quiet: bool = False) -> Tasks:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError("--tasks needs lm-eval: pip install 'dbrx-quant[tasks]'")
-    from lm_eval.tasks import TaskManager
-
+    task_manager = import_module("lm_eval.tasks").TaskManager
     if settings.folder is not None and not settings.folder.is_dir():
         raise ValueError(f"{settings.folder}: no such folder; --tasks-path names one with task files (YAML)")
     own = None if settings.folder is None else str(settings.folder)
-    manager = TaskManager(include_path=own, include_defaults=False) if own else None
+    manager = task_manager(include_path=own, include_defaults=False) if own else None
     if manager is None or not set(settings.names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=own)
+        manager = task_manager(include_path=own)
     for name in settings.names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
@@ -110,13 +110,11 @@ def run_tasks(tasks: Tasks, model: Any, tokenizer: Any, quiet: bool = False) -> 
     Raises:
         ValueError: lm-eval cannot run a task.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
+    harness, huggingface = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
     settings, seed = tasks.settings, tasks.settings.seed
     with _quoted(), _hushed(quiet):
-        found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch),
+        found = harness.simple_evaluate(
+            model=huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch),
             tasks=list(settings.names),
             task_manager=tasks.manager,
             num_fewshot=settings.fewshot,

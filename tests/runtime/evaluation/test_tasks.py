@@ -150,6 +150,7 @@ def test_settings_reach_the_tasks_and_tell_entries_apart(made, evaluate):
     assert [(kept["fewshot"], kept["seed"]) for kept in read_task_scores(made / "out")] == [(0, 1234), (2, 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("harness")
 def test_a_text_and_a_group_of_tasks_in_one_run_make_two_tables(made, evaluate):
     code, out, _ = evaluate(
