@@ -95,6 +95,7 @@ class LiveBlock:
         module: the transformers module; its linears are ordinary `nn.Linear`s whose weights may be replaced.
         spec: what the block consists of.
         device: where it runs, and its outputs are; states come from anywhere.
+        exact: whether its products must not be rounded.
     """
 
     def __init__(
@@ -103,10 +104,12 @@ class LiveBlock:
         spec: BlockSpec,
         kwargs: Callable[[int, int], dict[str, Any]],
         device: torch.device = CPU,
+        exact: bool = False,
     ) -> None:
         self.module = module
         self.spec = spec
         self.device = device
+        self.exact = exact
         self._kwargs = kwargs
         self._experts: _NotedExperts | None = None
         if spec.experts:
@@ -134,7 +137,7 @@ class LiveBlock:
         Returns:
             The output without the routed experts' shares, and what these experts would have got, if any.
         """
-        with rounded_products(self.device), _attention_of(self.device):
+        with nullcontext() if self.exact else rounded_products(self.device), _attention_of(self.device):
             x = upload(states, self.device)
             output = self.module(x, **self._kwargs(states.shape[0], states.shape[1]))
         output = output[0] if isinstance(output, tuple) else output
@@ -190,10 +193,12 @@ class StreamedModel:
     Args:
         folder: a Hugging Face model folder.
         device: where its weights come to, and what is computed with them.
+        exact: whether the products of its blocks must not be rounded, as those of statistics may be.
 
     Attributes:
         folder: as given.
         device: as given.
+        exact: as given.
         config: transformers' configuration.
         architecture: what the model consists of.
         checkpoint: its weights.
@@ -204,10 +209,10 @@ class StreamedModel:
         CheckpointError: unknown architecture, or tensors that are missing or left over.
     """
 
-    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
+    def __init__(self, folder: Path, device: torch.device = CPU, exact: bool = False) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.folder, self.device = Path(folder), device
+        self.folder, self.device, self.exact = Path(folder), device, exact
         self._read = [WatchedFile(self.folder / name) for name in READ_FILES]
         source = open_source(self.folder)
         self.config, self.architecture, self.checkpoint = (
@@ -248,7 +253,11 @@ class StreamedModel:
         spec = self.architecture.blocks[index]
         module = copy.deepcopy(self._model.get_submodule(spec.module))
         live = LiveBlock(
-            module, spec, lambda rows, length: self._block_kwargs(rows, length)[index], self.device
+            module,
+            spec,
+            lambda rows, length: self._block_kwargs(rows, length)[index],
+            self.device,
+            self.exact,
         )
         for kept in spec.floats:
             _set(

@@ -62,7 +62,7 @@ def check_states(states: Tensor, what: str) -> None:
         if not bool(torch.isfinite(states[part]).all()):
             row = int((~torch.isfinite(states[part])).nonzero()[0, 0]) + part.start
             raise ValueError(
-                f"{what}: NaN or infinity in calibration row {row}; the source model overflows in float32 on "
+                f"{what}: NaN or infinity in row {row}; the source model overflows in float32 on "
                 "this text, or its weights are damaged"
             )
 

@@ -8,8 +8,9 @@ overlap; logits and their logarithms in fp32, sums in fp64.
     top1      share of the positions where both models find the same token most likely
     router    share of the positions where both models choose the same set of experts, for each block
 
-The original is either run beside the candidate, window by window, or its log-probabilities are read from a
-folder that `cache_reference` filled before, for models that do not fit into memory together.
+The original is run beside the candidate, window by window, or is a function that has its outputs already
+(`calibration/blocks/original.py`), or its log-probabilities are read from a folder that `cache_reference`
+filled before.
 
 Axes: L tokens of a window, V vocabulary, A active experts.
 """
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,15 @@ from dbrx_quant.runtime.kernels.activations import use_activations
 from dbrx_quant.runtime.kernels.float_matmul import fast_products
 from dbrx_quant.runtime.tokenizer.load import load_tokenizer
 
-LogitsFunction = Callable[[Tensor], Tensor]  # ids [L] int64 → logits [L, V]
+
+class Outputs(NamedTuple):
+    """What a model makes of a window."""
+
+    logits: Tensor  # [L, V]
+    choices: tuple[Tensor, ...]  # a block with experts each: [L, A] chosen ones, ascending
+
+
+LogitsFunction = Callable[[Tensor], Tensor | Outputs]  # ids [L] int64 → logits [L, V]; routing, if known
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
 _CHUNK = (
@@ -110,7 +119,7 @@ def evaluate(
 
     Args:
         candidate: a transformers causal LM in the precision to be judged (fp32 to follow the protocol), or a
-            function from ids [L] to logits [L, V], for which routing is not compared.
+            function from ids [L] to logits [L, V], or to `Outputs`, without which routing is not compared.
         reference: the original, likewise, or the cache of its log-probabilities on the same windows.
         rows: ids [N, L] int64.
         progress: called after each window with the windows done and their number.
@@ -168,6 +177,7 @@ def cache_reference(
     folder: str | Path,
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
+    original: str = "",
 ) -> ReferenceCache:
     """Run the original over the windows and store what `evaluate` needs.
 
@@ -175,33 +185,57 @@ def cache_reference(
     0.000759 by 6e-7, since log-probabilities are normalised again when they are read). A window that is there
     already for the same ids, sound, is not computed again; one folder is for one model.
 
+    Args:
+        model: the original, as in `evaluate`.
+        rows: ids [N, L] int64.
+        folder: of the cache.
+        dtype: of what is kept, fp32 or fp16.
+        progress: called after each window with the windows done and their number.
+        original: tells the original from others, if given.
+
     Raises:
         ValueError: `dtype` is neither fp32 nor fp16, or a logit is not finite.
-        CheckpointError: the folder holds other windows.
+        CheckpointError: the folder holds other windows, or those of another original.
     """
-    if dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"log-probabilities are kept in float32 or float16, not {dtype}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    missing = set(missing_windows(rows, folder, dtype, original))
+    for i, row in enumerate(rows):
+        if i in missing:
+            _store_window(folder, i, row, _run(model, row, f"original, window {i}"), dtype, original)
+        if progress is not None:
+            progress(i + 1, len(rows))
+    return ReferenceCache(folder)
+
+
+def missing_windows(
+    rows: Tensor, folder: str | Path, dtype: torch.dtype = torch.float32, original: str = ""
+) -> list[int]:
+    """The windows that a cache does not hold yet; damaged ones are removed. See `cache_reference`."""
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"log-probabilities are kept in float32 or float16, not {dtype}")
+    missing, folder = [], Path(folder)
     for i, row in enumerate(rows):
         path = _window_path(folder, i)
         if path.is_file() and seal_fault(path):
             path.unlink()  # computed again
-        if not path.is_file() or _read_window(folder, i, row).logits.dtype != dtype:
-            window = _run(model, row, f"original, window {i}")
-            logits = window.logits.float()
-            tensors = {
-                "log_probs": (logits - logits.logsumexp(-1, keepdim=True)).to(dtype),
-                "top": window.top,
-            }
-            for block, choices in enumerate(window.choices or ()):
-                tensors[f"choices.{block}"] = choices.to(torch.int16)
-            blocks = "none" if window.choices is None else str(len(window.choices))
-            save_tensors(path, tensors, {"ids": _hash(row), "blocks": blocks})
-            seal(path)
-        if progress is not None:
-            progress(i + 1, len(rows))
-    return ReferenceCache(folder)
+        if not path.is_file() or _read_window(folder, i, row, original).logits.dtype != dtype:
+            missing.append(i)
+    return missing
+
+
+def _store_window(
+    folder: Path, i: int, row: Tensor, window: _Window, dtype: torch.dtype, original: str
+) -> None:
+    logits = window.logits.float()
+    log_probs = (logits - logits.logsumexp(-1, keepdim=True)).to(dtype)
+    tensors = {"log_probs": log_probs, "top": window.top}
+    for block, choices in enumerate(window.choices or ()):
+        tensors[f"choices.{block}"] = choices.to(torch.int16)
+    blocks = "none" if window.choices is None else str(len(window.choices))
+    path = _window_path(folder, i)
+    save_tensors(path, tensors, {"ids": _hash(row), "blocks": blocks, "original": original})
+    seal(path)
 
 
 def _perplexity(loss: float) -> float | None:
@@ -230,13 +264,15 @@ def _compare(original: Tensor, quantized: Tensor, row: Tensor) -> tuple[Tensor, 
 
 @torch.inference_mode()
 def _run(model: nn.Module | LogitsFunction, row: Tensor, what: str) -> _Window:
+    noted: tuple[Tensor, ...] | None
     if isinstance(model, nn.Module):
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         with _routing(model) as choices:
             logits = model(row[None].to(device)).logits[0]
         noted = tuple(choices[block] for block in sorted(choices))
     else:
-        logits, noted = model(row), None
+        made = model(row)
+        logits, noted = (made.logits, made.choices) if isinstance(made, Outputs) else (made, None)
     if logits.dim() != 2 or logits.shape[0] != len(row):
         raise ValueError(f"{what}: expected logits of shape [{len(row)}, V], got {list(logits.shape)}")
     if not torch.isfinite(logits).all():
@@ -291,7 +327,7 @@ def _hash(row: Tensor) -> str:
     return hashlib.sha256(json.dumps(row.tolist()).encode()).hexdigest()[:32]
 
 
-def _read_window(folder: Path, i: int, row: Tensor) -> _Window:
+def _read_window(folder: Path, i: int, row: Tensor, original: str = "") -> _Window:
     from safetensors import SafetensorError, safe_open
 
     path = _window_path(folder, i)
@@ -309,6 +345,8 @@ def _read_window(folder: Path, i: int, row: Tensor) -> _Window:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
     if metadata.get("ids") != _hash(row):
         raise CheckpointError(f"{path}: made from another text or another window length; use another folder")
+    if original and metadata.get("original", "") not in ("", original):
+        raise CheckpointError(f"{path}: made from another original; use another folder")
     blocks = metadata.get("blocks", "")
     names = [f"choices.{block}" for block in range(int(blocks))] if blocks.isdecimal() else []
     missing = [name for name in ["log_probs", "top", *names] if name not in tensors]

@@ -8,6 +8,7 @@ GPU works on this one.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,6 +62,17 @@ def device_name(device: torch.device) -> str:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that is free on a GPU; None: of another device torch does not know."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that programs could take now; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no Linux
+    return None
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from dbrx_quant.runtime.exl2.format import SUFFIXES
-from dbrx_quant.runtime.families import describe
 from dbrx_quant.runtime.families.facts import FloatSpec, LinearSpec
 from dbrx_quant.runtime.folder.contents import Contents
 from dbrx_quant.runtime.library import _cuda, _gpus
@@ -84,30 +83,6 @@ def place(contents: Contents, itemsize: int, devices: Sequence[torch.device], fe
         fewest: whether the first devices are enough if they have room; else all are used.
     """
     return choose(list_parts(contents, itemsize), devices, fewest)
-
-
-def place_dense(model: Any, devices: Sequence[torch.device], fewest: bool) -> Any:
-    """A loaded model that is not quantized, moved to devices; as `choose`."""
-    from accelerate import dispatch_model
-
-    architecture = describe(model.config)
-    blocks = [block.module for block in architecture.blocks]
-    embedding, *last = [_module(kept) for kept in architecture.floats]
-    names = [embedding, *blocks, *last, architecture.head.module]
-    if architecture.tied:  # then both are one tensor
-        names.insert(1, names.pop())
-    seen = set[int]()
-    parts = []
-    for name in names:
-        own = {id(tensor): tensor.nbytes for tensor in model.get_submodule(name).parameters()}
-        parts.append(Part(name, sum(size for key, size in own.items() if key not in seen)))
-        seen |= own.keys()
-    device_map = choose(parts, devices, fewest)
-    if len(device_map) == 1:
-        return model.to(device_map[""])
-    dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
-    settle(model)
-    return model
 
 
 def choose(parts: Sequence[Part], devices: Sequence[torch.device], fewest: bool) -> DeviceMap:

@@ -75,14 +75,10 @@ def _native() -> dict[str, Any]:
 
 def _memory() -> dict[str, int | None]:
     """Bytes of main memory: all, and what could be taken now (None where the system doesn't say)."""
-    available = None
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except OSError:
-        pass  # no Linux
-    return {"total": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "available": available}
+    from dbrx_quant.runtime.kernels.device import available_memory
+
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"total": total, "available": available_memory()}
 
 
 def _nvcc() -> str | None:

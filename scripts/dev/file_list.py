@@ -52,7 +52,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "conversion",
         "publish",
     ),
-    "scripts": ("terminal", "report", "folders", "cli", "dev", "gpu", "full_size", "faults"),
+    "scripts": ("terminal", "report", "folders", "evaluation", "cli", "dev", "gpu", "full_size", "faults"),
 }
 
 

@@ -92,6 +92,6 @@ def test_the_checks_see_faults(tmp_path, capsys):
     assert anchors("# One & two `x`\n## A\n```\n# code\n```\n## A\n") == ["one--two-x", "a", "a-1"]
     assert links('[a](b.md#c) `[d](e)` ![f](g.png "h") <img src="i.png">') == ["b.md#c", "g.png", "i.png"]
     shown = "```sh\ndbrx-quant inspect\n```\n"
-    shown += "`dbrx-quant VERB --help` `dbrx-quant doctor` `dbrx-quant eval a` `dbrx-quant go`"
-    assert commands(shown) == [["inspect"], ["eval", "a"], ["go"]]
+    shown += "`dbrx-quant VERB --help` `dbrx-quant doctor` `dbrx-quant convert a` `dbrx-quant go`"
+    assert commands(shown) == [["inspect"], ["convert", "a"], ["go"]]
     assert all(parse_fault(line, capsys) for line in commands(shown))

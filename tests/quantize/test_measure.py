@@ -212,7 +212,7 @@ def test_states_that_overflow_are_refused_with_the_block(tmp_path):
         tensors["model.layers.1.mlp.down_proj.weight"][3] = 3e38
 
     folder = save_model(tmp_path / "model", "llama", change=damage)
-    with pytest.raises(ValueError, match=r"output of block 1: NaN or infinity in calibration row 0"):
+    with pytest.raises(ValueError, match=r"output of block 1: NaN or infinity in row 0"):
         measure(job(folder, tmp_path / "work", random_tokens(4, 6)))
 
 
@@ -225,7 +225,7 @@ def test_gradients_that_overflow_are_refused_with_block_and_row(tmp_path):
 
     assert (ids == 299).sum() == 1
     folder = save_model(tmp_path / "model", "llama", change=damage)
-    with pytest.raises(ValueError, match=r"gradients before block 1: NaN or infinity in calibration row 2"):
+    with pytest.raises(ValueError, match=r"gradients before block 1: NaN or infinity in row 2"):
         measure(job(folder, tmp_path / "work", ids))
 
 
