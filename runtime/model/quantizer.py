@@ -132,8 +132,11 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
             model._can_compile_fullgraph = True  # what couldn't was the loop over experts, which is gone
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Use our table of names instead of transformers' patterns, which would merge the experts."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Use our table of names instead of transformers' patterns, which would merge the experts.
+
+        transformers before 5.20 does not pass the model.
+        """
         return [self._keys]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

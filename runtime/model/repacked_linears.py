@@ -30,7 +30,7 @@ def use_repacked(model: Any, contents: Contents, keys: Mapping[str, str], memory
         assert isinstance(module, QuantLinear)
         if module.q_weight.device.type == "cpu":
             linears[name] = module
-    bodies = _bodies(contents) if memory is None and linears else memory.bodies() if memory else {}
+    bodies = mapped_bodies(contents) if memory is None and linears else memory.bodies() if memory else {}
     for name, module in linears.items():
         if (body := bodies.get(name)) is not None:
             stored = module.stored()
@@ -38,7 +38,8 @@ def use_repacked(model: Any, contents: Contents, keys: Mapping[str, str], memory
             give_body(tensors, module.out_features, body)
 
 
-def _bodies(contents: Contents) -> dict[str, Body]:
+def mapped_bodies(contents: Contents) -> dict[str, Body]:
+    """Linear → its body in the folder's repacked file; none where there is no file that can be used."""
     if not _native.available():
         return {}
     try:

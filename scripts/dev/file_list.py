@@ -31,6 +31,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "evaluation",
         "model",
         "talk",
+        "vllm",
     ),
     "calibration": ("text", "statistics", "blocks"),
     "quantize": (
