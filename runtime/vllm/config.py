@@ -30,7 +30,7 @@ _LEAST_CAPABILITY = 80  # of the CUDA kernels
 
 
 class Exl2Config(QuantizationConfig):  # type: ignore[misc]
-    """The quantization of one model. Travels to vLLM's worker processes, each of which opens the folder itself."""
+    """The quantization of one model; vLLM's worker processes get a copy, and open the folder themselves."""
 
     _ignore_unexpected_suffixes = ()  # vLLM's own has `.q_scale`, which is a tensor of the format
 

@@ -43,8 +43,8 @@ class Exl2Experts(FusedMoEMethodBase):  # type: ignore[misc]
         hidden = self.spec.linears[0][0].shape[0]
         if (layer.global_num_experts, hidden_size) != (self.spec.count, hidden):
             raise ValueError(
-                f"{layer.layer_name}: vLLM expects {layer.global_num_experts} experts of {hidden_size} channels, "
-                f"the file has {self.spec.count} of {hidden}"
+                f"{layer.layer_name}: vLLM expects {layer.global_num_experts} experts of {hidden_size} "
+                f"channels, the file has {self.spec.count} of {hidden}"
             )
         if layer.apply_router_weight_on_input:
             raise ValueError(

@@ -67,8 +67,8 @@ class Exl2Linear(LinearMethodBase):  # type: ignore[misc]
         inputs = {spec.shape[0] for spec in self.specs}
         if inputs != {input_size} or len(output_partition_sizes) != len(self.specs):
             raise ValueError(
-                f"{layer.prefix}: vLLM's layer has {input_size} inputs and {len(output_partition_sizes)} parts, "
-                f"the file has {' and '.join(f'{s.name} {s.shape}' for s in self.specs)}"
+                f"{layer.prefix}: vLLM's layer has {input_size} inputs and {len(output_partition_sizes)} "
+                f"parts, the file has {' and '.join(f'{s.name} {s.shape}' for s in self.specs)}"
             )
         layer.exl2_widths = list(output_partition_sizes)
         layer.exl2_device = torch.get_default_device()

@@ -40,7 +40,7 @@ class Opened:
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """torch's own default device and dtype: vLLM sets others while it builds a model."""
+    """Torch's own default device and dtype: vLLM sets others while it builds a model."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
