@@ -112,5 +112,6 @@ class Exl2Config(QuantizationConfig):  # type: ignore[misc]
         contents = opened.contents
         if contents.architecture.tied and contents.is_quantized(contents.architecture.head):
             # The head is a linear of its own, beside the 16-bit embedding that the original shared with it.
-            config.model_config.hf_config.tie_word_embeddings = False
+            for described in (config.model_config.hf_config, config.model_config.hf_text_config):
+                described.tie_word_embeddings = False
         return opened

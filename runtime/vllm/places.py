@@ -1,7 +1,8 @@
 """Which linears of a file each layer of vLLM holds, and what vLLM's classes call the 16-bit tensors.
 
 vLLM's modules are named as transformers', but that its linears may be fused (`qkv_proj` for `q_proj`,
-`k_proj`, `v_proj`); each of its classes says which (`packed_modules_mapping`).
+`k_proj`, `v_proj`). Its classes say which (`packed_modules_mapping`), but some leave out what only some of
+their models have.
 """
 
 import re
@@ -11,6 +12,7 @@ from dbrx_quant.runtime.exl2.format import SUFFIXES
 from dbrx_quant.runtime.families.facts import Architecture, ExpertsSpec, LinearSpec, module_linears
 from dbrx_quant.runtime.folder.contents import Contents
 
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _BLOCK = re.compile(r"\.(\d+)(?:\.|$)")
 
 
@@ -30,12 +32,13 @@ class Places:
 
         Args:
             layer: its full name.
-            packed: last part of a fused layer's name → last parts of the names of what it holds.
+            packed: last part of a fused layer's name → last parts of the names of what it holds, where that
+                is not what vLLM usually means by such a name.
         """
         if layer in self._by_module:
             return self._by_module[layer]
         parent, _, own = layer.rpartition(".")
-        names = [f"{parent}.{part}" for part in packed.get(own, ())]
+        names = [f"{parent}.{part}" for part in packed.get(own, _FUSED.get(own, ()))]
         return tuple(self._by_name[name] for name in names if name in self._by_name)
 
     def experts(self, layer: str) -> ExpertsSpec | None:

@@ -7,8 +7,6 @@ from dbrx_quant.runtime.families import family_of
 from dbrx_quant.runtime.vllm.opening import open_folder
 from dbrx_quant.runtime.vllm.places import stored_names
 
-PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-
 
 def opened(tmp_path, family, **options):
     return open_folder(build_quantized_folder(CONFIGS[family](), tmp_path / "model", **options).path)
@@ -21,9 +19,16 @@ def names(specs):
 def test_a_fused_layer_of_vllm_holds_the_linears_that_it_fuses_in_their_order(tmp_path):
     places = opened(tmp_path, "llama").places
     parent = "model.layers.1.self_attn"
-    assert names(places.linears(f"{parent}.qkv_proj", PACKED)) == [f"{parent}.{r}_proj" for r in "qkv"]
-    assert names(places.linears(f"{parent}.o_proj", PACKED)) == [f"{parent}.o_proj"]
-    assert names(places.linears("lm_head", PACKED)) == ["lm_head"]
+    assert names(places.linears(f"{parent}.qkv_proj", {})) == [f"{parent}.{r}_proj" for r in "qkv"]
+    assert names(places.linears(f"{parent}.o_proj", {})) == [f"{parent}.o_proj"]
+    assert names(places.linears("lm_head", {})) == ["lm_head"]
+
+
+def test_a_class_of_vllm_may_fuse_otherwise(tmp_path):
+    places = opened(tmp_path, "llama").places
+    parent = "model.layers.0.self_attn"
+    found = places.linears(f"{parent}.kv_proj", {"kv_proj": ["k_proj", "v_proj"]})
+    assert names(found) == [f"{parent}.k_proj", f"{parent}.v_proj"]
 
 
 def test_dbrx_layers_are_found_by_transformers_names(tmp_path):
@@ -39,18 +44,18 @@ def test_dbrx_layers_are_found_by_transformers_names(tmp_path):
 def test_a_shared_expert_is_linears_and_its_gate_and_the_router_stay_dense(tmp_path):
     places = opened(tmp_path, "qwen2 moe").places
     shared = "model.layers.0.mlp.shared_expert"
-    assert names(places.linears(f"{shared}.gate_up_proj", PACKED)) == [
+    assert names(places.linears(f"{shared}.gate_up_proj", {})) == [
         f"{shared}.gate_proj",
         f"{shared}.up_proj",
     ]
     for router in ("model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate"):
-        assert places.linears(router, PACKED) == ()
+        assert places.linears(router, {}) == ()
         assert places.stays_dense(router)
 
 
 def test_a_layer_that_the_file_does_not_have_is_neither_a_linear_nor_a_router(tmp_path):
     places = opened(tmp_path, "qwen3 moe").places
-    assert places.linears("model.layers.7.self_attn.qkv_proj", PACKED) == ()
+    assert places.linears("model.layers.7.self_attn.qkv_proj", {}) == ()
     assert not places.stays_dense("model.layers.0.self_attn.qkv_proj")
     assert places.experts("model.layers.1.mlp.experts") is None  # a dense block
 
