@@ -51,7 +51,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "conversion",
         "publish",
     ),
-    "scripts": ("terminal", "report", "folders", "cli", "dev", "full_size", "faults"),
+    "scripts": ("terminal", "report", "folders", "cli", "dev", "serving", "full_size", "faults"),
 }
 
 
