@@ -82,6 +82,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._keys: Any = None
         self._contents: Contents | None = None
         self._memory: Memory | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Models can be saved: under the names and types that they were stored with."""
@@ -128,6 +129,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
             known = {name: contents.architecture.normalise(name) for name in read_header(Path(file))}
             loading |= {name: saving[key] for name, key in known.items() if key in saving}
         self._keys = KeyTable(loading, saving)
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if any(block.experts for block in contents.architecture.blocks):
             model._can_compile_fullgraph = True  # what couldn't was the loop over experts, which is gone
         return model
@@ -150,6 +152,10 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{model.config.name_or_path}: transformers did not load {len(missed)} tensors, {missed[0]} "
                 "first, and would run with random weights; use dbrx_quant.runtime.load_model"
             )
+        for name, parameter in model.named_parameters():
+            # transformers before 5.20 leaves renamed tensors of a quantized model in the type of the file
+            if (dtype := self._dtypes.get(name, parameter.dtype)) != parameter.dtype:
+                parameter.data = parameter.data.to(dtype)
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.tile()
