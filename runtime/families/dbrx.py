@@ -236,7 +236,7 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _vllm_problem(config: Any) -> str:
-    """vLLM's class reads only one of the places of the RoPE base, and always divides weights by their sum."""
+    """What vLLM computes otherwise: it reads one RoPE base of several, and knows one normalization."""
     norm = config.ffn_config.moe_normalize_expert_weights
     if norm != 1:
         return f"moe_normalize_expert_weights is {norm}; vLLM computes as with 1"

@@ -67,7 +67,7 @@ class Family:
         config_problems: what readers of a raw config.json stumble on, a sentence each.
         dense_state: the tensors of an original under transformers' names, where the checkpoint has them under
             names that transformers cannot read; else None.
-        vllm_by_module: vLLM's class names its 16-bit tensors as transformers' modules, not as they are stored.
+        vllm_by_module: vLLM's class names 16-bit tensors as transformers' modules, not as they are stored.
         vllm_problem: why vLLM's class would compute something else than the configuration (transformers')
             says; empty where it would not.
         exllamav2_note: a sentence for the model card on what exllamav2 computes otherwise.

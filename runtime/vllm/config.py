@@ -3,7 +3,7 @@
 vLLM's own classes build the model. What is stored in 16 bits comes through vLLM's loader, under the names
 that its classes know; linears and experts are built from the checked contents of the folder.
 """
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportCallIssue=false
 
 import re
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The entry point `vllm.general_plugins`: vLLM calls it in each of its processes, before it reads a model."""
+# pyright: reportMissingImports=false
 
 
 def register() -> None:

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for clients in arguments.clients.split(",")
     ]
     if arguments.json:
-        print_json(found)
+        print_json({"model": model, "runs": found})
     else:
         print_table(model, ["clients", "requests/s", "tokens/s"], _rows(found))
     return 0

@@ -13,6 +13,8 @@ from vllm_tokens import vllm_environment
 
 NAME = "served"
 _READY_SECONDS = 900
+_COMPACT = '--structured-outputs-config \'{"backend": "xgrammar", "disable_any_whitespace": true}\''
+OPTIONS = f"--enforce-eager --max-model-len 256 {_COMPACT}"  # a small model would write spaces for ever
 
 
 def free_port():
@@ -22,7 +24,7 @@ def free_port():
 
 
 @contextmanager
-def served(folder, log, port, options="--enforce-eager --max-model-len 256"):
+def served(folder, log, port, options=OPTIONS):
     """The running process; it is asked to end at the end, if it has not."""
     command = [sys.executable, "-m", "dbrx_quant.scripts.cli.main", "serve", str(folder), "--engine", "vllm"]
     command += ["--name", NAME, "--port", str(port), "--vllm-options", options]
