@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vllm-options",
         metavar="OPTIONS",
         default="",
-        help="for vLLM's server, such as '--tensor-parallel-size 2'; only with --engine vllm",
+        help="for vLLM's server, such as '--tensor-parallel-size 2'; one word needs a =: --vllm-options=--x",
     )
     add_memory_argument(parser)
     add_quiet_argument(parser)
