@@ -1,13 +1,14 @@
 """vLLM's server, started by our command on a free port, and requests to it."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from vllm_tokens import vllm_environment
 
@@ -29,7 +30,9 @@ def served(folder, log, port, options=OPTIONS):
     command = [sys.executable, "-m", "dbrx_quant.scripts.cli.main", "serve", str(folder), "--engine", "vllm"]
     command += ["--name", NAME, "--port", str(port), "--vllm-options", options]
     with log.open("a") as out:
-        process = subprocess.Popen(command, env=vllm_environment(), stdout=out, stderr=out, text=True)
+        process = subprocess.Popen(
+            command, env=vllm_environment(), stdout=out, stderr=out, start_new_session=True
+        )
     try:
         wait_until_ready(process, port, log)
         yield process
@@ -37,6 +40,8 @@ def served(folder, log, port, options=OPTIONS):
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
         process.wait(timeout=120)
+        with suppress(ProcessLookupError):  # the engine outlives a server that was killed
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_until_ready(process, port, log):
