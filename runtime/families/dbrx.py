@@ -235,6 +235,19 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _vllm_problem(config: Any) -> str:
+    """What vLLM computes otherwise: it reads one RoPE base of several, and knows one normalization."""
+    norm = config.ffn_config.moe_normalize_expert_weights
+    if norm != 1:
+        return f"moe_normalize_expert_weights is {norm}; vLLM computes as with 1"
+    base, nested = config.rope_parameters.get("rope_theta"), config.attn_config.rope_theta
+    if base != int(nested):
+        return f"the RoPE base is {base}; vLLM reads {nested} in attn_config"
+    if config.tie_word_embeddings:
+        return "the embedding is the head, too (tie_word_embeddings), which vLLM does not know of this family"
+    return ""
+
+
 def _layer_parts(model: Any) -> DecoderParts:
 
     of_class(model, "DbrxModel")
@@ -295,6 +308,8 @@ FAMILY = Family(
     patch_config=_patch_config,
     config_problems=_config_problems,
     dense_state=_dense_state,
+    vllm_by_module=True,
+    vllm_problem=_vllm_problem,
     exllamav2_note="It leaves out DBRX's limit on queries, keys and values (`clip_qkv`), so its results may "
     "differ.",
     notice_license="databricks",

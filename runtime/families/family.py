@@ -19,6 +19,10 @@ def _no_problems(config: dict[str, Any]) -> list[str]:
     return []
 
 
+def _no_problem(config: Any) -> str:
+    return ""
+
+
 def _none_needed(architecture: Architecture, checkpoint: Checkpoint) -> None:
     return None
 
@@ -63,6 +67,9 @@ class Family:
         config_problems: what readers of a raw config.json stumble on, a sentence each.
         dense_state: the tensors of an original under transformers' names, where the checkpoint has them under
             names that transformers cannot read; else None.
+        vllm_by_module: vLLM's class names 16-bit tensors as transformers' modules, not as they are stored.
+        vllm_problem: why vLLM's class would compute something else than the configuration (transformers')
+            says; empty where it would not.
         exllamav2_note: a sentence for the model card on what exllamav2 computes otherwise.
         notice_license: how licences begin that want the original's NOTICE file to go along.
         tiktoken_module: the Python module by which its first tokenizers wrapped tiktoken.
@@ -79,6 +86,8 @@ class Family:
     patch_config: Callable[[dict[str, Any]], dict[str, Any]] = _as_it_is
     config_problems: Callable[[dict[str, Any]], list[str]] = _no_problems
     dense_state: Callable[[Architecture, Checkpoint], dict[str, Tensor] | None] = _none_needed
+    vllm_by_module: bool = False
+    vllm_problem: Callable[[Any], str] = _no_problem
     exllamav2_note: str = ""
     notice_license: str = ""
     tiktoken_module: str = ""

@@ -87,6 +87,7 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._keys: Any = None
         self._contents: Contents | None = None
         self._memory: Memory | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
         self._gpu: GpuPlan | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -142,12 +143,16 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
             known = {name: contents.architecture.normalise(name) for name in read_header(Path(file))}
             loading |= {name: saving[key] for name, key in known.items() if key in saving}
         self._keys = KeyTable(loading, saving)
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if self._gpu is None and any(block.experts for block in contents.architecture.blocks):
             model._can_compile_fullgraph = True  # what couldn't was the loop over experts, which is gone
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Use our table of names instead of transformers' patterns, which would merge the experts."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Use our table of names instead of transformers' patterns, which would merge the experts.
+
+        transformers before 5.20 does not pass the model.
+        """
         return [self._keys]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -162,6 +167,10 @@ class Exl2HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{model.config.name_or_path}: transformers did not load {len(missed)} tensors, {missed[0]} "
                 "first, and would run with random weights; use dbrx_quant.runtime.load_model"
             )
+        for name, parameter in model.named_parameters():
+            # transformers before 5.20 leaves renamed tensors of a quantized model in the type of the file
+            if (dtype := self._dtypes.get(name, parameter.dtype)) != parameter.dtype:
+                parameter.data = parameter.data.to(dtype)
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
             settle(model)
         assert self._contents is not None

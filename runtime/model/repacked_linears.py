@@ -37,7 +37,7 @@ def use_repacked(
         assert isinstance(module, QuantLinear)
         if module.q_weight.device.type == "cpu" and (staying is None or name in staying):
             linears[name] = module
-    bodies = _bodies(contents) if memory is None and linears else memory.bodies() if memory else {}
+    bodies = mapped_bodies(contents) if memory is None and linears else memory.bodies() if memory else {}
     for name, module in linears.items():
         if (body := bodies.get(name)) is not None:
             stored = module.stored()
@@ -45,7 +45,8 @@ def use_repacked(
             give_body(tensors, module.out_features, body)
 
 
-def _bodies(contents: Contents) -> dict[str, Body]:
+def mapped_bodies(contents: Contents) -> dict[str, Body]:
+    """Linear → its body in the folder's repacked file; none where there is no file that can be used."""
     if not _native.available():
         return {}
     try:

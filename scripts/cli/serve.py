@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from dbrx_quant.runtime.redact import hide
 from dbrx_quant.scripts.terminal.arguments import (
@@ -24,12 +24,14 @@ from dbrx_quant.scripts.terminal.arguments import (
     positive,
 )
 from dbrx_quant.scripts.terminal.output import hide_loading_bar, model_title, print_json, say
-from dbrx_quant.scripts.terminal.verb import Verb
+from dbrx_quant.scripts.terminal.verb import UsageError, Verb
 
 API_KEY = "DBRXQ_API_KEY"
 _STOP_SECONDS = 3
 _KILL_SECONDS = 20
 _MOST_KEY = 4096
+_QUEUE, _SECONDS = 64, 600
+_OWN, _VLLM = "dbrx-quant", "vllm"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,15 +63,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--queue",
         metavar="N",
         type=natural,
-        default=64,
+        default=_QUEUE,
         help="requests that may wait for one that is answered; more get 503 (default: %(default)s)",
     )
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
         type=positive,
-        default=600,
+        default=_SECONDS,
         help="for one answer; it is cut off there (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=(_OWN, _VLLM),
+        default=_OWN,
+        help="who answers: this program, one request at a time, or vLLM, many at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vllm-options",
+        metavar="OPTIONS",
+        default="",
+        help="for vLLM's server, such as '--tensor-parallel-size 2'; one word needs a =: --vllm-options=--x",
     )
     add_memory_argument(parser)
     add_gpu_memory_argument(parser)
@@ -89,6 +103,10 @@ def port(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
+    if arguments.engine == _VLLM:
+        _become_vllm(arguments)
+    if arguments.vllm_options:
+        raise UsageError("--vllm-options: only with --engine vllm")
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
@@ -132,6 +150,48 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             say("stopped")
     return 0
+
+
+def _become_vllm(arguments: argparse.Namespace) -> NoReturn:
+    """Replace this process by vLLM's server, once the folder is found sound.
+
+    Raises:
+        UsageError: an option has no counterpart there.
+        ImportError: vLLM is not installed.
+        CheckpointError: vLLM cannot run the folder.
+    """
+    given = {
+        "--device": arguments.device != "cpu",
+        "--queue": arguments.queue != _QUEUE,
+        "--timeout": arguments.timeout != _SECONDS,
+        "--allow-host": bool(arguments.allow_host),
+        "--memory": arguments.memory is not None,
+        "--json": arguments.json,
+    }
+    if unknown := [option for option, there in given.items() if there]:
+        raise UsageError(f"{unknown[0]}: vLLM has nothing like it; leave it out, or see --vllm-options")
+    from dbrx_quant.runtime.vllm.command import require_vllm, server_command, server_environment
+
+    require_vllm()
+    import torch
+
+    from dbrx_quant.runtime.vllm.opening import open_folder
+
+    key = api_key(arguments)
+    with _bind(arguments.host, arguments.port) as free:
+        number = free.getsockname()[1]
+    folder = find_model(arguments.folder, arguments)
+    open_folder(folder)
+    command = server_command(
+        folder,
+        name=arguments.name or model_title(arguments.folder),
+        host=arguments.host,
+        port=number,
+        context=arguments.context,
+        on_cpu=torch.version.cuda is None,
+        options=arguments.vllm_options,
+    )
+    os.execve(command[0], command, server_environment(os.environ, key))
 
 
 def example(url: str, name: str, api_key: str | None) -> str:

@@ -33,6 +33,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "step",
         "model",
         "talk",
+        "vllm",
     ),
     "calibration": ("text", "statistics", "blocks"),
     "quantize": (
@@ -52,7 +53,18 @@ ORDER: dict[str, tuple[str, ...]] = {
         "conversion",
         "publish",
     ),
-    "scripts": ("terminal", "report", "folders", "evaluation", "cli", "dev", "gpu", "full_size", "faults"),
+    "scripts": (
+        "terminal",
+        "report",
+        "folders",
+        "evaluation",
+        "cli",
+        "dev",
+        "gpu",
+        "serving",
+        "full_size",
+        "faults",
+    ),
 }
 
 

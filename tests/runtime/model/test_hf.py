@@ -122,7 +122,9 @@ def test_an_index_that_leaves_out_a_shard_is_refused(dbrx):
 
 
 def test_tensors_that_transformers_did_not_load_are_an_error(dbrx, monkeypatch):
-    monkeypatch.setattr(Exl2HfQuantizer, "update_weight_conversions", lambda self, conversions, model: [])
+    monkeypatch.setattr(
+        Exl2HfQuantizer, "update_weight_conversions", lambda self, conversions, model=None: []
+    )
     with pytest.raises(CheckpointError, match=r"transformers did not load .* random weights"):
         AutoModelForCausalLM.from_pretrained(dbrx.path)
 
