@@ -59,7 +59,7 @@ from dbrx_quant.runtime.folder.checksums import CHECKSUMS_NAME
 from dbrx_quant.runtime.folder.verify import verify
 from dbrx_quant.runtime.kernels.device import CPU, device_name, find_device
 from dbrx_quant.runtime.kernels.float_matmul import exact_on_gpus, fast_products
-from dbrx_quant.runtime.progress import bar
+from dbrx_quant.runtime.output.progress import bar
 from dbrx_quant.runtime.shards.filling import FillingShards, check_begun, is_begun
 from dbrx_quant.runtime.shards.write import check_foreign
 from dbrx_quant.runtime.tokenizer.check import check_tokenizer

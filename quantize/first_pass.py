@@ -43,7 +43,7 @@ from dbrx_quant.runtime.files.json_file import JsonFile
 from dbrx_quant.runtime.files.sealed import remove
 from dbrx_quant.runtime.kernels.device import upload
 from dbrx_quant.runtime.kernels.float_matmul import rounded_products
-from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.output.progress import Progress
 
 GRADIENT_TOKENS = 2048  # from twice as many on, only a part of the rows goes backward as well
 MOST_STRIDE = 2  # that part is a half at least

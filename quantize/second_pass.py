@@ -43,7 +43,7 @@ from dbrx_quant.quantize.solve.stage import StageSolver
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
 from dbrx_quant.runtime.files.json_file import VERSION_KEY, JsonFile
 from dbrx_quant.runtime.files.sealed import remove
-from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.output.progress import Progress
 from dbrx_quant.runtime.shards.filling import FillingShards
 from dbrx_quant.runtime.shards.linear_files import LinearFiles
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dbrx_quant.calibration.blocks.model import Routing
 from dbrx_quant.calibration.blocks.walk import Turn
-from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.output.progress import Progress
 
 Result = Mapping[str, Tensor]
 

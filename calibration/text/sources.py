@@ -19,7 +19,7 @@ from typing import Any
 from dbrx_quant.calibration.text import offline
 from dbrx_quant.calibration.text.records import ACCEPTED, Document, document_of, form_among, of_any_form
 from dbrx_quant.runtime.files.errors import CheckpointError
-from dbrx_quant.runtime.redact import redact_message
+from dbrx_quant.runtime.output.redact import redact_message
 
 NAMED = ("default", "offline")
 FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet")

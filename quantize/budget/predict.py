@@ -21,7 +21,7 @@ from dbrx_quant.calibration.blocks.walk import Through, batches, route, turns, u
 from dbrx_quant.quantize.budget.strategy import Strategy
 from dbrx_quant.quantize.measurement import Measurement
 from dbrx_quant.runtime.families.facts import ExpertsSpec, LinearSpec
-from dbrx_quant.runtime.progress import bar
+from dbrx_quant.runtime.output.progress import bar
 
 # KL of finished models over that of noise, mean of two models on text that was not calibrated on. Errors of
 # rounding lean against the weights, which costs more than noise does; the repair takes something off.

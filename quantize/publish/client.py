@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from dbrx_quant.runtime.redact import hide, redact_message
+from dbrx_quant.runtime.output.redact import hide, redact_message
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

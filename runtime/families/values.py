@@ -9,7 +9,7 @@ from dbrx_quant.runtime.exl2.checkpoint import Checkpoint
 from dbrx_quant.runtime.exl2.finite import first_not_finite
 from dbrx_quant.runtime.families.facts import Architecture, find_source, to_half
 from dbrx_quant.runtime.files.errors import CheckpointError
-from dbrx_quant.runtime.progress import bar
+from dbrx_quant.runtime.output.progress import bar
 
 _PIECE = 8 << 20  # values
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from dbrx_quant.runtime.files.errors import CheckpointError
-from dbrx_quant.runtime.redact import redact_message
+from dbrx_quant.runtime.output.redact import redact_message
 
 _FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.md"]
 _REPOSITORY = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^\s@]+))?")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dbrx_quant.runtime.progress import counter
+from dbrx_quant.runtime.output.progress import counter
 from dbrx_quant.scripts.evaluation.original import original_of
 from dbrx_quant.scripts.evaluation.tasks import beside, original_scores, print_tasks, settings_of
 from dbrx_quant.scripts.terminal.arguments import (

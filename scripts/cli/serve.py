@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
-from dbrx_quant.runtime.redact import hide
+from dbrx_quant.runtime.output.redact import hide
 from dbrx_quant.scripts.terminal.arguments import (
     add_device_argument,
     add_gpu_memory_argument,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbrx_quant.runtime.progress import counter
+from dbrx_quant.runtime.output.progress import counter
 from dbrx_quant.scripts.terminal.arguments import add_quiet_argument
 from dbrx_quant.scripts.terminal.output import bytes_text, print_json, print_table, say
 from dbrx_quant.scripts.terminal.verb import UsageError, Verb

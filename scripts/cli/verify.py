@@ -2,7 +2,7 @@
 
 import argparse
 
-from dbrx_quant.runtime.progress import counter
+from dbrx_quant.runtime.output.progress import counter
 from dbrx_quant.scripts.terminal.arguments import add_model_argument, add_quiet_argument, find_model
 from dbrx_quant.scripts.terminal.output import bytes_text, print_json, say
 from dbrx_quant.scripts.terminal.verb import Verb

@@ -44,7 +44,7 @@ from dbrx_quant.runtime.kernels.float_matmul import fast_products
 from dbrx_quant.runtime.library import _native
 from dbrx_quant.runtime.model.load import load_model
 from dbrx_quant.runtime.model.load_dense import load_dense
-from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.output.progress import Progress
 from dbrx_quant.runtime.shards.write import write_shards
 from dbrx_quant.runtime.tokenizer.fix import write_tokenizer
 from dbrx_quant.scripts.dev.bench_record import add_record_argument, record

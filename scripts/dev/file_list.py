@@ -18,8 +18,7 @@ BEGIN, END = "<!-- files -->\n", "<!-- end of files -->\n"
 # Folders in the order in which they may know each other; within one, files and rooms likewise.
 ORDER: dict[str, tuple[str, ...]] = {
     "runtime": (
-        "progress",
-        "redact",
+        "output",
         "files",
         "library",
         "exl2",

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbrx_quant.runtime.progress import counter
+from dbrx_quant.runtime.output.progress import counter
 from dbrx_quant.scripts.terminal.output import bytes_text, say
 
 if TYPE_CHECKING:

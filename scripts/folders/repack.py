@@ -2,7 +2,7 @@
 
 import argparse
 
-from dbrx_quant.runtime.progress import counter
+from dbrx_quant.runtime.output.progress import counter
 from dbrx_quant.scripts.terminal.arguments import add_quiet_argument, local_folder
 from dbrx_quant.scripts.terminal.output import bytes_text, print_json
 from dbrx_quant.scripts.terminal.verb import Verb

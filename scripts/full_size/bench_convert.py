@@ -39,7 +39,7 @@ from dbrx_quant.quantize.second_pass import QuantizeJob
 from dbrx_quant.quantize.solve.ldlq import EFFORTS
 from dbrx_quant.runtime.families.facts import ExpertsSpec
 from dbrx_quant.runtime.kernels.float_matmul import fast_products
-from dbrx_quant.runtime.progress import bar
+from dbrx_quant.runtime.output.progress import bar
 from dbrx_quant.scripts.dev.bench_record import add_record_argument, record
 from dbrx_quant.scripts.full_size.convert_steps import STEPS
 from dbrx_quant.scripts.full_size.repeated_source import repeated_sources

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-from dbrx_quant.runtime.redact import redact, redact_message
+from dbrx_quant.runtime.output.redact import redact, redact_message
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 # Colours, erasing, a line up, back to its start: what progress bars and loggers draw with.

@@ -10,7 +10,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from dbrx_quant.runtime.redact import redact
+from dbrx_quant.runtime.output.redact import redact
 from dbrx_quant.scripts.terminal.door import visible
 
 if TYPE_CHECKING:

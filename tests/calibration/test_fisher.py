@@ -15,7 +15,7 @@ from dbrx_quant.calibration.statistics.moments import Moments
 from dbrx_quant.quantize.entries import Entry
 from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.runtime.families.facts import module_linears
-from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.output.progress import Progress
 
 
 class PlainExperts(nn.Module):

@@ -21,7 +21,7 @@ from dbrx_quant.quantize.output.record import read_record
 from dbrx_quant.quantize.solve.prepare import prepare
 from dbrx_quant.runtime.evaluation.scores import evaluate
 from dbrx_quant.runtime.model.load import load_model
-from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.output.progress import Progress
 from dbrx_quant.scripts.cli.main import main
 
 

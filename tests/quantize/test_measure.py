@@ -16,7 +16,7 @@ from dbrx_quant.quantize.budget import measure as linears
 from dbrx_quant.quantize.budget.expert import MeasuredExperts
 from dbrx_quant.quantize.entries import Entry
 from dbrx_quant.quantize.first_pass import MeasureJob, measure
-from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.output.progress import Progress
 
 
 class Steps(Progress):

@@ -25,7 +25,7 @@ from dbrx_quant.runtime.exl2.format import dequantize_linear, uniform_groups, un
 from dbrx_quant.runtime.exl2.group_text import parse_groups
 from dbrx_quant.runtime.families.facts import load_bias
 from dbrx_quant.runtime.files.errors import CheckpointError
-from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.output.progress import Progress
 from oracles_solver import damped, strong_hessian, weights
 
 

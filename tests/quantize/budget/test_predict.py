@@ -10,7 +10,7 @@ from dbrx_quant.calibration.blocks.model import StreamedModel
 from dbrx_quant.quantize.budget.allocate import allocate
 from dbrx_quant.quantize.budget.predict import Predictor, over_noise
 from dbrx_quant.quantize.first_pass import MeasureJob, measure
-from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.output.progress import Progress
 
 
 @pytest.fixture(scope="module", params=["dbrx", "qwen3 moe", "llama tied and biased"])

@@ -19,7 +19,7 @@ from dbrx_quant.quantize.solve.linear import solve_linear
 from dbrx_quant.quantize.solve.prepare import prepare
 from dbrx_quant.quantize.solve.refit import ResidualTarget, cross_moments, loss_of, refitted
 from dbrx_quant.runtime.exl2.format import Group, dequantize_linear
-from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.output.progress import Progress
 
 K, N, TOKENS = 96, 40, 400
 GROUPS = (Group(3, 32), Group(2, 32), Group(2, 32))

@@ -16,7 +16,7 @@ from dbrx_quant.quantize.first_pass import MeasureJob, measure
 from dbrx_quant.quantize.second_pass import QuantizeJob, quantize_model
 from dbrx_quant.quantize.solve.ldlq import factorize
 from dbrx_quant.quantize.solve.repair import NO_REPAIR, Repair, repaired, solve
-from dbrx_quant.runtime.progress import Progress
+from dbrx_quant.runtime.output.progress import Progress
 
 K, N, LENGTH = 24, 10, 64
 

@@ -14,7 +14,7 @@ from cli_runs import run
 from rich.console import Console
 from scripted_model import scripted_folder
 
-from dbrx_quant.runtime.redact import hide, redact, redact_message
+from dbrx_quant.runtime.output.redact import hide, redact, redact_message
 from dbrx_quant.scripts.cli import doctor
 from dbrx_quant.scripts.cli.main import main
 from dbrx_quant.scripts.terminal.chat_screen import TerminalScreen
