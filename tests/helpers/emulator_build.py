@@ -11,7 +11,7 @@ BUILD = CSRC.parent / "build" / "emulator"
 FLAGS = (
     "-std=c++17",
     "-O1",
-    "-g",
+    "-g1",  # lines, for the sanitizers' reports
     "-fPIC",
     "-fvisibility=hidden",
     "-Wno-unknown-pragmas",
