@@ -1,1 +1,1 @@
-"""What can be said of the CUDA kernels' speed without a GPU."""
+"""The CUDA kernels and their speed: on a GPU where there is one, by a model where there is none."""

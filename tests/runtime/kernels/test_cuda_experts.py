@@ -9,7 +9,7 @@ from emulated import FLOATS, SANITIZED, WIDTHS, assert_as_accurate_as_torch
 import oracles_ops as oracle
 from dbrx_quant.runtime.kernels import cuda
 from dbrx_quant.runtime.kernels.stored import StoredList
-from dbrx_quant.scripts.dev import bench_gpu
+from dbrx_quant.scripts.gpu import bench_gpu
 
 pytestmark = pytest.mark.usefixtures("emulated")
 

@@ -1,4 +1,4 @@
-"""Builds, checks and times every CUDA kernel on a real GPU: `python -m dbrx_quant.scripts.dev.bench_gpu`.
+"""Builds, checks and times every CUDA kernel on a real GPU: `python -m dbrx_quant.scripts.gpu.bench_gpu`.
 
 One command for the day there is a GPU. It compiles csrc/cuda for that GPU, holds every kernel to the
 plain-torch reference, then times them at DBRX's shapes with weights rotating through more memory than the L2
