@@ -3,8 +3,9 @@
 One command for the day there is a GPU. It compiles csrc/cuda for that GPU, holds every kernel to the
 plain-torch reference, then times them at DBRX's shapes with weights rotating through more memory than the L2
 holds. Beside each time stands the bandwidth of the packed bytes it reads and its share of the bandwidth of a
-plain copy on the same GPU. At the end come the steps of converting one expert there and on the CPU
-(`bench_device`). Exit status: 0, 3 when a kernel is wrong, 2 without a GPU or a compiler.
+plain copy on the same GPU. Then forty layers of DBRX's shapes decode (`decode_speed`), and at the end come
+the steps of converting one expert there and on the CPU (`bench_device`). Exit status: 0, 3 when a kernel is
+wrong, 2 without a GPU or a compiler.
 """
 
 import argparse
@@ -285,6 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dbrx_quant.runtime.kernels.device import find_device
     from dbrx_quant.runtime.library import _cuda
     from dbrx_quant.scripts.dev import bench_device
+    from dbrx_quant.scripts.gpu import decode_speed
 
     properties = torch.cuda.get_device_properties(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -304,17 +306,19 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         bandwidth = copy_bandwidth()
         rows = [*time_linears(), *time_experts()]
+        decoding = decode_speed.figures(DEVICE, Path(folder) / "dbrx")
     converting = bench_device.figures(
         find_device(DEVICE), bench_device.HIDDEN, bench_device.FFN, bench_device.TOKENS
     )
     if options.json:
         figures = {"gpu": properties.name, "copy_bytes_a_second": bandwidth, "rows": rows}
-        figures["converting"] = converting
+        figures |= {"decoding": decoding, "converting": converting}
         print(json.dumps(figures, indent=1, sort_keys=True))
     else:
         print(f"{properties.name}: every kernel agrees with the reference")
         print(f"a copy moves {bandwidth / 1e9:.0f} GB/s")
         print_rows(rows, bandwidth)
+        decode_speed.print_figures(decoding, bandwidth)
         bench_device.print_figures(converting)
     return 0
 
