@@ -133,7 +133,8 @@ def spread(parts: Sequence[Part], free: Mapping[torch.device, int]) -> DeviceMap
         needed, devices = sum(part.size for part in parts), " and ".join(map(str, free))
         raise ValueError(
             f"the model takes {_gb(needed)}, and {devices} can hold {_gb(_SHARE * sum(free.values()))} of "
-            f"weights ({_gb(sum(free.values()))} are free); use a smaller one, more GPUs, or the CPU"
+            f"weights ({_gb(sum(free.values()))} are free); use a smaller one, more GPUs, the CPU, or, for "
+            "a mixture, one GPU with --gpu-memory, which leaves experts in main memory"
         )
     for _ in range(_STEPS):
         middle = (low + high) / 2

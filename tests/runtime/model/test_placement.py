@@ -66,7 +66,7 @@ def test_no_other_split_leaves_more_room_on_the_fullest():
 def test_what_does_not_fit_is_refused_with_both_sizes():
     with pytest.raises(ValueError, match=r"takes 0\.0 GB, and cuda:0 can hold") as refused:
         spread(LAYERS, {FIRST: 155})
-    assert "use a smaller one, more GPUs, or the CPU" in str(refused.value)
+    assert "use a smaller one, more GPUs, the CPU, or, for a mixture, one GPU with --gpu-memory" in str(refused.value)
     assert spread(LAYERS, {FIRST: 156}) == {"": FIRST}
 
 
