@@ -86,6 +86,7 @@ def sanitizers():
         pytest.skip("the sanitizers need g++")
 
 
+@pytest.mark.slow  # the sanitized kernels take a minute to compile
 def test_wild_and_misaligned_accesses_stop_the_sanitized_emulator(sanitizers):
     code = (
         "import ctypes, sys; import emulator_build; import numpy as np\n"
@@ -109,7 +110,8 @@ def test_wild_and_misaligned_accesses_stop_the_sanitized_emulator(sanitizers):
         del os.environ["PYTHONPATH"]
 
 
-@pytest.mark.parametrize("extent", ["a few", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("extent", ["a few", "all"])
 def test_the_kernels_pass_under_the_sanitizers(sanitizers, extent):
     chosen = [
         "-k",

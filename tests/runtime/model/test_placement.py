@@ -13,8 +13,8 @@ from dbrx_quant.runtime.folder.contents import read_contents
 from dbrx_quant.runtime.library import _cuda, _gpus
 from dbrx_quant.runtime.model import load, placement
 from dbrx_quant.runtime.model.linear import FusedLinear, _has_hooks
-from dbrx_quant.runtime.model.native_step import use_native_step
 from dbrx_quant.runtime.model.placement import Part, check_device_map, choose, find_devices, spread
+from dbrx_quant.runtime.step.native_step import use_native_step
 
 FIRST, SECOND, THIRD = (torch.device("cuda", i) for i in range(3))
 LAYERS = [Part("embed", 20), *(Part(f"layers.{i}", 10) for i in range(10)), Part("norm", 1), Part("head", 19)]
@@ -66,7 +66,9 @@ def test_no_other_split_leaves_more_room_on_the_fullest():
 def test_what_does_not_fit_is_refused_with_both_sizes():
     with pytest.raises(ValueError, match=r"takes 0\.0 GB, and cuda:0 can hold") as refused:
         spread(LAYERS, {FIRST: 155})
-    assert "use a smaller one, more GPUs, the CPU, or, for a mixture, one GPU with --gpu-memory" in str(refused.value)
+    assert "use a smaller one, more GPUs, the CPU, or, for a mixture, one GPU with --gpu-memory" in str(
+        refused.value
+    )
     assert spread(LAYERS, {FIRST: 156}) == {"": FIRST}
 
 
