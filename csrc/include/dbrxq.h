@@ -231,7 +231,7 @@ DBRXQ_API int dbrxq_cuda_abi_version(void);
 DBRXQ_API const char* dbrxq_cuda_status_text(int status);
 
 // What the library was built for, as CMake names architectures, between commas: "80-real" machine code, "80-virtual"
-// PTX, "80" both. Empty where the build did not say.
+// PTX, "80" both. "draft" for a build that is not meant to run; empty where the build did not say.
 DBRXQ_API const char* dbrxq_cuda_targets(void);
 // The CUDA version of the runtime inside the library, 1000 * major + 10 * minor; 0 in the tests' emulator.
 DBRXQ_API int dbrxq_cuda_runtime_version(void);

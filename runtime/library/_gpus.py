@@ -52,15 +52,19 @@ class Build:
         runtime: the CUDA version of its compiler, and of the runtime inside it.
         machine_code: compute capabilities that it has machine code for.
         ptx: those that it has PTX for, which drivers translate for later GPUs.
+        draft: whether it was made on a machine without a GPU, only to see that its sources compile.
     """
 
     runtime: int
     machine_code: tuple[int, ...]
     ptx: tuple[int, ...]
+    draft: bool = False
 
     @classmethod
     def parse(cls, runtime: int, targets: str) -> "Build":
         """From what the library says of itself (`dbrxq_cuda_targets` in csrc/include/dbrxq.h)."""
+        if targets == "draft":
+            return cls(runtime, (), (), draft=True)
         parts = [part.partition("-") for part in targets.split(",") if part]
         return cls(
             runtime,
@@ -73,6 +77,8 @@ class Build:
         return any(code // 10 == capability // 10 and code <= capability for code in self.machine_code)
 
     def __str__(self) -> str:
+        if self.draft:
+            return "none: a draft"
         names = [f"{code / 10:.1f}" for code in self.machine_code]
         names += [f"PTX of {code / 10:.1f}" for code in self.ptx]
         return ", ".join(names) or "unknown targets"
@@ -124,6 +130,11 @@ def why_not_on(gpu: Gpu, build: Build, driver: int) -> str | None:
             "run on the CPU"
         )
     rebuild = f"build from source for it: -C cmake.define.DBRXQ_CUDA_ARCHITECTURES={gpu.capability}"
+    if build.draft:
+        return (
+            "the CUDA library was built on a machine without a GPU, only to see that it compiles; build it "
+            f"again here, or anywhere with -C cmake.define.DBRXQ_CUDA_ARCHITECTURES={gpu.capability}"
+        )
     if driver // 1000 < build.runtime // 1000:
         return (
             f"the NVIDIA driver is for CUDA {version_text(driver)}, the CUDA kernels are built with "

@@ -14,7 +14,7 @@ CUDA_12_4 = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90)
 SCRIPT = """
 include("{rules}")
 dbrxq_cuda_targets(targets)
-message("${{targets}}")
+message("${{targets}} ${{DBRXQ_CUDA_DRAFT}}")
 """
 
 
@@ -63,7 +63,7 @@ def test_a_wheel_made_without_a_gpu_is_for_every_generation_the_compiler_knows(t
 
 
 def test_an_editable_build_without_a_gpu_compiles_once(targets):
-    assert targets(state="editable") == targets() == "80"
+    assert targets(state="editable") == targets() == "80 ON"  # a draft
 
 
 def test_what_is_given_counts_more_than_what_is_there(targets):
@@ -73,5 +73,5 @@ def test_what_is_given_counts_more_than_what_is_there(targets):
 
 def test_gpus_that_are_too_old_or_too_new_do_not_count(targets):
     assert targets(["6.1", "8.9"]) == "89"
-    assert targets(["6.1"]) == "80"
+    assert targets(["6.1"]) == "80 ON"
     assert targets(["12.0"], known=CUDA_12_4, state="wheel") == "75-real;80-real;86-real;89-real;90"

@@ -56,6 +56,14 @@ def test_machine_code_runs_on_later_members_of_a_generation_and_nowhere_else():
         assert "the CUDA library has code for 8.6; build from source for it" in why_not_on(gpu, build, 12080)
 
 
+def test_a_draft_is_refused_everywhere():
+    draft = Build.parse(13000, "draft")
+    assert str(draft) == "none: a draft"
+    refused = why_not_on(Gpu(0, "H100", 90, 80 << 30), draft, 13000)
+    assert "built on a machine without a GPU" in refused
+    assert "DBRXQ_CUDA_ARCHITECTURES=90" in refused
+
+
 def test_pascal_is_refused():
     reason = why_not_on(PASCAL, WHEEL, 13000)
     assert reason == (

@@ -16,6 +16,8 @@ FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-O0")
 INCLUDES = tuple(f"-I{CSRC / folder}" for folder in ("include", "common", "cuda"))
 JOBS = 2
 
+_failed: dict[Path, str] = {}  # what did not compile: it takes minutes to find out again
+
 
 @dataclass(frozen=True)
 class Built:
@@ -53,10 +55,16 @@ def build(target):
     library = folder / "libdbrxq_cuda.so"
     with (folder / "lock").open("w") as lock:  # tests run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if (said := _failed.get(folder)) is not None:
+            raise RuntimeError(said)
         if not library.is_file():
-            with ThreadPoolExecutor(JOBS) as pool:
-                objects = list(pool.map(lambda source: _compile(source, target, folder), sources))
-            _link(objects, library)
+            try:
+                with ThreadPoolExecutor(JOBS) as pool:
+                    objects = list(pool.map(lambda source: _compile(source, target, folder), sources))
+                _link(objects, library)
+            except RuntimeError as error:
+                _failed[folder] = str(error)
+                raise
     return Built(target, library, tuple(sorted(folder.glob("*/*.ptx"))))
 
 

@@ -2,6 +2,7 @@
 // in place of libcudart: every launch goes to a function of the tests, with the kernel's name in the PTX and its
 // arguments.
 #include <cuda_runtime_api.h>
+#include <string.h>
 
 #include <string>
 #include <unordered_map>
@@ -104,6 +105,11 @@ STUB cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 STUB cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+STUB cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+STUB cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  memset(memory, value, bytes);
+  return cudaSuccess;
+}
 STUB cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = CUDART_VERSION;
   return cudaSuccess;
@@ -117,3 +123,15 @@ STUB cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, in
     default: return cudaErrorNotSupported;
   }
 }
+
+// Graphs are the emulator's (csrc/emulator/graphs.cpp).
+STUB cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned) { return cudaErrorNotSupported; }
+STUB cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaErrorNotSupported; }
+STUB cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return cudaErrorNotSupported; }
+STUB cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*) { return cudaErrorNotSupported; }
+STUB cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t*, cudaGraph_t, unsigned long long) {
+  return cudaErrorNotSupported;
+}
+STUB cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { return cudaErrorNotSupported; }
+STUB cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaErrorNotSupported; }
+STUB cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return cudaErrorNotSupported; }
