@@ -76,7 +76,7 @@ HARMLESS = {  # faults that change nothing that is read
 }
 
 LITTLE = pytest.mark.xfail(
-    reason="few_kernel: a maximum is what it is whoever finds it, and one barrier is another's without a router"
+    reason="few_kernel: a maximum may be found in many ways, and a barrier be another's without a router"
 )
 
 
