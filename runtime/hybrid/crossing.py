@@ -18,7 +18,7 @@ from dbrx_quant.runtime.kernels.device import upload
 # (x [T, D], index [T, A], weights [T, A]) → sums [T, D] of one side, all where that side is.
 Share = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-PASS_TOKENS = 512  # that cross at once: bounds pinned memory; as many as the CUDA kernels take at a time
+PASS_TOKENS = 512  # that cross at once: bounds pinned memory
 
 
 def numbering(count: int, own: Sequence[int]) -> Tensor:

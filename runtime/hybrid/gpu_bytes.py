@@ -13,7 +13,7 @@ from dbrx_quant.runtime.folder.contents import Contents
 _PIECE, _LARGE, _LARGE_PIECE = 512, 10 << 20, 2 << 20
 _UNIT = 32  # rows that the kernels take together
 _TILE = 64  # rows of an expert's inputs that they take together
-_PASS_TOKENS = 512  # of the experts' kernel
+_PASS_TOKENS = 2048  # of the experts' kernels
 _STATES = 12  # a token's states, as wide as the residual stream, that a layer of transformers holds at most
 _RESERVE = 192 << 20  # partial sums of the kernels, torch's own workspaces, pieces that nothing fits into
 

@@ -59,9 +59,9 @@ ORDER: dict[str, tuple[str, ...]] = {
         "evaluation",
         "cli",
         "dev",
+        "full_size",
         "gpu",
         "serving",
-        "full_size",
         "faults",
     ),
 }

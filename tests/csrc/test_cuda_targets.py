@@ -12,6 +12,7 @@ from places import CSRC
 CUDA_13 = (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)
 CUDA_12_4 = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90)
 SCRIPT = """
+cmake_minimum_required(VERSION 3.20)
 include("{rules}")
 dbrxq_cuda_targets(targets)
 message("${{targets}} ${{DBRXQ_CUDA_DRAFT}}")

@@ -112,10 +112,12 @@ def survivors(case, most):
 @pytest.mark.parametrize(
     "case",
     [
-        "weights",
         "layout",
         "20 tokens",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in ("12 tokens", "experts of 12 tokens")),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("weights", "12 tokens", "experts of 12 tokens")
+        ),
         *(pytest.param(case, marks=[pytest.mark.slow, LITTLE]) for case in CASES if "3 tokens" in case),
     ],
 )

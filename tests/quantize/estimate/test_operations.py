@@ -32,7 +32,10 @@ def count(action):
     return counted.get_total_flops()
 
 
-@pytest.mark.parametrize(("effort", "refit"), [("fast", False), ("default", False), ("default", True)])
+@pytest.mark.parametrize(
+    ("effort", "refit"),
+    [*(pytest.param(e, False, marks=pytest.mark.slow) for e in ("fast", "default")), ("default", True)],
+)
 def test_products_are_counted_as_torch_counts_them(tmp_path, monkeypatch, effort, refit):
     monkeypatch.setattr("dbrx_quant.quantize.first_pass.GRADIENT_TOKENS", 256)
     monkeypatch.setattr(estimated, "SEARCHED", 0)  # the native solver's loops are no products

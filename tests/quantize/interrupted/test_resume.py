@@ -80,6 +80,7 @@ def contents(out):
     return found
 
 
+@pytest.mark.slow  # a minute; the other interruptions are in the default run
 def test_a_conversion_killed_at_five_random_moments_ends_with_the_same_bytes(tmp_path, tokens):
     finish(start(tmp_path / "plain", tokens))
     expected = contents(tmp_path / "plain")

@@ -53,7 +53,7 @@ def test_workers_without_a_shared_folder_send_each_other_their_files(place, tmp_
     assert [path for path in folders[1].rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_work_goes_on_with_another_number_of_workers(first, then, place, tmp_path):
     def start(count):
         given = words(place, tmp_path / "out")

@@ -99,7 +99,7 @@ def test_the_workspace_of_the_kernels_is_bounded_from_above(emulated, folders, t
         for role in range(3)
     )
     lists = [cuda.StoredList([t for stored in role for t in stored]) for role in (gate, up, down)]
-    block, size = cuda._block(torch.empty(1, 64), *lists), ctypes.c_int64()
+    block, size = cuda.expert_block(torch.empty(1, 64), *lists), ctypes.c_int64()
     status = _cuda.library().dbrxq_cuda_experts_workspace(
         ctypes.byref(block.struct), tokens, experts.active, _abi.DTYPES[dtype], ctypes.byref(size)
     )

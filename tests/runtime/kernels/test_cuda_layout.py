@@ -118,9 +118,11 @@ def test_a_layer_on_a_gpu_holds_its_words_once_and_shows_the_files(gpu):
     tensors, layer = quant_linear()
     layer.to("cpu")
     assert layer.stored().tiled
-    x = torch.randn(3, 144).half()
+    x, before = torch.randn(3, 144).half(), set(cuda_tiles._linears)
     assert torch.allclose(layer(x).double(), oracle.linear(x, tensors, 96)[:, :90], rtol=2e-3, atol=2e-3)
-    held = [t for _, made in cuda_tiles._linears.values() for t in made.made]
+    made = [linear for key, (_, linear) in cuda_tiles._linears.items() if key not in before]
+    assert len(made) == 1
+    held = [t for linear in made for t in linear.made]
     assert all(t.numel() < layer.q_weight.numel() for t in held), "a second copy of the words"
     assert_equal_tensors(layer.state_dict(), tensors)
     assert_equal_tensors(layer.tensors(), tensors)

@@ -179,7 +179,7 @@ def test_experts_keep_the_dtype_of_the_states():
     assert torch.equal(y, ours(x.float(), index, weights.bfloat16().float()).bfloat16())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_modules_compile_into_one_graph(backend):
     torch._dynamo.reset()
     layer, experts = quant_linear(D, 96, out_features=70, bias=True), quant_experts()

@@ -118,7 +118,7 @@ def test_a_changed_shard_is_noticed_under_any_of_its_names(folder, tmp_path):
         checkpoint.load(name)
 
 
-@pytest.mark.parametrize("stage", ["measure/linears", "4*/linears"])
+@pytest.mark.parametrize("stage", [pytest.param("measure/linears", marks=pytest.mark.slow), "4*/linears"])
 def test_a_killed_conversion_goes_on_and_ends_with_the_same_bytes(folder, tokens, converted, tmp_path, stage):
     out, work = tmp_path / "out", tmp_path / "work"
     line = [sys.executable, "-m", "dbrx_quant.scripts.full_size.repeated_source"]
