@@ -83,7 +83,7 @@ def load_model(
     generation = _generation_config(folder, config)
     config.quantization_config = _quantization(config, folder)
     notify = notify or _logger.warning
-    split = None
+    split, gpu = None, None
     if gpu_memory is not None:
         if devices is None or (len(devices) > 1 and device != AUTO):
             raise ValueError("gpu_memory: it splits a model over one GPU and the CPU; name one device")
