@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
-from dbrx_quant.runtime.step.kv_cache import Rows
+from dbrx_quant.runtime.step.kv_cache import Rows, SpareLayer
 
 _MOST = 127.0
 
@@ -40,6 +39,10 @@ class _ByteRows:
     def length(self) -> int:
         return self.codes.length
 
+    @length.setter
+    def length(self, length: int) -> None:
+        self.codes.length = self.scales.length = length
+
     def append(self, states: Tensor) -> None:
         codes, scales = to_bytes(states)
         self.codes.append(codes)
@@ -51,14 +54,11 @@ class _ByteRows:
         self.scales.reserve(room)
         return room
 
-    def resize(self, length: int) -> None:
-        self.codes.length = self.scales.length = length
-
     def numbers(self, dtype: torch.dtype) -> Tensor:
         return (self.codes.view().float() * self.scales.view()).to(dtype)
 
 
-class ByteLayer(DynamicLayer):  # type: ignore[misc]
+class ByteLayer(SpareLayer):
     """A `DynamicLayer` of bytes; `keys` and `values` are made of them whenever they are asked for."""
 
     _keys: _ByteRows | None = None
@@ -82,15 +82,6 @@ class ByteLayer(DynamicLayer):  # type: ignore[misc]
     def values(self, tensor: Tensor | None) -> None:
         self._values = None if tensor is None or tensor.dim() < 2 else _ByteRows(tensor)
 
-    @classmethod
-    def like(cls, layer: Any) -> "ByteLayer":
-        """A layer with the contents of another."""
-        made = cls()
-        plain = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
-        for name, value in (plain | {"keys": layer.keys, "values": layer.values}).items():
-            setattr(made, name, value)
-        return made
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take sizes and dtype from the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -112,14 +103,6 @@ class ByteLayer(DynamicLayer):  # type: ignore[misc]
     def get_seq_length(self) -> int:
         """Positions that count."""
         return 0 if self._keys is None else self._keys.length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last -tokens_to_remove positions."""
-        if tokens_to_remove > 0 or self._keys is None or self._values is None:
-            super().crop(tokens_to_remove)
-            return
-        for rows in (self._keys, self._values):
-            rows.resize(max(0, rows.length + tokens_to_remove))
 
     def place(
         self, shape: tuple[int, int, int], dtype: torch.dtype, length: int, device: torch.device
@@ -149,10 +132,3 @@ class ByteLayer(DynamicLayer):  # type: ignore[misc]
         self._values.reserve(room)
         tensors = (self._keys.codes, self._values.codes, self._keys.scales, self._values.scales)
         return (*(rows.tensor.data_ptr() for rows in tensors), room)
-
-    def advance(self, tokens: int) -> None:
-        """Count positions that were written at `place`."""
-        assert self._keys is not None
-        assert self._values is not None
-        for rows in (self._keys, self._values):
-            rows.resize(rows.length + tokens)

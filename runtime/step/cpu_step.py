@@ -12,7 +12,7 @@ from dbrx_quant.runtime.families.parts import LayerParts
 from dbrx_quant.runtime.kernels.activations import BITS, activations
 from dbrx_quant.runtime.kernels.repacked import Repacked, raise_damaged, repacked_experts, repacked_linear
 from dbrx_quant.runtime.library import _abi, _native
-from dbrx_quant.runtime.step.layers import NotNativeError, Rotations, plain_parts
+from dbrx_quant.runtime.step.layers import NotNativeError, Rotations, decoder_fields, plain_parts
 
 _DEVICE = torch.device("cpu")
 
@@ -36,25 +36,15 @@ class CpuStep:
         self._keep: list[Any] = [last, parts]
         self._repacked: list[Repacked] = []
         structs = (_abi.DecoderLayer * len(parts))(*(self._layer(part) for part in parts))
-        first = parts[0]
-        heads, key_heads = (first.qkv[i].out_features // first.head_dim for i in (0, 1))
-        self._shape = (key_heads, first.head_dim)
-        self._rotations = Rotations(model.rotary_emb, first.head_dim, _DEVICE)
+        fields = decoder_fields(parts, last)
+        self._shape = (fields["key_heads"], fields["head_dim"])
+        self._rotations = Rotations(model.rotary_emb, fields["head_dim"], _DEVICE)
         self._decoder = _abi.Decoder(
             layers=structs,
             final_norm=last.data_ptr(),
-            layer_count=len(parts),
-            hidden=last.shape[0],
-            heads=heads,
-            key_heads=key_heads,
-            head_dim=first.head_dim,
-            scale=first.scale,
-            clip=first.clip,
-            eps=first.eps,
-            layer_norm=first.layer_norm,
-            activation=_abi.ACTIVATIONS[first.activation],
-            dtype=_abi.DTYPES[last.dtype],
+            activation=_abi.ACTIVATIONS[parts[0].activation],
             activation_bits=BITS[self._mode],
+            **fields,
         )
 
     def fits(self) -> bool:

@@ -20,7 +20,7 @@ from dbrx_quant.runtime.kernels.cuda_tiles import aligned, current, device_linea
 from dbrx_quant.runtime.kernels.stored import Stored, StoredList
 from dbrx_quant.runtime.library import _abi, _cuda
 from dbrx_quant.runtime.step.cache_bits import cache_bits
-from dbrx_quant.runtime.step.layers import NotNativeError, Rotations, plain_parts
+from dbrx_quant.runtime.step.layers import NotNativeError, Rotations, decoder_fields, plain_parts
 from dbrx_quant.runtime.step.sampling import MOST_ROWS, NOTED, Ahead, Sampling
 
 _MOST_HEAD = 256  # kMostHead of csrc/cuda/decoder/decoder.cuh
@@ -63,37 +63,28 @@ class GpuStep:
         if _cuda.why_unavailable(device) is not None:
             raise NotNativeError
         parts, last = plain_parts(model)
-        embedding, first = model.get_input_embeddings(), parts[0]
+        embedding, fields = model.get_input_embeddings(), decoder_fields(parts, last)
+        head_dim = fields["head_dim"]
         self._device, self._dtype, self.layers = device, last.dtype, len(parts)
-        self._rotations = Rotations(model.rotary_emb, first.head_dim, device)
+        self._rotations = Rotations(model.rotary_emb, head_dim, device)
         if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
             raise NotNativeError
         table = embedding.weight
         if table.dtype != last.dtype or not table.is_contiguous():
             raise NotNativeError
-        if not self._rotations.constant or first.head_dim > _MOST_HEAD:
+        if not self._rotations.constant or head_dim > _MOST_HEAD:
             raise NotNativeError
         # Detached: who replaces a tensor's data may not free what a step reads that is on its way.
         self._keep: list[Any] = [table.detach()]
-        heads, key_heads = (first.qkv[i].out_features // first.head_dim for i in (0, 1))
-        self._shape, self._hidden = (key_heads, first.head_dim), last.shape[0]
+        self._shape, self._hidden = (fields["key_heads"], head_dim), fields["hidden"]
         structs = (_abi.CudaDecoderLayer * len(parts))(*(self._layer(part) for part in parts))
         self._decoder = _abi.CudaDecoder(
             layers=ctypes.addressof(structs),
             embedding=table.data_ptr(),
             final_norm=self._float(last),
-            layer_count=len(parts),
-            hidden=self._hidden,
             vocabulary=table.shape[0],
-            heads=heads,
-            key_heads=key_heads,
-            head_dim=first.head_dim,
-            scale=first.scale,
-            clip=first.clip,
-            eps=first.eps,
-            layer_norm=first.layer_norm,
-            dtype=_abi.DTYPES[last.dtype],
             cache_bits=16,  # `_point_at` sets it
+            **fields,
         )
         self._keep.append(structs)
         self._shapes: dict[tuple[int, int, int, bool], _Shape] = {}

@@ -46,7 +46,36 @@ class Rows:
         return self.view()
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class SpareLayer(DynamicLayer):  # type: ignore[misc]
+    """What layers with spare capacity share; their keys and values have a `length` that can be set."""
+
+    _keys: Any = None
+    _values: Any = None
+
+    @classmethod
+    def like(cls, layer: Any) -> "SpareLayer":
+        """A layer with the contents of another."""
+        made = cls()
+        plain = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+        for name, value in (plain | {"keys": layer.keys, "values": layer.values}).items():
+            setattr(made, name, value)
+        return made
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last -tokens_to_remove positions."""
+        if tokens_to_remove > 0 or self._keys is None or self._values is None:
+            super().crop(tokens_to_remove)
+            return
+        for rows in (self._keys, self._values):
+            rows.length = max(0, rows.length + tokens_to_remove)
+
+    def advance(self, tokens: int) -> None:
+        """Count positions that were written at `place`."""
+        self._keys.length += tokens
+        self._values.length += tokens
+
+
+class GrowingLayer(SpareLayer):
     """A `DynamicLayer` that keeps its keys and values at the front of larger tensors.
 
     `keys` and `values` are views of what counts, and can be assigned; all that transformers does with a
@@ -76,15 +105,6 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def values(self, tensor: Tensor | None) -> None:
         self._values, self._placed = _adopted(tensor), None
 
-    @classmethod
-    def like(cls, layer: Any) -> "GrowingLayer":
-        """A layer with the contents of another."""
-        made = cls()
-        plain = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
-        for name, value in (plain | {"keys": layer.keys, "values": layer.values}).items():
-            setattr(made, name, value)
-        return made
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take sizes and dtype from the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -110,14 +130,6 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def get_seq_length(self) -> int:
         """Positions that count."""
         return 0 if self._keys is None or not self._keys.tensor.numel() else self._keys.length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last -tokens_to_remove positions."""
-        if tokens_to_remove > 0 or self._keys is None or self._values is None:
-            super().crop(tokens_to_remove)
-            return
-        for rows in (self._keys, self._values):
-            rows.length = max(0, rows.length + tokens_to_remove)
 
     def place(
         self, shape: tuple[int, int, int], dtype: torch.dtype, length: int, device: torch.device
@@ -151,13 +163,6 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._placed = (shape, dtype, device)
         return self._place
 
-    def advance(self, tokens: int) -> None:
-        """Count positions that were written at `place`."""
-        assert self._keys is not None
-        assert self._values is not None
-        self._keys.length += tokens
-        self._values.length += tokens
-
 
 def _adopted(tensor: Tensor | None) -> Rows | None:
     return None if tensor is None else Rows(tensor, tensor.shape[-2] if tensor.dim() > 1 else 0, own=False)
@@ -169,7 +174,7 @@ def layers_of_kind(cache: Any, count: int, kind: Any) -> list[Any] | None:
     Args:
         cache: what transformers calls the cache.
         count: layers that it must have.
-        kind: a subclass of `DynamicLayer` with `like` and `place`.
+        kind: a subclass of `SpareLayer` with `place`.
     """
     if type(cache) is not DynamicCache or cache.offloading:
         return None

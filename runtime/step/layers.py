@@ -69,6 +69,24 @@ def plain_parts(model: Any) -> tuple[list[LayerParts], Tensor]:
     return parts, last
 
 
+def decoder_fields(parts: list[LayerParts], last: Tensor) -> dict[str, Any]:
+    """The fields that the decoder structs of both libraries share: sizes, and what all layers have."""
+    first = parts[0]
+    heads, key_heads = (first.qkv[i].out_features // first.head_dim for i in (0, 1))
+    return {
+        "layer_count": len(parts),
+        "hidden": last.shape[0],
+        "heads": heads,
+        "key_heads": key_heads,
+        "head_dim": first.head_dim,
+        "scale": first.scale,
+        "clip": first.clip,
+        "eps": first.eps,
+        "layer_norm": first.layer_norm,
+        "dtype": _abi.DTYPES[last.dtype],
+    }
+
+
 class Rotations:
     """Cosines and sines of the positions, from the model's own module; cached where they never change.
 
