@@ -171,6 +171,18 @@ class QuantizedFolder:
         return model
 
 
+def made_once(make):
+    """A function of a name that makes what `make` does of it, once for each name."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = make(name)
+        return made[name]
+
+    return of
+
+
 def build_quantized_folder(
     config, path: Path, seed: int = 0, *, head: bool = True, shard: str = "model.safetensors"
 ) -> QuantizedFolder:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from far_device import FAR, far_device
 from gpu_limits import CONTEXT, EVERYTHING, contents_of, room_for
-from quant_models import CONFIGS, build_quantized_folder
+from quant_models import CONFIGS, build_quantized_folder, made_once
 
 from dbrx_quant.runtime import load_model
 from dbrx_quant.runtime.hybrid import crossing, gpu_device
@@ -23,14 +23,9 @@ MIXTURES = ("dbrx", "mixtral", "qwen2 moe", "qwen3 moe")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = build_quantized_folder(CONFIGS[name](), tmp_path_factory.mktemp("model")).path
-        return made[name]
-
-    return folder
+    return made_once(
+        lambda name: build_quantized_folder(CONFIGS[name](), tmp_path_factory.mktemp("model")).path
+    )
 
 
 # ---- On a device that refuses the host's tensors ----------------------------------------------------------

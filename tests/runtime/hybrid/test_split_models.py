@@ -8,7 +8,7 @@ import torch
 from fake_gpu import pretend_gpu
 from gpu_limits import room_for
 from places import TINY
-from quant_models import CONFIGS, build_quantized_folder, round_folder
+from quant_models import CONFIGS, build_quantized_folder, made_once, round_folder
 from safetensors.torch import load_file
 
 import oracles_ops as oracle
@@ -38,14 +38,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = build_quantized_folder(CONFIGS[name](), tmp_path_factory.mktemp("model"))
-        return made[name]
-
-    return folder
+    return made_once(lambda name: build_quantized_folder(CONFIGS[name](), tmp_path_factory.mktemp("model")))
 
 
 def split_model(folder, share, said=None, **options):

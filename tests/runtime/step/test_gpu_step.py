@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from emulated import launches, play_gpu
-from quant_models import CONFIGS, build_quantized_folder
+from quant_models import CONFIGS, build_quantized_folder, made_once
 from transformers import DynamicCache
 
 from dbrx_quant.runtime import load_model
@@ -27,27 +27,15 @@ TOLERANCE = {FP32: 1e-4, HALF: 1e-2, BF16: 0.1}  # of the logits' deviation
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = build_quantized_folder(CONFIGS[name](), tmp_path_factory.mktemp("model"))
-        return made[name].path
-
-    return folder
+    return made_once(
+        lambda name: build_quantized_folder(CONFIGS[name](), tmp_path_factory.mktemp("model")).path
+    )
 
 
 @pytest.fixture(scope="module")
 def on_cpu(folders):
     """Models in fp32 on the CPU. To be used before anything is on the GPU."""
-    made = {}
-
-    def model(name):
-        if name not in made:
-            made[name] = load_model(folders(name))
-        return made[name]
-
-    return model
+    return made_once(lambda name: load_model(folders(name)))
 
 
 @pytest.fixture

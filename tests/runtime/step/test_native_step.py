@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from quant_models import CONFIGS, build_quantized_folder
+from quant_models import CONFIGS, build_quantized_folder, made_once
 from transformers import DynamicCache, MistralConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -62,14 +62,9 @@ def taken(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = build_quantized_folder(CONFIGS[name](), tmp_path_factory.mktemp("model"))
-        return made[name].path
-
-    return folder
+    return made_once(
+        lambda name: build_quantized_folder(CONFIGS[name](), tmp_path_factory.mktemp("model")).path
+    )
 
 
 @pytest.fixture(scope="module")
