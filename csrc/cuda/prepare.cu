@@ -7,6 +7,7 @@
 // than 2^-38 of that. fp32 takes two rows a token, the second with what the first left, times 2^11: 22 bits.
 // A block owns one token, kChunk packed rows and one matrix; each block finds the largest magnitude for itself.
 #include "activation.cuh"
+#include "few/reduce.cuh"
 #include "kernels.cuh"
 
 namespace dbrxq {
@@ -43,13 +44,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(Prepare args) {
       const float magnitude = fabsf(load(args.x, source * args.k + i, args.dtype));
       largest = magnitude > largest ? magnitude : largest;  // passes over NaNs, which stay what they are below
     }
-    for (int step = 16; step >= 1; step /= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, largest, step);
-      largest = other > largest ? other : largest;
-    }
-    if (threadIdx.x % 32 == 0) shared.largest[threadIdx.x / 32] = largest;
-    __syncthreads();
-    for (int w = 0; w < kThreads / 32; ++w) largest = shared.largest[w] > largest ? shared.largest[w] : largest;
+    largest = block_maximum(largest, shared.largest);
     const int e = exponent_to_half_range(largest);
     factor = power_of_two(e);
     if (chunk == 0 && matrix == 0 && threadIdx.x == 0) args.row_scale[token] = power_of_two(-e);

@@ -9,8 +9,8 @@
 // Positions are cut by the length alone, sums have a fixed order: results depend on numbers and sizes alone. Scores: a
 // warp takes 8 positions, 4 lanes each, 4 channels a lane and load. Values: a thread owns two channels of the rows.
 // Oracle: tests/runtime/kernels/test_cuda_attention.py.
+#include "../few/reduce.cuh"
 #include "decoder.cuh"
-#include "reduce.cuh"
 #include "stored.cuh"
 
 namespace dbrxq {

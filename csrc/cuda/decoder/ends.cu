@@ -1,7 +1,7 @@
 // Both ends of a decode step: the rows of the embedding, and the norm behind the last layer. A block is a row.
+#include "../few/reduce.cuh"
 #include "decoder.cuh"
 #include "matmul.cuh"
-#include "reduce.cuh"
 
 namespace dbrxq {
 namespace {

@@ -4,8 +4,8 @@
 // them that have top_p of their chance. Distances from the largest logit become whole numbers (2^-19 a step, up to 32),
 // chances whole numbers of 2^-32 of the largest: sums of them are exact, so who adds first makes no difference.
 // Both limits are found digit by digit: a histogram of a digit's values, of counts or of chances.
+#include "../few/reduce.cuh"
 #include "decoder.cuh"
-#include "reduce.cuh"
 
 namespace dbrxq {
 namespace {

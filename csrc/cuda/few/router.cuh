@@ -10,20 +10,6 @@
 
 namespace dbrxq {
 
-__device__ __forceinline__ float warp_total(float value) {
-#pragma unroll
-  for (int step = 16; step >= 1; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-__device__ __forceinline__ float warp_largest(float value) {
-#pragma unroll
-  for (int step = 16; step >= 1; step /= 2) {
-    const float other = __shfl_xor_sync(0xffffffffu, value, step);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
 // What the columns of a tile add to the logits; panel [tokens, 128] has x, 0 beyond the last column. All threads of the
 // block; the caller brings the barriers before and after.
 __device__ inline void leave_logits(const FewRouter& router, int64_t columns, int tokens, int tile,
@@ -47,10 +33,10 @@ __device__ inline void leave_logits(const FewRouter& router, int64_t columns, in
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < kEach; ++j) sum += weights[j] * panel[t][32 * j + lane];
-      sum = warp_total(sum);
+      sum = warp_sum(sum);
       if (lane == 0) router.partial[(t * tiles + tile) * router.experts + e] = sum;
     }
-    constant = warp_total(constant);
+    constant = warp_sum(constant);
     if (lane == 0) router.constants[static_cast<int64_t>(tile) * router.experts + e] = constant;
   }
 }
@@ -62,10 +48,10 @@ __device__ inline void choose(const FewRouter& router, int active, float* chance
   const int lane = threadIdx.x % 32;
   float most = -INFINITY;
   for (int e = lane; e < router.experts; e += 32) most = chances[e] > most ? chances[e] : most;
-  most = warp_largest(most);
+  most = warp_maximum(most);
   float sum = 0.0f;
   for (int e = lane; e < router.experts; e += 32) sum += chances[e] = expf(chances[e] - most);
-  sum = warp_total(sum);
+  sum = warp_sum(sum);
   const bool plain = router.expert_norm == 0.0f || router.expert_norm == 1.0f;
   float norm = 0.0f;
   for (int a = 0; a < active; ++a) {
@@ -76,8 +62,8 @@ __device__ inline void choose(const FewRouter& router, int active, float* chance
         best = chances[e];
         where = e;
       }
-    const float winner = warp_largest(best);
-    const int chosen = static_cast<int>(-warp_largest(best == winner ? -static_cast<float>(where) : -INFINITY));
+    const float winner = warp_maximum(best);
+    const int chosen = static_cast<int>(-warp_maximum(best == winner ? -static_cast<float>(where) : -INFINITY));
     if (chosen % 32 == lane) chances[chosen] = -1.0f;
     const float weight = winner / sum;
     norm += plain ? weight : powf(weight, router.expert_norm);

@@ -9,6 +9,7 @@
 #include "activation.cuh"
 #include "few.cuh"
 #include "folded.cuh"
+#include "reduce.cuh"
 
 namespace dbrxq {
 
@@ -21,24 +22,8 @@ struct Row {
   float minus, times, back;
 };
 
-// One number of all threads of the block, by a sum or a maximum that passes over NaNs; `box` has a float a warp. With
-// a barrier before and after `box` is written.
-template <bool Largest>
-__device__ __forceinline__ float over_block(float value, float* box) {
-  const auto join = [](float a, float b) { return Largest ? (b > a ? b : a) : a + b; };
-#pragma unroll
-  for (int step = 16; step >= 1; step /= 2) value = join(value, __shfl_xor_sync(0xffffffffu, value, step));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) box[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = box[0];
-#pragma unroll
-  for (int w = 1; w < kFewWarps; ++w) value = join(value, box[w]);
-  return value;
-}
-
 // The row of a token of x. All threads of the block.
-__device__ inline Row measure(const FewInput& input, int token, float* box) {
+__device__ inline Row measure(const FewInput& input, int token, float (&box)[kFewWarps]) {
   Row row = {token * input.k, 0.0f, 1.0f, 1.0f};
   if (!input.norm && input.dtype == DBRXQ_FLOAT16 && !input.folded) return row;
   const int64_t first = row.source / 8, eights = input.k / 8;
@@ -51,7 +36,7 @@ __device__ inline Row measure(const FewInput& input, int token, float* box) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum += values[j];
     }
-    row.minus = over_block<false>(sum, box) / count;
+    row.minus = block_sum(sum, box) / count;
   }
   float squares = 0.0f, largest = 0.0f;
   for (int64_t i = threadIdx.x; i < eights; i += kFewThreads) {
@@ -66,9 +51,9 @@ __device__ inline Row measure(const FewInput& input, int token, float* box) {
       largest = magnitude > largest ? magnitude : largest;
     }
   }
-  largest = over_block<true>(largest, box);
+  largest = block_maximum(largest, box);
   if (input.norm) {
-    row.times = 1.0f / sqrtf(over_block<false>(squares, box) / count + input.eps);
+    row.times = 1.0f / sqrtf(block_sum(squares, box) / count + input.eps);
     largest *= row.times;
   }
   const int e = exponent_to_half_range(largest);

@@ -160,11 +160,7 @@ __device__ void set_rows(const FewDown& args, const Piece& piece, S& shared) {
       const float magnitude = args.largest[slot * tiles + i];
       largest = magnitude > largest ? magnitude : largest;
     }
-#pragma unroll
-    for (int step = 16; step >= 1; step /= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, largest, step);
-      largest = other > largest ? other : largest;
-    }
+    largest = warp_maximum(largest);
     const int e = exponent_to_half_range(largest);
     if (lane == 0) shared.rows[r] = {slot * args.ffn, 0.0f, power_of_two(e), power_of_two(-e)};
   }
@@ -237,7 +233,7 @@ __device__ void finish(const FewGateUp& args, const Item& item, int tile, S& sha
       value = activate(shared.panels[0][r][threadIdx.x], args.activation) * shared.panels[1][r][threadIdx.x];
       args.inner[slot * args.ffn + column] = value;
     }
-    const float largest = over_block<true>(fabsf(value) > 0.0f ? fabsf(value) : 0.0f, shared.sums);
+    const float largest = block_maximum(fabsf(value) > 0.0f ? fabsf(value) : 0.0f, shared.sums);
     if (threadIdx.x == 0) args.largest[slot * item.tiles + tile] = largest;
   }
 }
